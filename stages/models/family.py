@@ -1,0 +1,78 @@
+"""What the pipeline must know of a model family: one file a family, this interface, and the registry.
+
+Exits count as transformers' `hidden_states`: 0 = embeddings, l = after l blocks, L = the last block (before any final
+layer norm).
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from stages.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+
+class Family(ABC):
+    """Where the tower, the projector and the language model are, and how to leave the encoder early."""
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]  # config.json `model_type` values
+    runtimes: ClassVar[tuple[str, ...]] = ("transformers", "llamacpp")
+
+    @abstractmethod
+    def matches(self, config: Mapping[str, object]) -> bool:
+        """Whether a config.json describes a model of this family."""
+
+    @abstractmethod
+    def spec(self, config: Mapping[str, object]) -> ModelSpec:
+        """Shapes from config.json alone; no torch."""
+
+    @abstractmethod
+    def load(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+        """Load the checkpoint (safetensors only, no remote code), in eval mode, gradients off."""
+
+    @abstractmethod
+    def pixel_values(self, folder: Path, images: Sequence[Image]) -> torch.Tensor:
+        """(batch, 3, height, width) float32, by the checkpoint's own image processor."""
+
+    @abstractmethod
+    def hidden_states(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+        """One encoder pass gives every exit: (batch, exits 0..L, patches, vision width), selection rule applied."""
+
+    @abstractmethod
+    def project(self, model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
+        """Exit features (..., patches, vision width) to image tokens (..., tokens, text width)."""
+
+    @abstractmethod
+    def trunk(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The language backbone without its head: takes inputs_embeds, gives last_hidden_state."""
+
+    @abstractmethod
+    def head(self, model: PreTrainedModel) -> torch.nn.Module:
+        """The language model head."""
+
+    @abstractmethod
+    def truncate(self, model: PreTrainedModel, layer: int) -> PreTrainedModel:
+        """Cut the tower to `layer` blocks in place, make that the default exit, drop what is no longer needed."""
+
+
+_BUILT_IN: tuple[str, ...] = ("stages.models.llava:SiglipLlava",)
+
+
+def families() -> list[Family]:
+    """Every known family, built in and from the entry-point group `pipeline.families`."""
+    found: list[Family] = []
+    for target in _BUILT_IN:
+        module, _, attribute = target.partition(":")
+        found.append(getattr(importlib.import_module(module), attribute)())
+    found.extend(entry.load()() for entry in entry_points(group="pipeline.families"))
+    return found

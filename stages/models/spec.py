@@ -1,0 +1,59 @@
+"""ModelSpec: the shapes of a model, known from its config alone, from which sizes and memory follow.
+
+No torch here: `pipeline plan` must answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """An image encoder and its projector."""
+
+    layers: int  # blocks in the tower; exits are 0..layers
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    image_size: int  # pixels, square
+    patch_size: int  # pixels
+    default_exit: int  # counts as in hidden_states; never negative
+    has_cls: bool = False
+    projector_hidden: int = 0  # width between the projector's two linear layers
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens that one image takes in the language model's context."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """A decoder-only language model."""
+
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The whole model. `quantization` is None (as saved by transformers) or a type such as "Q4_0"."""
+
+    family: str  # Family.name
+    text: TextSpec
+    vision: VisionSpec | None = None
+    dtype: str = "float32"
+    quantization: str | None = None
+
+    def with_exit(self, layer: int) -> Self:
+        """The same model whose tower is cut after `layer` blocks and whose default exit is there."""
+        assert self.vision is not None
+        return replace(self, vision=replace(self.vision, layers=layer, default_exit=layer))

@@ -1,0 +1,65 @@
+"""Runtime: what answers prompts from an artifact, for any exit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Progress = Callable[[int, int], None]  # done, total
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. `image` None: text only, and `exit` is not used."""
+
+    prompt: str
+    image: Path | None = None
+    exit: int | None = None  # None: the artifact's default exit
+    max_new_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class Response:
+    """What came back. `tokens` excludes the end-of-turn token."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Literal["stop", "length"]
+
+
+class Runtime(Protocol):
+    """Greedy by default; the answer to a request does not depend on what it is batched with."""
+
+    name: str  # "llamacpp", "transformers"
+    exits: tuple[int, ...]  # 1..L that the artifact contains; empty for a text-only model
+    default_exit: int | None
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Response]:
+        """Answer every request, in the order given.
+
+        Raises:
+            StageError: an exit or image that the artifact cannot serve.
+        """
+        ...
+
+    def image_embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
+        """(image tokens, text width): what the language model receives for this image at this exit."""
+        ...
+
+    def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
+        """(continuation tokens, vocabulary): next-token logits at each token of `continuation` (teacher forcing)."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,179 @@
+"""The Stage base class and the registry of stages.
+
+A stage is one module below `stages/` (or a third party's, through the entry-point group `pipeline.stages`). It declares
+typed parameters, the artifact types that it takes and the one that it makes, and does its work in `run`. It knows
+nothing of scheduling, caching, or other stages.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from artifacts.artifact import Artifact
+from artifacts.errors import StageError
+from stages.models.spec import ModelSpec
+
+
+class StageParams(BaseModel):
+    """Base of every stage's parameters: frozen, unknown keys refused. Describe each field: the text is user help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+P = TypeVar("P", bound=StageParams)
+
+
+class Reporter(Protocol):
+    """Where a running stage sends what it has to say; the engine turns it into events."""
+
+    def progress(self, done: float, total: float, note: str = "") -> None: ...
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None: ...
+
+    def log(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage sees of the world while it runs.
+
+    Attributes:
+        stage_id: the stage's name in the recipe.
+        inputs: recipe stage id -> artifact, in the order of `needs`, then those named by `references`.
+        output: a fresh empty folder; the only place the stage writes its artifact.
+        scratch: a folder that survives a crash and is found again by the same content key; checkpoints go here.
+        seed: fixed by the recipe, the same on every run.
+        device: the device profile's numbers, `{"memory": bytes, "context": tokens}`; empty when the recipe names none.
+    """
+
+    stage_id: str
+    inputs: Mapping[str, Artifact]
+    output: Path
+    scratch: Path
+    seed: int
+    reporter: Reporter
+    device: Mapping[str, int] = field(default_factory=dict)
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        self.reporter.progress(done, total, note)
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
+        self.reporter.metric(name, value, step=step, exit=exit)
+
+    def log(self, message: str) -> None:
+        self.reporter.log(message)
+
+    def input(self, type: str) -> Artifact:
+        """The one input of that artifact type.
+
+        Raises:
+            StageError: none, or more than one.
+        """
+        found = [artifact for artifact in self.inputs.values() if artifact.type == type]
+        if len(found) != 1:
+            raise StageError(f"stage '{self.stage_id}' needs one input of type {type!r}, it has {len(found)}")
+        return found[0]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before any work starts about the artifact that a stage will make."""
+
+    type: str
+    spec: ModelSpec | None = None  # shapes of the model inside, if there is one and it is known
+
+
+class Stage(ABC, Generic[P]):
+    """One unit of work.
+
+    Class attributes:
+        name: the `uses:` name.
+        code_version: raise it when the same parameters would give another result; part of the content key.
+        accepts: artifact types that it takes; `output_type`: the one that it makes.
+        many: whether it takes any number of inputs (>= 1) or exactly one (`sources` take none: accepts == ()).
+        libraries: distributions whose versions are part of the content key.
+        summary: one line for `pipeline plan` and the docs.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    code_version: ClassVar[str] = "1"
+    accepts: ClassVar[tuple[str, ...]] = ()
+    output_type: ClassVar[str]
+    many: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ()
+    Params: ClassVar[type[StageParams]]
+
+    def __init__(self, params: P):
+        self.params = params
+
+    def references(self) -> Mapping[str, str]:
+        """Parameters that name other stages of the recipe: parameter name -> stage id. They become edges too."""
+        return {}
+
+    def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        """Refuse what cannot work, and say what will come out, before any work starts.
+
+        Cheap: no torch, no download. `inputs` holds what is known of each input (a spec may be None).
+
+        Raises:
+            RecipeError: what the recipe asks for cannot work, with the nearest valid choice.
+        """
+        spec = next((planned.spec for planned in inputs.values() if planned.spec is not None), None)
+        return Planned(type=self.output_type, spec=spec)
+
+    def downloads(self) -> Sequence[str]:
+        """The remote things that this stage will read (`package:...`, `hub:...`), for `pipeline fetch`."""
+        return ()
+
+    @abstractmethod
+    def run(self, context: Context) -> Mapping[str, object]:
+        """Do the work, write the artifact's files into `context.output`, return its metadata (JSON, no times).
+
+        Raises:
+            StageError: the work could not be done.
+        """
+
+
+# `uses:` name -> module below `stages` and class. A table, so that `pipeline --help` imports none of them.
+_BUILT_IN: Mapping[str, str] = {
+    "source": "stages.source:SourceStage",
+    "early-exit": "stages.early_exit:EarlyExitStage",
+    "l-ppo": "stages.lppo.stage:LPPOStage",
+    "gguf": "stages.quantize.gguf:GGUFStage",
+    "icet-verify": "stages.verify.stage:IcetVerifyStage",
+}
+
+
+@cache
+def stage_names() -> tuple[str, ...]:
+    """Every known `uses:` name, built in and third party, sorted."""
+    found = set(_BUILT_IN) | {entry.name for entry in entry_points(group="pipeline.stages")}
+    return tuple(sorted(found))
+
+
+def stage_class(name: str) -> type[Stage[StageParams]]:
+    """The class behind a `uses:` name.
+
+    Raises:
+        KeyError: unknown name.
+    """
+    target = _BUILT_IN.get(name)
+    if target is not None:
+        module, _, attribute = target.partition(":")
+        found: type[Stage[StageParams]] = getattr(importlib.import_module(module), attribute)
+        return found
+    for entry in entry_points(group="pipeline.stages"):
+        if entry.name == name:
+            loaded: type[Stage[StageParams]] = entry.load()
+            return loaded
+    raise KeyError(name)
