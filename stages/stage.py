@@ -135,6 +135,10 @@ class Stage(ABC, Generic[P]):
         """The remote things that this stage will read (`package:...`, `hub:...`), for `pipeline fetch`."""
         return ()
 
+    def fingerprint(self) -> str:
+        """What the result depends on beside parameters and inputs, such as a local folder's content; part of the key."""
+        return ""
+
     @abstractmethod
     def run(self, context: Context) -> Mapping[str, object]:
         """Do the work, write the artifact's files into `context.output`, return its metadata (JSON, no times).
