@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine (Python 3.11+, a C++ compiler, CMake):
+#   make quickstart   the main job on the embedded default model
+#   make test         the tests
+# Both create .venv from requirements.lock and are quick when it is already there.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+.PHONY: help quickstart test lint types setup lock clean
+
+help:            ## show the targets
+	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/  -/'
+
+setup: $(READY)  ## create .venv from the lock
+
+$(READY): requirements.lock pyproject.toml
+	@command -v cmake >/dev/null || { echo "CMake is missing: llama.cpp is built from source (Debian: apt-get install cmake g++)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+quickstart: $(READY)  ## compress, harden, quantize and verify the demo model; ends with a report and an OCI layout
+	$(BIN)/pipeline run recipes/quickstart.yaml
+
+test: $(READY)   ## the whole test suite with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: $(READY)   ## ruff and the one-way arrows
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(READY)  ## mypy --strict on our packages
+	$(BIN)/mypy
+
+lock: $(READY)   ## write requirements.lock from what is installed
+	$(BIN)/python -m pip freeze --exclude-editable | sed -E "s/\+cpu$$//" > requirements.lock
+
+clean:           ## remove the environment and caches of tools (never the store or runs)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
