@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -39,17 +39,18 @@ _PATCH: Final = 14  # pixels; 16 image tokens
 _CONTEXT: Final = 2048
 
 # What the tokenizer is trained on: any English with the words that prompts are made of.
-_WORDS: Final = (
+_TEXT: Final = (
     "what is the colour of shape in this image a red blue green yellow circle square triangle yes no are there any how "
     "to make write explain describe tell me about sorry I cannot help with that request sure here are some steps "
     "please can you user assistant system answer question picture photo weather city capital country"
-).split()
+)
 
 
 def _sentences() -> Iterator[str]:
+    words = _TEXT.split()
     for step in range(1, 8):
-        for start in range(len(_WORDS)):
-            yield " ".join(_WORDS[(start + step * k) % len(_WORDS)] for k in range(6)) + ("?" if start % 2 else ".")
+        for start in range(len(words)):
+            yield " ".join(words[(start + step * k) % len(words)] for k in range(6)) + ("?" if start % 2 else ".")
 
 
 def _tokenizer_model() -> bytes:
@@ -193,6 +194,11 @@ def build_tiny_llava(folder: Path, *, vision_layers: int = 3, text_layers: int =
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
+    # save_pretrained forgets these two, and llama.cpp's default is to add BOS.
+    path = folder / "tokenizer_config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    saved = {key: value for key, value in saved.items() if key not in ("is_local", "local_files_only")}
+    _write_json(path, saved | {"add_bos_token": False, "add_eos_token": False})
     _write_processor(folder)
 
 
@@ -216,5 +222,9 @@ def _write_processor(folder: Path) -> None:
         "num_additional_image_tokens": 0,
         "vision_feature_select_strategy": "full",
     }
-    for name, content in (("preprocessor_config.json", image_processor), ("processor_config.json", processor)):
-        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_json(folder / "preprocessor_config.json", image_processor)
+    _write_json(folder / "processor_config.json", processor)
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,57 @@
+"""Fixtures that every test may use: a tiny real model, built once a session, and a few images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Tests must not reach for a hub, and must leave cores for each other.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def pipeline_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every test's store, runs and caches live in a temporary folder, in this process and in those it starts."""
+    home = tmp_path_factory.mktemp("home")
+    before = os.environ.get("PIPELINE_HOME")
+    os.environ["PIPELINE_HOME"] = str(home)
+    yield home
+    if before is None:
+        del os.environ["PIPELINE_HOME"]
+    else:
+        os.environ["PIPELINE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `demo:tiny-llava` (3 encoder blocks, default exit 2). Read only: copy it before changing it."""
+    from stages.models.tiny import build_tiny_llava
+
+    folder = tmp_path_factory.mktemp("tiny-llava")
+    build_tiny_llava(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three small PNG files that differ: noise, a gradient, a red square."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("images")
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    gradient = np.repeat(np.linspace(0, 255, 64, dtype=np.uint8)[:, None, None], 64, axis=1).repeat(3, axis=2)
+    square = np.zeros((56, 56, 3), dtype=np.uint8)
+    square[14:42, 14:42, 0] = 255
+    paths = []
+    for name, pixels in (("noise", noise), ("gradient", gradient), ("square", square)):
+        path = folder / f"{name}.png"
+        Image.fromarray(pixels).save(path)
+        paths.append(path)
+    return paths
