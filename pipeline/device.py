@@ -1,0 +1,122 @@
+"""Device profiles and the memory budget: what fits is decided before any work starts."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from pipeline.yaml_source import plain, read_yaml
+
+if TYPE_CHECKING:
+    from stages.models.spec import ModelSpec
+
+_UNITS: Final = {
+    "": 1, "B": 1,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+    "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(value: object) -> object:
+    """`"2GiB"` or `"1.5 GB"` to bytes; numbers pass through.
+
+    Raises:
+        ValueError: not a size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+    factor = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{value!r} is not a size; write it like 2GiB, 800MiB or a number of bytes")
+    return int(float(match.group(1)) * factor)
+
+
+def show_bytes(count: float) -> str:
+    """Bytes for people: `1.50 GiB`, `812 MiB`."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    return f"{count / (1 << 20):.0f} MiB" if count >= 1 << 20 else f"{count / (1 << 10):.0f} KiB"
+
+
+ByteSize = Annotated[
+    int, BeforeValidator(parse_bytes, json_schema_input_type=int | str), Field(gt=0)
+]  # bytes; "2GiB" is understood
+
+
+class Device(BaseModel):
+    """A memory budget and a context length."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = "inline"
+    memory: ByteSize = Field(description="What the model may take while it answers: a number of bytes, or 2GiB.")
+    context: int = Field(default=2048, ge=64, description="Tokens of context that must fit into that memory.")
+    note: str = Field(default="", description="What this profile stands for.")
+
+    def numbers(self) -> dict[str, int]:
+        """What stages see of it: bytes and tokens."""
+        return {"memory": self.memory, "context": self.context}
+
+
+def _folder() -> Path:
+    return Path(str(files("recipes"))) / "devices"
+
+
+@cache
+def device_names() -> tuple[str, ...]:
+    """Every shipped profile, smallest budget first."""
+    names = [path.stem for path in _folder().glob("*.yaml")]
+    return tuple(sorted(names, key=lambda name: (device(name).memory, name)))
+
+
+@cache
+def device(name: str) -> Device:
+    """The shipped profile of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    path = _folder() / f"{name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or not path.is_file():
+        raise KeyError(name)
+    return Device.model_validate({"name": name, **plain(read_yaml(path).data)})
+
+
+def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
+    """What is wrong, why, and the way out, if a quantized model does not fit; None when it fits or cannot be known."""
+    from stages.models.memory import predict_memory
+
+    if spec.quantization is None:
+        return None
+    needed = predict_memory(spec, spec.quantization, budget.context).total
+    if needed <= budget.memory:
+        return None
+    what = f"{spec.quantization} does not fit the device '{budget.name}'"
+    why = (
+        f"it needs {show_bytes(needed)} at a context of {budget.context} tokens, "
+        f"the device allows {show_bytes(budget.memory)}"
+    )
+    sizes = {kind: predict_memory(spec, kind, budget.context).total for kind in _KINDS}
+    fitting = [kind for kind in _KINDS if sizes[kind] <= budget.memory]
+    if fitting:
+        best = max(fitting, key=lambda kind: sizes[kind])
+        return what, why, f"the largest type that fits is {best} ({show_bytes(sizes[best])}); or choose a larger device"
+    smallest = min(_KINDS, key=lambda kind: sizes[kind])
+    larger = next((name for name in device_names() if device(name).memory >= sizes[smallest]), None)
+    shorter = predict_memory(spec, smallest, 512).total
+    hints = [f"no type fits: the smallest, {smallest}, needs {show_bytes(sizes[smallest])}"]
+    if shorter <= budget.memory:
+        hints.append(f"with context: 512 it needs {show_bytes(shorter)} and fits")
+    hints.append(f"the smallest device that holds it is '{larger}'" if larger else "no shipped device holds it")
+    hints.append("or leave the encoder earlier, or start from a smaller model")
+    return what, why, "; ".join(hints)
+
+
+# Largest first; what a budget is searched over.
+_KINDS: Final = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
