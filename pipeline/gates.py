@@ -1,0 +1,190 @@
+"""Gates: what must hold on the files that ship before anything is published.
+
+- read from the rows that verification wrote (`measures.json` of each verdict), for what it verified, never for controls
+- with several shipped artifacts a gate holds only if it holds for each: the row shows the worst one
+- what was not measured fails, with the reason
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from artifacts.artifact import Artifact
+from artifacts.measures import MEASURES_NAME, Measure, read_measures
+from pipeline.device import show_bytes
+from pipeline.graph import Graph
+from pipeline.recipe import SOURCE_ID
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """One gate. `limit` is a number (fractions; bytes for memory); `value` None: not measured."""
+
+    name: str
+    limit: float | str
+    value: float | None
+    passed: bool
+    reason: str
+
+
+class _UnmeasuredError(Exception):
+    """Why a gate has no value."""
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    """The rows about one shipped artifact, and about the source beside it."""
+
+    id: str
+    default_exit: int | None
+    source_exit: int | None
+    rows: tuple[Measure, ...]
+
+    def of(self, measure: str, role: str = "quantized") -> list[Measure]:
+        name = SOURCE_ID if role == "source" else self.id
+        of_role = [row for row in self.rows if row.measure == measure and row.role == role]
+        # The baseline may be another stage than the source: whatever carries the role is meant.
+        return [row for row in of_role if row.artifact == name] or (of_role if role == "source" else [])
+
+
+def check_gates(graph: Graph, artifacts: Mapping[str, Artifact]) -> list[GateResult]:
+    """Check every gate that the recipe sets.
+
+    Args:
+        artifacts: recipe stage id -> artifact, of every stage that is done.
+    """
+    gates = graph.recipe.gates
+    shipped = _shipped(graph, artifacts)
+    results: list[GateResult] = []
+    for name, limit in gates.asked().items():
+        number = limit
+        if limit == "device":
+            assert graph.recipe.device is not None
+            number = graph.recipe.device.memory
+        assert isinstance(number, int | float)
+        results.append(_check(name, float(number), shipped))
+    return results
+
+
+def _check(name: str, limit: float, shipped: Sequence[_Shipped]) -> GateResult:
+    if not shipped:
+        return GateResult(name, limit, None, False, "not measured: no shipped artifact was verified")
+    at_least = name.startswith("min_")
+    show: Callable[[float], str] = show_bytes if name == "memory" else _fraction
+    worst: tuple[float, str] | None = None
+    for one in shipped:
+        try:
+            value, words = _MEASURED[name](one)
+        except _UnmeasuredError as error:
+            return GateResult(name, limit, None, False, f"not measured: {one.id}: {error}")
+        if worst is None or (value < worst[0] if at_least else value > worst[0]):
+            worst = (value, f"{one.id}: {words} {show(value)}")
+    assert worst is not None
+    value, words = worst
+    passed = value >= limit if at_least else value <= limit
+    comparison = f"{'at least' if at_least else 'at most'} {show(limit)}"
+    return GateResult(name, limit, value, passed, f"{words}, {'' if passed else 'must be '}{comparison}")
+
+
+def _fraction(value: float) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".") or "0"
+
+
+def _value(row: Measure) -> float:
+    if row.value is None:
+        raise _UnmeasuredError(row.note or f"{row.measure} has no value")
+    return row.value
+
+
+def _per_exit(one: _Shipped, measure: str) -> list[Measure]:
+    rows = [row for row in one.of(measure) if row.exit is not None]
+    if not rows:
+        raise _UnmeasuredError(f"the verdict has no {measure} at any exit")
+    return rows
+
+
+def _whole(one: _Shipped, measure: str) -> Measure | None:
+    """The row about the artifact as a whole: over all its exits if there are exits."""
+    rows = [row for row in one.of(measure) if row.exit is None]
+    ranked = sorted((row for row in rows if row.band in ("all", None)), key=lambda row: row.band != "all")
+    return ranked[0] if ranked else None
+
+
+def _average(measure: str, words: str, one: _Shipped) -> tuple[float, str]:
+    rows = [row for row in one.of(measure) if row.exit is not None]
+    if rows:
+        values = [_value(row) for row in rows]
+        return sum(values) / len(values), f"{words} over {len(values)} exits"
+    whole = _whole(one, measure)
+    if whole is None:
+        raise _UnmeasuredError(f"the verdict has no {measure}")
+    return _value(whole), words
+
+
+def _worst_asr(one: _Shipped) -> tuple[float, str]:
+    rows = _per_exit(one, "asr")
+    worst = max(rows, key=_value)
+    return _value(worst), f"ASR at its worst exit, {worst.exit},"
+
+
+def _fidelity(one: _Shipped) -> tuple[float, str]:
+    rows = _per_exit(one, "fidelity_cosine")
+    worst = min(rows, key=_value)
+    return _value(worst), f"cosine at its worst exit, {worst.exit},"
+
+
+def _utility_drop(one: _Shipped) -> tuple[float, str]:
+    before = _at_default(one.of("vqa_accuracy", "source"), one.source_exit, "source")
+    after = _at_default(one.of("vqa_accuracy"), one.default_exit, one.id)
+    drop = _value(before) - _value(after)
+    return drop, f"VQA accuracy fell from {_fraction(_value(before))} to {_fraction(_value(after))}, by"
+
+
+def _at_default(rows: Sequence[Measure], default: int | None, id: str) -> Measure:
+    """The row at the default exit; the one about the whole artifact when exits are not told apart."""
+    at_exit = [row for row in rows if row.exit is not None and row.exit == default]
+    whole = [row for row in rows if row.exit is None and row.band is None]
+    if not (at_exit or whole):
+        raise _UnmeasuredError(f"the verdict has no vqa_accuracy of {id} at its default exit")
+    return (at_exit or whole)[0]
+
+
+def _memory(one: _Shipped) -> tuple[float, str]:
+    rows = one.of("memory_measured")
+    if not rows:
+        raise _UnmeasuredError("the verdict has no memory_measured")
+    return max(_value(row) for row in rows), "measured peak memory"
+
+
+_MEASURED: Mapping[str, Callable[[_Shipped], tuple[float, str]]] = {
+    "max_asr": partial(_average, "asr", "average ASR"),
+    "max_worst_asr": _worst_asr,
+    "max_over_refusal": partial(_average, "over_refusal", "over-refusal"),
+    "max_utility_drop": _utility_drop,
+    "min_fidelity": _fidelity,
+    "memory": _memory,
+}
+
+
+def _shipped(graph: Graph, artifacts: Mapping[str, Artifact]) -> list[_Shipped]:
+    found: list[_Shipped] = []
+    for node in graph.verdicts:
+        verdict = artifacts.get(node.id)
+        rows = tuple(read_measures(verdict.file(MEASURES_NAME))) if verdict is not None else ()
+        source = next((id for id in node.inputs if id not in node.needs), SOURCE_ID)
+        found.extend(
+            _Shipped(id, _default_exit(graph, id, artifacts), _default_exit(graph, source, artifacts), rows)
+            for id in node.needs
+        )
+    return found
+
+
+def _default_exit(graph: Graph, id: str, artifacts: Mapping[str, Artifact]) -> int | None:
+    artifact = artifacts.get(id)
+    recorded = artifact.metadata.get("default_exit") if artifact is not None else None
+    if isinstance(recorded, int):
+        return recorded
+    spec = graph.node(id).planned.spec
+    return spec.vision.default_exit if spec is not None and spec.vision is not None else None
