@@ -5,15 +5,23 @@ The console and the report only read events, so what a user sees live is what is
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import time
+from pathlib import Path
+from threading import Lock
+from typing import Annotated, Final, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from artifacts.disk import disk_error
+from artifacts.errors import StoreError
+
+EVENTS_NAME: Final = "events.jsonl"
 
 
 class _Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    time: float  # seconds since the epoch, UTC
+    time: float = Field(default_factory=time.time)  # seconds since the epoch, UTC
 
 
 class RunStarted(_Event):
@@ -24,7 +32,8 @@ class RunStarted(_Event):
     stages: dict[str, list[str]]  # stage id -> ids that it needs, in topological order
     uses: dict[str, str]  # stage id -> `uses:` name
     versions: dict[str, str] = Field(default_factory=dict)  # python, platform and main libraries
-    resumed: bool = False
+    resumed: bool = False  # the run before it, of the same recipe, did not come to its end
+    store: str = ""  # root folder of the store that holds the artifacts
 
 
 class StageStarted(_Event):
@@ -55,6 +64,13 @@ class StageLog(_Event):
     event: Literal["stage_log"] = "stage_log"
     stage: str
     message: str
+
+
+class StageMemory(_Event):
+    event: Literal["stage_memory"] = "stage_memory"
+    stage: str
+    rss: int  # bytes, the stage's process and its children now
+    peak: int  # bytes, the most of it so far
 
 
 class StageFinished(_Event):
@@ -100,6 +116,7 @@ Event = Annotated[
     | StageProgress
     | StageMetric
     | StageLog
+    | StageMemory
     | StageFinished
     | StageFailed
     | GateChecked
@@ -109,3 +126,64 @@ Event = Annotated[
 ]
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class Listener(Protocol):
+    """Who wants to hear events as they happen: a console."""
+
+    def handle(self, event: Event) -> None: ...
+
+
+class EventLog:
+    """Appends events to a run's `events.jsonl`, each line flushed, and passes them on. Threads may share it."""
+
+    def __init__(self, path: Path, listeners: tuple[Listener, ...] = ()):
+        self.path = path
+        self._listeners = listeners
+        self._lock = Lock()
+        try:
+            self._handle = path.open("ab")
+        except OSError as error:
+            raise disk_error(error, path.parent) from error
+
+    def emit(self, event: Event) -> None:
+        """Write one event, then tell the listeners.
+
+        Raises:
+            StoreError: the disk is full or gone.
+        """
+        with self._lock:
+            try:
+                self._handle.write(event.model_dump_json().encode() + b"\n")
+                self._handle.flush()
+            except OSError as error:
+                raise disk_error(error, self.path.parent) from error
+            for listener in self._listeners:
+                listener.handle(event)
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def read_events(run: Path) -> list[Event]:
+    """The events of a run folder, in order. A torn last line, which a killed run may leave, is passed over.
+
+    Raises:
+        StoreError: no events there, or a line before the last is not an event.
+    """
+    path = run / EVENTS_NAME
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise StoreError(f"no run at {run}", why=error.strerror, way_out="`pipeline runs` lists the runs") from error
+    found: list[Event] = []
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            found.append(EVENT.validate_json(line))
+        except ValidationError as error:
+            if number == len(lines):  # no newline after it: it was being written
+                break
+            raise StoreError("not an event", where=f"{path}:{number}", why=str(error.errors()[0]["msg"])) from error
+    return found

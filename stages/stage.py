@@ -101,6 +101,8 @@ class Stage(ABC, Generic[P]):
         accepts: artifact types that it takes; `output_type`: the one that it makes.
         many: whether it takes any number of inputs (>= 1) or exactly one (`sources` take none: accepts == ()).
         libraries: distributions whose versions are part of the content key.
+        reads_device: whether `run` reads `context.device`; only then is the device profile part of the content key, and
+            only then does the engine let the stage see it.
         summary: one line for `pipeline plan` and the docs.
     """
 
@@ -111,6 +113,7 @@ class Stage(ABC, Generic[P]):
     output_type: ClassVar[str]
     many: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
+    reads_device: ClassVar[bool] = False
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P):
