@@ -139,7 +139,7 @@ class Stage(ABC, Generic[P]):
         return ()
 
     def fingerprint(self) -> str:
-        """What the result depends on beside parameters and inputs, such as a local folder's content; part of the key."""
+        """What the result depends on beside parameters and inputs (a local folder's content); part of the key."""
         return ""
 
     @abstractmethod

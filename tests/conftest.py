@@ -18,7 +18,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.fixture(scope="session", autouse=True)
 def pipeline_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Every test's store, runs and caches live in a temporary folder, in this process and in those it starts."""
+    from artifacts.home import cache_dir
+
     home = tmp_path_factory.mktemp("home")
+    # Wheels are pinned by digest and checked on every use, so tests may share those already fetched.
+    wheels = cache_dir() / "wheels"
+    if wheels.is_dir():
+        (home / "wheels").symlink_to(wheels)
     before = os.environ.get("PIPELINE_HOME")
     os.environ["PIPELINE_HOME"] = str(home)
     yield home

@@ -6,6 +6,7 @@ layer norm).
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from artifacts.errors import SourceError
 from stages.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # config.json `model_type` values
+    describes: ClassVar[str]  # in the words of `describe`, for error messages
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "llamacpp")
 
     @abstractmethod
@@ -76,3 +79,33 @@ def families() -> list[Family]:
         found.append(getattr(importlib.import_module(module), attribute)())
     found.extend(entry.load()() for entry in entry_points(group="pipeline.families"))
     return found
+
+
+def family_of(config: Mapping[str, object], where: str | None = None) -> Family:
+    """The family that a config.json belongs to.
+
+    Raises:
+        SourceError: none, with what the model is and the nearest family that is known.
+    """
+    known = families()
+    for family in known:
+        if family.matches(config):
+            return family
+    described = describe(config)
+    nearest = difflib.get_close_matches(described, [family.describes for family in known], n=1, cutoff=0.0)
+    raise SourceError(
+        f"no known model family: {described}",
+        where=where,
+        why="the pipeline must know where a model's tower, projector and language model are",
+        way_out=f"the nearest family that works is {nearest[0]}; others can be added through the entry-point group "
+        "`pipeline.families`",
+    )
+
+
+def describe(config: Mapping[str, object]) -> str:
+    """What a config.json says it is, in a few words: "llava with a clip_vision_model tower"."""
+    name = str(config.get("model_type") or "a config.json without model_type")
+    vision = config.get("vision_config")
+    if not isinstance(vision, Mapping):
+        return name
+    return f"{name} with a {vision.get('model_type') or 'nameless'} tower"
