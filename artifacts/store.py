@@ -171,6 +171,10 @@ class Store:
             folder.mkdir(parents=True)
         return folder
 
+    def discard(self, output: Path) -> None:
+        """Remove the folder of an attempt that came to nothing."""
+        force_remove(output)
+
     def scratch(self, key: str) -> Path:
         """The folder of the checkpoints of `key`, found again after a crash."""
         folder = self.root / "scratch" / key

@@ -133,6 +133,8 @@ class Listener(Protocol):
 
     def handle(self, event: Event) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class EventLog:
     """Appends events to a run's `events.jsonl`, each line flushed, and passes them on. Threads may share it."""
@@ -163,6 +165,8 @@ class EventLog:
 
     def close(self) -> None:
         self._handle.close()
+        for listener in self._listeners:
+            listener.close()
 
 
 def read_events(run: Path) -> list[Event]:
