@@ -31,9 +31,10 @@ def explain(error: ValidationError, model: type[BaseModel], document: Document, 
     """
     details = error.errors(include_url=False)
 
-    def line(item: ErrorDetails) -> tuple[int, int]:
+    def line(item: ErrorDetails) -> tuple[bool, int, int]:
         mark = document.mark((*prefix, *_written(item["loc"], document, prefix)))
-        return (mark.line, -len(item["loc"]))
+        # A key that is missing is often one that is misspelt: the unknown key is the better message.
+        return (item["type"] == "missing", mark.line, -len(item["loc"]))
 
     first = min(details, key=line)
     place = (*prefix, *_written(first["loc"], document, prefix))

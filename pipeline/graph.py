@@ -50,11 +50,6 @@ class Graph:
         raise KeyError(id)
 
     @property
-    def device(self) -> Mapping[str, int]:
-        """What stages see of the device: `{"memory": bytes, "context": tokens}`; empty when the recipe names none."""
-        return self.recipe.device.numbers() if self.recipe.device is not None else {}
-
-    @property
     def verdicts(self) -> tuple[Node, ...]:
         """The stages that measure."""
         return tuple(node for node in self.nodes if node.planned.type == "verdict")

