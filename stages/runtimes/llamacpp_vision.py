@@ -1,0 +1,172 @@
+"""Images in llama.cpp: pixels as the checkpoint's own image processor makes them, one encoder per exit, embeddings kept.
+
+llama.cpp resizes with filters of its own. So that fidelity compares encoders and not resizers, the image is resized here by
+Pillow, with the filter that the mmproj file records, and llama.cpp receives a bitmap that already has its size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import io
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.errors import StageError
+from stages.runtimes.exits import derive_exit
+from stages.runtimes.gguf_header import VisionHeader
+from stages.runtimes.llamacpp_library import TextModel, log_tail, threads, vision_library
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_CACHE_BYTES: Final = 256 * 2**20  # of image embeddings
+
+
+class VisionEncoder:
+    """Image embeddings of every exit; one exit's encoder is loaded at a time."""
+
+    def __init__(self, model: TextModel, vision: VisionHeader) -> None:
+        self._model = model
+        self.vision = vision
+        self._folder = tempfile.TemporaryDirectory(prefix="icet-exits-")
+        self._exit = 0
+        self._context: int | None = None
+        self._kept: OrderedDict[tuple[int, str], NDArray[np.float32]] = OrderedDict()
+        self._size = 0  # bytes in _kept
+
+    def embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
+        """(image tokens, text width) of one image at one exit.
+
+        Raises:
+            StageError: no such exit, or the image cannot be read or encoded.
+        """
+        raw = read_image(image)
+        key = (exit, hashlib.sha256(raw).hexdigest())
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        self._load(exit)
+        found = self._encode(prepare_image(raw, self.vision, where=image), image)
+        self._kept[key] = found
+        self._size += found.nbytes
+        while self._size > _CACHE_BYTES and len(self._kept) > 1:
+            self._size -= self._kept.popitem(last=False)[1].nbytes
+        return found
+
+    def close(self) -> None:
+        self._unload()
+        self._folder.cleanup()
+
+    def _unload(self) -> None:
+        if self._context is not None:
+            vision_library().mtmd_free(self._context)
+            self._context = None
+            self._exit = 0
+
+    def _load(self, exit: int) -> None:
+        if self._exit == exit:
+            return
+        self._unload()
+        path = self.vision.header.path
+        layers = self.vision.header.fields.get("clip.vision.feature_layer")
+        if not (exit == self.vision.blocks and layers == [exit]):
+            path = Path(self._folder.name) / f"exit-{exit}.gguf"
+            if not path.exists():
+                derive_exit(self.vision.header.path, exit, path)
+        lib = vision_library()
+        params = lib.mtmd_context_params_default()
+        params.use_gpu = False
+        params.print_timings = False
+        params.warmup = False
+        params.n_threads = threads()
+        self._context = lib.mtmd_init_from_file(os.fsencode(path), self._model.pointer, params)
+        if not self._context:
+            self._context = None
+            raise StageError(
+                f"llama.cpp does not load the image encoder {self.vision.header.path.name} at exit {exit}",
+                where=str(self.vision.header.path),
+                why=log_tail(),
+                way_out="rebuild it with the stage 'gguf'",
+            )
+        self._exit = exit
+
+    def _encode(self, pixels: NDArray[np.uint8], image: Path) -> NDArray[np.float32]:
+        lib = vision_library()
+        side = self.vision.image_size
+        data = np.ascontiguousarray(pixels)
+        bitmap = lib.mtmd_bitmap_init(side, side, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        chunks = lib.mtmd_input_chunks_init()
+        try:
+            marker = lib.mtmd_default_marker()
+            text = lib.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
+            bitmaps = (lib.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            status = lib.mtmd_tokenize(self._context, chunks, ctypes.byref(text), bitmaps, 1)
+            for index in range(lib.mtmd_input_chunks_size(chunks) if status == 0 else 0):
+                chunk = lib.mtmd_input_chunks_get(chunks, index)
+                if lib.mtmd_input_chunk_get_type(chunk) != lib.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                    continue
+                tokens = int(lib.mtmd_input_chunk_get_n_tokens(chunk))
+                if lib.mtmd_encode_chunk(self._context, chunk):
+                    break
+                output = lib.mtmd_get_output_embd(self._context)
+                return np.ctypeslib.as_array(output, shape=(tokens, self._model.width)).astype(np.float32, copy=True)
+        finally:
+            lib.mtmd_input_chunks_free(chunks)
+            lib.mtmd_bitmap_free(bitmap)
+        raise StageError(f"llama.cpp could not encode the image {image.name}", where=str(image), why=log_tail())
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        StageError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StageError(
+            f"the image {path.name} cannot be read", where=str(path), why=error.strerror, way_out="check the path"
+        ) from error
+
+
+def prepare_image(raw: bytes, vision: VisionHeader, *, where: Path) -> NDArray[np.uint8]:
+    """(side, side, 3): the pixels that the checkpoint's image processor would normalize.
+
+    Raises:
+        StageError: not an image that Pillow can read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(raw)) as opened:
+            picture = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise StageError(
+            f"{where.name} is not a readable image", where=str(where), why=str(error), way_out="use PNG or JPEG"
+        ) from error
+    return np.asarray(_fit(picture, vision), dtype=np.uint8)
+
+
+def _fit(picture: Image, vision: VisionHeader) -> Image:
+    from PIL import Image
+
+    side = vision.image_size
+    if picture.size == (side, side):
+        return picture
+    filter = Image.Resampling[vision.resample.upper()]
+    if vision.resize == "stretch":
+        return picture.resize((side, side), resample=filter)
+    # transformers' "shortest_edge" then center crop: the longer side is truncated, not rounded.
+    width, height = picture.size
+    short = min(width, height)
+    size = (side * width // short, side * height // short)
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return picture.resize(size, resample=filter).crop((left, top, left + side, top + side))
