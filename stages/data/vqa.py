@@ -29,13 +29,13 @@ _PUNCTUATION: Final = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD: Final = re.compile(r"(?<!\d)\.(?!\d)")
 _COMMA_IN_NUMBER: Final = re.compile(r"\d,\d")
 # As in the official table: written without its apostrophe, a contraction gets it back.
-_CONTRACTED: Final = (
+_CONTRACTED: Final = (  # noqa: SIM905
     "aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'm i've isn't it'd "
     "it'll let's ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't she'd've should've "
     "shouldn't that'd that's there'd there're there's they'd they'll they're they've wasn't we've weren't what'll "
     "what're what's what've when's where'd where's where've who'd who'll who's who've why'll why're why's won't "
     "would've wouldn't y'all you'd you'll you're you've"
-).split()  # noqa: SIM905
+).split()
 _CONTRACTIONS: Final = {word.replace("'", ""): word for word in _CONTRACTED}
 
 

@@ -1,0 +1,145 @@
+"""Prompt sets and benign images: read for real out of the wheels; splits are what training and verification rely on."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artifacts.errors import RecipeError
+from stages.data.images import benign_images, image_names
+from stages.data.prompts import (
+    DUPLICATE,
+    NEAR,
+    SETS,
+    SPLITS,
+    Prompt,
+    load_prompts,
+    normalise,
+    prompts_digest,
+    split_together,
+)
+
+WORDS = "make write bomb cake hack garden script steal plant virus how to a the of".split()  # noqa: SIM905
+prompt_texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=3, max_size=8).map(" ".join), min_size=2, max_size=25)
+
+
+def everything() -> list[tuple[str, str, Prompt]]:
+    return [(name, split, prompt) for name in SETS for split in SPLITS for prompt in load_prompts(name, split)]
+
+
+def pool_of(texts: list[str]) -> list[tuple[Prompt, str]]:
+    return [
+        (Prompt(f"p-{number}", text, "c", "harmful", "here"), "ab"[number % 2]) for number, text in enumerate(texts)
+    ]
+
+
+def cosines(texts: list[str]) -> list[list[float]]:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(
+        [normalise(text) for text in texts]
+    )
+    found: list[list[float]] = (vectors @ vectors.T).toarray().tolist()
+    return found
+
+
+def test_every_set_is_read_and_has_its_expected_size() -> None:
+    sizes = {name: sum(len(load_prompts(name, split)) for split in SPLITS) for name in SETS}
+    assert sizes["pairs"] == 300
+    assert sizes["advbench"] > 500  # of 520, less duplicates
+    assert sizes["donotanswer"] > 250
+    assert sizes["overrefusal"] == 150
+    assert sizes["everyday"] > 180
+    assert load_prompts("donotanswer", "train") == load_prompts("donotanswer", "validation") == []
+    for name in ("advbench", "pairs", "overrefusal", "everyday"):
+        assert all(len(load_prompts(name, split)) >= 15 for split in SPLITS), name
+
+
+def test_no_prompt_and_no_id_stands_on_two_sides() -> None:
+    found = everything()
+    assert len({prompt.id for _, _, prompt in found}) == len(found)
+    sides: dict[str, set[str]] = {}
+    for _, split, prompt in found:
+        sides.setdefault(normalise(prompt.text), set()).add(split)
+    assert {text: names for text, names in sides.items() if len(names) > 1} == {}
+
+
+def test_no_test_prompt_of_any_set_resembles_a_train_prompt_of_any_set() -> None:
+    import numpy as np
+
+    found = everything()
+    similar = np.array(cosines([prompt.text for _, _, prompt in found]))
+    side = np.array([split for _, split, _ in found])
+    # The vocabulary of dropped duplicates shifts the weights a little, hence the hair of room.
+    for one, other in combinations(SPLITS, 2):
+        assert similar[side == one][:, side == other].max() < NEAR + 0.02
+
+
+def test_both_members_of_a_pair_stand_on_one_side_and_only_the_benign_one_has_an_answer() -> None:
+    for split in SPLITS:
+        pairs = load_prompts("pairs", split)
+        assert {p.id.removesuffix("-benign") for p in pairs if p.intent == "benign"} == {
+            p.id.removesuffix("-harmful") for p in pairs if p.intent == "harmful"
+        }
+    assert all((p.answer is None) == (p.intent != "benign") for _, _, p in everything() if p.intent != "borderline")
+
+
+def test_more_prompts_keep_those_that_were_there() -> None:
+    full = load_prompts("advbench", "train", seed=3)
+    for n in (0, 1, 17, 10_000):
+        assert load_prompts("advbench", "train", n, seed=3) == full[:n]
+    assert load_prompts("advbench", "train", seed=4) != full
+    assert {p.id for p in load_prompts("advbench", "train", seed=4)} == {p.id for p in full}
+    assert prompts_digest(full) == prompts_digest(load_prompts("advbench", "train", seed=3))
+    assert prompts_digest(full) != prompts_digest(full[1:])
+
+
+def test_an_unknown_set_or_split_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'advbench'"):
+        load_prompts("advbnech", "test")
+    with pytest.raises(RecipeError, match="train, validation, test"):
+        load_prompts("advbench", "tests")
+
+
+@settings(max_examples=40, deadline=None)
+@given(prompt_texts)
+def test_split_keeps_what_resembles_each_other_together_and_drops_duplicates(texts: list[str]) -> None:
+    found = split_together(pool_of(texts))
+    assert found == split_together(pool_of(texts))
+    similar = cosines(texts)
+    number = [int(prompt.id.removeprefix("p-")) for prompt, _, _ in found]
+    for (a, (_, _, side)), (b, (_, _, other)) in combinations(zip(number, found, strict=True), 2):
+        if similar[a][b] >= NEAR:
+            assert side == other
+        assert similar[a][b] < DUPLICATE + 1e-9
+    # What was dropped has a copy that was kept, directly or through another dropped one.
+    for gone in set(range(len(texts))) - set(number):
+        assert any(similar[gone][other] >= DUPLICATE - 1e-9 for other in range(gone))
+
+
+@settings(max_examples=30, deadline=None)
+@given(prompt_texts, st.integers(0, 1))
+def test_a_test_only_set_draws_what_resembles_it_to_the_test_side(texts: list[str], which: int) -> None:
+    name = "ab"[which]
+    found = split_together(pool_of(texts), test_only=frozenset({name}))
+    assert all(side == "test" for _, set_name, side in found if set_name == name)
+
+
+def test_benign_images_of_different_splits_are_different_files_and_prefixes_hold() -> None:
+    chosen = {split: benign_images(split, 20) for split in SPLITS}
+    assert all(len(set(paths)) == 20 and all(path.is_file() for path in paths) for paths in chosen.values())
+    for one, other in combinations(SPLITS, 2):
+        assert not {p.read_bytes() for p in chosen[one]} & {p.read_bytes() for p in chosen[other]}
+        assert not set(image_names(one)) & set(image_names(other))
+    assert benign_images("test", 3) == chosen["test"][:3]
+    assert {package for package, _ in image_names("test", 4)} == {"scikit-image", "easy-vqa"}
+
+
+def test_a_damaged_image_in_the_cache_is_written_again() -> None:
+    path = benign_images("validation", 1)[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert benign_images("validation", 1)[0].read_bytes() == whole
