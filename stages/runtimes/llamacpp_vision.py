@@ -1,7 +1,7 @@
-"""Images in llama.cpp: pixels as the checkpoint's own image processor makes them, one encoder per exit, embeddings kept.
+"""Images in llama.cpp: pixels as the checkpoint's image processor makes them, one encoder per exit, embeddings kept.
 
-llama.cpp resizes with filters of its own. So that fidelity compares encoders and not resizers, the image is resized here by
-Pillow, with the filter that the mmproj file records, and llama.cpp receives a bitmap that already has its size.
+llama.cpp resizes with filters of its own. So that fidelity compares encoders and not resizers, the image is resized
+here by Pillow, with the filter that the mmproj file records, and llama.cpp gets a bitmap that already has its size.
 """
 
 from __future__ import annotations
