@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]  # done, total
 
 _TOWER: Final = "vision_tower."  # in every LLaVA checkpoint, whatever stands before it
+_BESIDE: Final = ("dtype", "torch_dtype", "transformers_version", "architectures")  # save_pretrained adds them
 _LAYOUT: Final = 1  # raise it when the files mean something else
 
 
@@ -170,9 +171,11 @@ def open_image(path: Path) -> Image:
 def encoder_digest(folder: Path) -> str:
     """SHA-256 over everything that an exit's features follow from: tower weights, tower config, image processor."""
     config = checkpoint.read_config(folder)
+    tower = cast("Mapping[str, object]", config.get("vision_config") or {})
+    computed = {key: value for key, value in tower.items() if key not in _BESIDE and not key.startswith("_")}
     parts = [
         f"layout {_LAYOUT}",
-        canonical_json([config.get("vision_config"), config.get("vision_feature_select_strategy")]).decode(),
+        canonical_json([computed, config.get("vision_feature_select_strategy")]).decode(),
     ]
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = folder / name

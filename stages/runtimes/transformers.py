@@ -1,0 +1,195 @@
+"""Runtime `transformers`: the checkpoint itself answers, at any exit.
+
+Notable: the encoder runs once an image (`ExitFeatures`); what stands before the prompt's text (system text and image)
+is computed once per exit and image; answers are the same alone and in any batch (`stages.models.decoding`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.errors import SourceError, StageError
+from stages.data.chat import render
+from stages.models import checkpoint
+from stages.models.decoding import Decoder, Prefix
+from stages.models.family import family_of
+from stages.models.features import ExitFeatures
+from stages.runtimes.runtime import Progress, Request, Response
+
+if TYPE_CHECKING:
+    import torch
+
+_BATCH: Final = 32  # rows decoded together
+_PREFIX_BYTES: Final = 256 << 20  # kept keys and values of prefixes
+
+
+class TransformersRuntime:
+    """Loads a checkpoint folder.
+
+    Args:
+        folder: the checkpoint.
+        dtype: of the computation; float32 is the reference that fidelity is measured against.
+
+    Raises:
+        SourceError: the checkpoint cannot be loaded, or has no chat template.
+    """
+
+    name = "transformers"
+
+    def __init__(self, folder: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32", batch: int = _BATCH):
+        from transformers import AutoTokenizer
+
+        config = checkpoint.read_config(folder)
+        self._folder = folder
+        self._family = family_of(config, where=str(folder))
+        vision = self._family.spec(config).vision
+        self.exits: tuple[int, ...] = tuple(range(1, vision.layers + 1)) if vision else ()
+        self.default_exit: int | None = vision.default_exit if vision else None
+        self._model = self._family.load(folder, dtype=dtype)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        template = self._tokenizer.chat_template
+        if not isinstance(template, str):
+            raise SourceError(
+                "the checkpoint has no chat template",
+                where=str(folder),
+                why="without it nobody knows what the model was tuned to read",
+                way_out="put a chat_template.jinja into the folder",
+            )
+        self._template = template
+        self._embed = self._model.get_input_embeddings()
+        self._decoder = Decoder(
+            self._family.trunk(self._model), self._family.head(self._model), self._embed, self._stop_tokens()
+        )
+        self._features = ExitFeatures(folder, self._model) if vision else None
+        self._prefixes: OrderedDict[tuple[int, Path, str], Prefix] = OrderedDict()
+        self._batch = batch
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Response]:
+        self._encode([request.image for request in requests if request.image is not None])
+        prepared = [self._prepare(request) for request in requests]
+        # Exit by exit, so that few prefixes are alive; equal lengths together, so that little is padded.
+        order = sorted(
+            range(len(requests)),
+            key=lambda i: (self._exit(requests[i]), -requests[i].max_new_tokens, len(prepared[i][0]), i),
+        )
+        answers: list[Response | None] = [None] * len(requests)
+        for start in range(0, len(order), self._batch):
+            chosen = order[start : start + self._batch]
+            batch = self._decoder.generate(
+                [self._embedded(prepared[i][0]) for i in chosen],
+                [requests[i].max_new_tokens for i in chosen],
+                [self._prefix(requests[i], prepared[i][1]) for i in chosen],
+            )
+            for i, answer in zip(chosen, batch, strict=True):
+                text = cast("str", self._tokenizer.decode(answer.tokens, skip_special_tokens=True))
+                answers[i] = Response(text, answer.tokens, "stop" if answer.stopped else "length")
+            if progress is not None:
+                progress(start + len(chosen), len(order))
+        return [answer for answer in answers if answer is not None]
+
+    def image_embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
+        import torch
+
+        with torch.inference_mode():
+            tokens = self._image_tokens(self._checked(exit), image)
+        array: NDArray[np.float32] = tokens.float().cpu().numpy()
+        return array
+
+    def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
+        """Row i predicts token i of the continuation: row 0 stands after the prompt's last token."""
+        after, before = self._prepare(request)
+        forced = self._tokens(continuation)
+        if not forced:
+            return np.zeros((0, self._model.get_output_embeddings().weight.shape[0]), dtype=np.float32)
+        prompt = self._embedded([*after, *forced[:-1]])
+        logits = self._decoder.logits(prompt, last=len(forced), prefix=self._prefix(request, before))
+        array: NDArray[np.float32] = logits.float().cpu().numpy()
+        return array
+
+    def close(self) -> None:
+        """Let go of what was kept between requests; the model goes with the object."""
+        self._prefixes.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(self, request: Request) -> tuple[list[int], list[int]]:
+        """Tokens after the image, and before it; a text-only prompt is all after."""
+        turn = render(self._template, request.prompt, image=request.image is not None)
+        if request.image is None:
+            return self._tokens(turn.after, start=True), []
+        return self._tokens(turn.after), self._tokens(turn.before, start=True)
+
+    def _tokens(self, text: str, start: bool = False) -> list[int]:
+        """Token ids; at the start of a prompt with BOS, if the tokenizer adds one and the template did not."""
+        ids = cast("list[int]", self._tokenizer(text, add_special_tokens=False).input_ids)
+        if start and self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id] != ids[:1]:
+            return [self._tokenizer.bos_token_id, *ids]
+        return ids
+
+    def _embedded(self, tokens: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            return cast("torch.Tensor", self._embed(torch.tensor(tokens, dtype=torch.long, device=self._model.device)))
+
+    def _prefix(self, request: Request, before: Sequence[int]) -> Prefix | None:
+        """Keys and values of `before` and the image at the request's exit, computed once."""
+        import torch
+
+        if request.image is None:
+            return None
+        exit = self._exit(request)
+        key = (exit, request.image, repr(before))
+        found = self._prefixes.pop(key, None)
+        if found is None:
+            with torch.inference_mode():
+                embeddings = torch.cat([self._embedded(before), self._image_tokens(exit, request.image)])
+            found = self._decoder.prefix(embeddings)
+        self._prefixes[key] = found
+        while len(self._prefixes) > 1 and sum(prefix.nbytes for prefix in self._prefixes.values()) > _PREFIX_BYTES:
+            self._prefixes.popitem(last=False)
+        return found
+
+    def _image_tokens(self, exit: int, image: Path) -> torch.Tensor:
+        import torch
+
+        assert self._features is not None
+        features = torch.from_numpy(np.array(self._features.get([image])[0, exit]))
+        return self._family.project(self._model, features)
+
+    def _encode(self, images: Sequence[Path]) -> None:
+        if images and self._features is not None:
+            self._features.get(list(dict.fromkeys(images)))
+
+    def _exit(self, request: Request) -> int:
+        """The exit a request asks for; 0 for a text-only one."""
+        if request.image is None:
+            return 0
+        return self._checked(self.default_exit if request.exit is None else request.exit)
+
+    def _checked(self, exit: int | None) -> int:
+        if exit is None or exit not in self.exits:
+            raise StageError(
+                f"the checkpoint has no exit {exit}",
+                where=str(self._folder),
+                why=f"its exits are 1..{len(self.exits)}" if self.exits else "it has no image encoder",
+            )
+        return exit
+
+    def _stop_tokens(self) -> set[int]:
+        found = self._model.generation_config.eos_token_id
+        stop = set(found) if isinstance(found, list) else {found}
+        return {int(token) for token in (*stop, self._tokenizer.eos_token_id) if token is not None}
