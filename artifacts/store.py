@@ -69,9 +69,10 @@ class Store:
         with explained(self.root):
             for name in _FOLDERS:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-            probe = self.root / "tmp" / f"probe-{uuid.uuid4().hex}"
-            probe.write_bytes(b"x")
-            probe.unlink()
+            with self._shared():
+                probe = self.root / "tmp" / f"probe-{uuid.uuid4().hex}"
+                probe.write_bytes(b"x")
+                probe.unlink()
 
     # Reading
 
@@ -133,7 +134,8 @@ class Store:
 
     def verify(self, digest: str) -> list[str]:
         """Read every byte of one artifact; the differences in words, empty when all is well."""
-        return self._differences(digest, full=True)
+        with explained(self.root), self._shared():
+            return self._differences(digest, full=True)
 
     def check(self) -> list[Damage]:
         """Read every byte of every artifact; damaged ones are set aside and returned."""
@@ -222,8 +224,9 @@ class Store:
         lock = FileLock(path)
         with explained(self.root):
             lock.acquire()
-            home = str(runs.resolve())
-            write_atomically(self.root / "runs" / sha256_bytes(home.encode()), home.encode(), self.root / "tmp")
+            home = str(runs.resolve()).encode()
+            with self._shared():
+                write_atomically(self.root / "runs" / sha256_bytes(home), home, self.root / "tmp")
         self._lease = path
         try:
             yield

@@ -8,6 +8,7 @@ outputs that nobody is at work on, and what was set aside as damaged. Everything
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,7 @@ def collect(store: Store, runs: Sequence[Path] = (), *, dry_run: bool = False) -
     freed = Freed()
     if not (store.root / "objects").is_dir():
         return freed
-    graves: list[Path] = []
+    graves = store.root / "gone"
     with explained(store.root):
         alone = store.alone()
         alone.acquire()
@@ -57,7 +58,7 @@ def collect(store: Store, runs: Sequence[Path] = (), *, dry_run: bool = False) -
                 freed.bytes += _size(path)
                 getattr(freed, kind).append(path.name)
                 if not dry_run:
-                    graves.append(_bury(store, path))
+                    _bury(path, graves)
                 if lock is not None:
                     lock.release(remove=not dry_run)
             if not dry_run:
@@ -65,8 +66,8 @@ def collect(store: Store, runs: Sequence[Path] = (), *, dry_run: bool = False) -
         finally:
             alone.release()
         # Out of sight already: removing gigabytes must not keep runs waiting.
-        for grave in graves:
-            force_remove(grave)
+        if not dry_run and graves.is_dir():
+            force_remove(graves)
     return freed
 
 
@@ -128,14 +129,11 @@ def _idle(store: Store, key: str) -> FileLock | None:
     return lock if lock.try_acquire() else None
 
 
-def _bury(store: Store, path: Path) -> Path:
-    grave = store.root / "tmp" / f"gone-{path.parent.name}-{path.name}"
-    if grave.exists():
-        force_remove(grave)
+def _bury(path: Path, graves: Path) -> None:
+    graves.mkdir(exist_ok=True)
     if path.is_dir():
-        path.chmod(0o755)
-    path.rename(grave)
-    return grave
+        path.chmod(0o755)  # moving a folder needs the right to write it
+    path.rename(graves / f"{path.parent.name}-{path.name}-{uuid.uuid4().hex[:8]}")
 
 
 def _forget(store: Store, digests: set[str]) -> None:
