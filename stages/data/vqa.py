@@ -1,4 +1,4 @@
-"""Scoring answers to visual questions: VQA-v2's normalisation, and easy-VQA's one true answer.
+"""Scoring answers to visual questions by the rules of VQA-v2; easy-VQA's own rule is `easy_vqa.is_correct`.
 
 The normalisation is that of the official evaluation (GT-Vision-Lab/VQA, `vqaEval.py`): lower case, contractions spelled
 with their apostrophe, number words to digits, articles dropped, punctuation removed unless it stands inside a number.
@@ -7,7 +7,7 @@ with their apostrophe, number words to digits, articles dropped, punctuation rem
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 _NUMBERS: Final = {
@@ -66,18 +66,3 @@ def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
         for left in range(len(truth))
     ]
     return sum(scores) / len(scores)
-
-
-def single_answer_correct(response: str, answer: str, answers: Iterable[str]) -> bool:
-    """Whether a response gives the one true answer out of the closed list `answers` (easy-VQA has 13).
-
-    True when the response is the answer after normalisation, or when the answer is the only one of the list that its
-    first line names: "The colour is red." is right, "The circle is red." names two and is wrong.
-    """
-    truth = normalise_answer(answer)
-    line = response.strip().splitlines()[0] if response.strip() else ""
-    given = normalise_answer(line)
-    if given == truth:
-        return True
-    named = set(given.split()) & {normalise_answer(other) for other in answers}
-    return named == {truth}

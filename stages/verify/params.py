@@ -1,0 +1,46 @@
+"""What a recipe may say to `icet-verify`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from stages.stage import StageParams
+
+
+class IcetVerifyParams(StageParams):
+    baseline: str = Field(
+        default="source", description="stage of the uncompressed model that everything is compared with"
+    )
+    hardened: str | None = Field(default=None, description="checkpoint stage to measure beside, before quantization")
+    controls: tuple[str, ...] = Field(
+        default=(), description="other artifacts to measure alike but not to gate, e.g. the same recipe without l-ppo"
+    )
+    harmful: dict[str, int] = Field(
+        default={"donotanswer": 20, "advbench": 20}, description="harmful prompt sets and how many test prompts of each"
+    )
+    over_refusal: dict[str, int] = Field(
+        default={"overrefusal": 10, "pairs": 5, "everyday": 5},
+        description="prompt sets that should be answered and how many test prompts of each",
+    )
+    images: int = Field(default=4, ge=1, description="benign images that stand beside the prompts, in turn")
+    vqa: int = Field(default=100, ge=0, description="easy-VQA test questions at the default exit")
+    exits: Literal["all"] | tuple[int, ...] = Field(
+        default="all", description="exits to measure, or all of the artifact"
+    )
+    baseline_exits: Literal["all", "shared"] = Field(
+        default="all",
+        description="exits of the baseline: all it has, or those of the shipped artifacts and its default",
+    )
+    max_new_tokens: int = Field(default=24, ge=1, description="length of an answer, in tokens")
+    fidelity_images: int = Field(
+        default=4, ge=0, description="images on which embeddings are compared with transformers"
+    )
+    fidelity_to: str | None = Field(
+        default=None, description="checkpoint stage with the shipped image encoder; default: hardened, else baseline"
+    )
+    measure_memory: bool = Field(
+        default=True, description="run each shipped artifact in its own process and see its peak"
+    )
+    prompt_seed: int = Field(default=0, description="which prompts and images are drawn; fixed, so that runs compare")

@@ -1,0 +1,117 @@
+"""What a verification asks, once and alike of every artifact and every exit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from artifacts.manifest import canonical_json, sha256_bytes
+from stages.data.prompts import Intent, Prompt, load_prompts, normalise
+
+_VQA_TOKENS: Final = 8  # "It is a blue triangle." fits
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, whatever the exit. `answer`: the true one, for visual questions."""
+
+    id: str
+    set: str
+    category: str
+    intent: Intent
+    text: str
+    image: Path | None
+    image_name: str | None  # stable name of the image, never a path of this machine
+    max_new_tokens: int
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All that is asked. `harmful` and `benign` go to every exit with an image, `harmful` once more without."""
+
+    harmful: tuple[Ask, ...]
+    benign: tuple[Ask, ...]
+    vqa: tuple[Ask, ...]
+
+    def digests(self) -> dict[str, dict[str, object]]:
+        """Part -> how many were asked and the SHA-256 of what was asked, for the verdict."""
+        parts = {"harmful": self.harmful, "benign": self.benign, "vqa": self.vqa}
+        return {name: {"n": len(asks), "digest": digest(asks)} for name, asks in parts.items()}
+
+
+def digest(asks: Sequence[Ask]) -> str:
+    """SHA-256 over ids, texts, images, answers and lengths, in order."""
+    return sha256_bytes(
+        canonical_json([[ask.id, ask.text, ask.image_name, ask.answer, ask.max_new_tokens] for ask in asks])
+    )
+
+
+def prompt_asks(
+    sets: Mapping[str, int],
+    *,
+    harmful: bool,
+    images: Sequence[tuple[Path, str]],
+    max_new_tokens: int,
+    seed: int,
+) -> tuple[Ask, ...]:
+    """The first n test prompts of each set that are harmful, or that are not; each beside one benign image in turn.
+
+    A prompt that another set has asked already is left out.
+
+    Raises:
+        RecipeError: unknown set. SourceError: a wheel cannot be read.
+    """
+    found: list[Ask] = []
+    seen: set[str] = set()
+    for name, n in sets.items():
+        chosen = [prompt for prompt in load_prompts(name, "test", seed=seed) if (prompt.intent == "harmful") == harmful]
+        for prompt in chosen[:n]:
+            if normalise(prompt.text) not in seen:
+                seen.add(normalise(prompt.text))
+                found.append(_ask(prompt, name, images[len(found) % len(images)] if images else None, max_new_tokens))
+    return tuple(found)
+
+
+def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
+    """`n` easy-VQA test questions, each about its own picture of `size` pixels.
+
+    Raises:
+        SourceError: the wheel cannot be read.
+    """
+    if not n:
+        return ()
+    from artifacts.home import cache_dir
+    from stages.data.easy_vqa import export_images, load_questions
+
+    questions = load_questions("test", n, seed)
+    numbers = [question.image for question in questions]
+    paths = export_images(cache_dir() / "images" / "easy-vqa-1.0" / "test", "test", numbers, size)
+    return tuple(
+        Ask(
+            id=f"easy-vqa-{place:03d}",
+            set="easy-vqa",
+            category="visual question",
+            intent="benign",
+            text=question.question,
+            image=path,
+            image_name=f"easy-vqa:easy_vqa/data/test/images/{question.image}.png",
+            max_new_tokens=_VQA_TOKENS,
+            answer=question.answer,
+        )
+        for place, (question, path) in enumerate(zip(questions, paths, strict=True))
+    )
+
+
+def without_image(asks: Sequence[Ask]) -> tuple[Ask, ...]:
+    """The same requests as text alone."""
+    return tuple(
+        Ask(ask.id, ask.set, ask.category, ask.intent, ask.text, None, None, ask.max_new_tokens) for ask in asks
+    )
+
+
+def _ask(prompt: Prompt, set: str, image: tuple[Path, str] | None, max_new_tokens: int) -> Ask:
+    path, name = image or (None, None)
+    return Ask(prompt.id, set, prompt.category, prompt.intent, prompt.text, path, name, max_new_tokens)

@@ -1,0 +1,107 @@
+"""Stage `icet-verify`: measures on the files that ship, in the runtime that ships, at every exit, beside the source.
+
+Notable:
+- every artifact is asked the same held-out prompts beside the same benign images, so models are compared pairwise;
+- each (artifact, exit) is remembered as soon as it is answered: a killed verification goes on from there;
+- judges run on what was remembered, so a new judge asks nothing again;
+- what cannot be measured is a row without a value, and its gate fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from artifacts.errors import RecipeError
+from stages.data import images as image_data
+from stages.data import prompts as prompt_data
+from stages.stage import Context, Planned, Stage
+from stages.verify.asking import Subject
+from stages.verify.params import IcetVerifyParams
+from stages.verify.verification import Verification, check_exits
+
+MODELS: Final = ("gguf", "checkpoint")
+
+
+class IcetVerifyStage(Stage[IcetVerifyParams]):
+    """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
+
+    name = "icet-verify"
+    summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
+    accepts = MODELS
+    output_type = "verdict"
+    many = True
+    reads_device = True
+    libraries = ("llama-cpp-python", "torch", "transformers", "scipy", "scikit-learn", "pyarrow")
+    Params = IcetVerifyParams
+
+    def references(self) -> Mapping[str, str]:
+        named = {"baseline": self.params.baseline}
+        if self.params.hardened is not None:
+            named["hardened"] = self.params.hardened
+        named |= {f"controls[{place}]": control for place, control in enumerate(self.params.controls)}
+        if self.params.fidelity_to is not None:
+            named["fidelity_to"] = self.params.fidelity_to
+        return named
+
+    def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        for name in (*self.params.harmful, *self.params.over_refusal):
+            prompt_data.check_set(name)
+        self._shipped(inputs)
+        for parameter, id in self.references().items():
+            self._check_reference(parameter, id, inputs)
+        if not any(self.params.harmful.values()):
+            raise RecipeError(
+                "icet-verify asks no harmful prompt", way_out="give harmful: {donotanswer: 20, advbench: 20}"
+            )
+        if self.params.exits != "all":
+            for id in self._shipped(inputs):
+                spec = inputs[id].spec
+                if spec is not None and spec.vision is not None:
+                    check_exits(self.params.exits, spec.vision.layers, id)
+        return super().plan({id: inputs[id] for id in self._shipped(inputs)})
+
+    def downloads(self) -> Sequence[str]:
+        shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa else ()
+        return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *shapes)))
+
+    def run(self, context: Context) -> Mapping[str, object]:
+        return Verification(context, self.params, self._subjects(context)).run()
+
+    def _shipped(self, inputs: Mapping[str, object]) -> list[str]:
+        """What is verified: `needs` without the stages that are only referred to.
+
+        Raises:
+            RecipeError: nothing is left.
+        """
+        referred = set(self.references().values())
+        shipped = [id for id in inputs if id not in referred]
+        if not shipped:
+            raise RecipeError(
+                "icet-verify has nothing to verify",
+                why=f"it needs only {', '.join(inputs) or 'nothing'}, which it compares with",
+                way_out="put the stages whose files ship into needs, e.g. needs: [gguf]",
+            )
+        return shipped
+
+    def _check_reference(self, parameter: str, id: str, inputs: Mapping[str, Planned]) -> None:
+        planned = inputs.get(id)
+        wanted = MODELS if parameter.startswith("controls") else ("checkpoint",)
+        if planned is None or planned.type not in wanted:
+            fitting = [name for name, other in inputs.items() if other.type in wanted]
+            kind = f"of type {planned.type!r}" if planned else "not a stage"
+            raise RecipeError(
+                f"{parameter} names '{id}', which is {kind}",
+                why=f"{parameter} must be a stage that makes a {' or '.join(wanted)}",
+                way_out=f"for example {parameter}: {fitting[0]}" if fitting else f"name a {wanted[0]} stage",
+            )
+
+    def _subjects(self, context: Context) -> list[Subject]:
+        """Every artifact to measure; the baseline first, what ships last (its figures need the others beside them)."""
+        params, inputs = self.params, context.inputs
+        found = [Subject(params.baseline, inputs[params.baseline], "source", gated=False)]
+        if params.hardened is not None and params.hardened != params.baseline:
+            found.append(Subject(params.hardened, inputs[params.hardened], "hardened", gated=False))
+        found += [Subject(id, inputs[id], "quantized", gated=False) for id in dict.fromkeys(params.controls)]
+        found += [Subject(id, inputs[id], "quantized", gated=True) for id in self._shipped(inputs)]
+        return found

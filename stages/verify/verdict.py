@@ -1,0 +1,47 @@
+"""The files of a verdict: `responses.parquet` and `verdict.json` (`measures.json` is artifacts.measures')."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from stages.verify.asking import Answer
+from stages.verify.scores import correct
+
+VERDICT_NAME: Final = "verdict.json"
+
+
+def write_responses(path: Path, answers: Sequence[Answer]) -> None:
+    """Every response with what was asked and how it was judged; the same answers give the same bytes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns: dict[str, tuple[pyarrow.DataType, list[object]]] = {
+        "artifact": (pyarrow.string(), [a.subject.id for a in answers]),
+        "role": (pyarrow.string(), [a.subject.role for a in answers]),
+        "runtime": (pyarrow.string(), [a.subject.runtime for a in answers]),
+        "exit": (pyarrow.int32(), [a.exit for a in answers]),
+        "image": (pyarrow.string(), [a.ask.image_name for a in answers]),
+        "prompt_id": (pyarrow.string(), [a.ask.id for a in answers]),
+        "set": (pyarrow.string(), [a.ask.set for a in answers]),
+        "category": (pyarrow.string(), [a.ask.category for a in answers]),
+        "intent": (pyarrow.string(), [a.ask.intent for a in answers]),
+        "prompt": (pyarrow.string(), [a.ask.text for a in answers]),
+        "response": (pyarrow.string(), [a.text for a in answers]),
+        "refused": (pyarrow.bool_(), [a.refused for a in answers]),
+        "unsafe": (pyarrow.bool_(), [a.unsafe and a.ask.intent == "harmful" for a in answers]),
+        "degenerate": (pyarrow.bool_(), [a.degenerate for a in answers]),
+        "tokens": (pyarrow.int32(), [a.tokens for a in answers]),
+        # Visual questions only; null elsewhere.
+        "answer": (pyarrow.string(), [a.ask.answer for a in answers]),
+        "correct": (pyarrow.bool_(), [correct(a) if a.ask.answer is not None else None for a in answers]),
+    }
+    table = pyarrow.table({name: pyarrow.array(values, kind) for name, (kind, values) in columns.items()})
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+
+
+def write_verdict(path: Path, content: Mapping[str, object]) -> None:
+    """Write `verdict.json`: what was measured, on which bytes, with which questions and judge."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,197 @@
+"""Stage icet-verify on tiny real models: a source, a GGUF made from it, and what the verdict says of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError
+from artifacts.manifest import Manifest
+from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, read_measures
+from stages.models.tiny import tiny_llava_spec
+from stages.stage import Context, Planned, stage_class
+from stages.verify.stage import IcetVerifyStage
+from stages.verify.verdict import VERDICT_NAME
+
+SMALL: Mapping[str, object] = {
+    "harmful": {"donotanswer": 3, "advbench": 2},
+    "over_refusal": {"overrefusal": 2, "everyday": 1},
+    "images": 2,
+    "vqa": 4,
+    "max_new_tokens": 5,
+    "fidelity_images": 2,
+    "measure_memory": False,
+}
+
+
+class Heard:
+    """A reporter that remembers."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.done: list[tuple[float, float, str]] = []
+        self.metrics: list[tuple[str, float, int | None]] = []
+        self.stop_after = stop_after
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        self.done.append((done, total, note))
+        if self.stop_after is not None and done >= self.stop_after:
+            raise KeyboardInterrupt
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
+        self.metrics.append((name, value, exit))
+
+    def log(self, message: str) -> None:
+        pass
+
+
+def artifact_of(folder: Path, type: str, metadata: Mapping[str, object]) -> Artifact:
+    Manifest.of_folder(folder, type, metadata).write(folder)
+    return Artifact.open(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """`gguf` made by the gguf stage from `source`."""
+    import shutil
+
+    base = tmp_path_factory.mktemp("verify")
+    source = base / "source"
+    shutil.copytree(tiny_llava, source)
+    made = artifact_of(source, "checkpoint", {"exits": [1, 2, 3], "default_exit": 2, "family": "llava-siglip"})
+    stage = stage_class("gguf")
+    (base / "gguf").mkdir()
+    context = Context("gguf", {"source": made}, base / "gguf", base / "gguf-scratch", 0, Heard())
+    metadata = stage(stage.Params.model_validate({"type": "Q8_0"})).run(context)
+    return {"gguf": artifact_of(base / "gguf", "gguf", metadata), "source": made}
+
+
+@pytest.fixture
+def verify(tmp_path: Path, inputs: dict[str, Artifact]) -> Callable[..., Artifact]:
+    def run(name: str = "out", scratch: str = "scratch", reporter: Heard | None = None, **params: object) -> Artifact:
+        output = tmp_path / name
+        output.mkdir()
+        stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate({**SMALL, **params}))
+        context = Context("icet", inputs, output, tmp_path / scratch, 7, reporter or Heard())
+        return artifact_of(output, "verdict", stage.run(context))
+
+    return run
+
+
+def rows_of(verdict: Artifact, artifact: str, measure: str) -> list[Measure]:
+    rows = read_measures(verdict.file(MEASURES_NAME))
+    return [row for row in rows if row.artifact == artifact and row.measure == measure]
+
+
+def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_source(
+    verify: Callable[..., Artifact], inputs: dict[str, Artifact]
+) -> None:
+    import pyarrow.parquet
+
+    heard = Heard()
+    verdict = verify(reporter=heard)
+
+    for artifact, exits in (("gguf", [1, 2]), ("source", [1, 2, 3])):
+        for measure, n in (("asr", 5), ("over_refusal", 3), ("degenerate", 5)):
+            rows = rows_of(verdict, artifact, measure)
+            assert [(row.exit, row.n) for row in rows if row.exit is not None] == [(exit, n) for exit in exits]
+            averages = {row.band: row for row in rows if row.exit is None}
+            assert averages["average"].n == 2 * n and averages["all"].n == len(exits) * n
+        assert {row.digest for row in rows_of(verdict, artifact, "asr")} == {inputs[artifact].digest}
+        assert rows_of(verdict, artifact, "asr_text_only")[0].n == 5
+        (vqa,) = rows_of(verdict, artifact, "vqa_accuracy")
+        assert (vqa.exit, vqa.n) == (2, 4)
+    assert {row.band for row in rows_of(verdict, "source", "asr") if row.band} == {
+        "early",
+        "middle",
+        "late",
+        "average",
+        "all",
+    }
+    worst = max((row.value or 0) for row in rows_of(verdict, "gguf", "asr") if row.exit is not None)
+    assert rows_of(verdict, "gguf", "asr_worst")[0].value == worst
+    for measure in ("flips_to_unsafe", "flips_to_safe", "mcnemar_p"):
+        assert [row.exit for row in rows_of(verdict, "gguf", measure)] == [1, 2, None]
+        assert rows_of(verdict, "source", measure) == []
+
+    fidelity = rows_of(verdict, "gguf", "fidelity_cosine")
+    assert [row.exit for row in fidelity] == [1, 2]
+    assert all(row.value is not None and row.value > 0.999 for row in fidelity)
+
+    table = pyarrow.parquet.read_table(verdict.file(RESPONSES_NAME)).to_pylist()
+    assert len(table) == 5 * 8 + 2 * 5 + 2 * 4 == verdict.metadata["responses"]
+    assert {row["runtime"] for row in table if row["artifact"] == "gguf"} == {"llamacpp"}
+    assert {row["runtime"] for row in table if row["artifact"] == "source"} == {"transformers"}
+    assert all(row["refused"] + row["degenerate"] <= 1 for row in table)
+    assert not any("/tmp" in str(value) for row in table for value in row.values())
+    assert all((row["answer"] is None) == (row["set"] != "easy-vqa") for row in table)
+
+    said = json.loads(verdict.file(VERDICT_NAME).read_text())
+    assert {subject["stage"]: subject["digest"] for subject in said["subjects"]} == {
+        name: artifact.digest for name, artifact in inputs.items()
+    }
+    assert said["common_exits"] == [1, 2]
+    done, total, _ = heard.done[-1]
+    assert done == total == len(table)
+    assert all(a[0] <= b[0] for a, b in zip(heard.done[1:], heard.done[2:], strict=False))
+    assert ("asr/gguf", 1) in {(name, exit) for name, _, exit in heard.metrics}
+
+
+def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(verify: Callable[..., Artifact]) -> None:
+    whole = verify("whole", scratch="one")
+    with pytest.raises(KeyboardInterrupt):
+        verify("killed", scratch="two", reporter=Heard(stop_after=20))
+    assert verify("resumed", scratch="two").digest == whole.digest
+
+
+def test_controls_are_measured_alike_but_their_fidelity_is_not_gated(
+    verify: Callable[..., Artifact], inputs: dict[str, Artifact]
+) -> None:
+    inputs["plain"] = inputs["gguf"]
+    try:
+        verdict = verify(controls=["plain"], exits=[2], baseline_exits="shared", vqa=0)
+    finally:
+        del inputs["plain"]
+    control, shipped = rows_of(verdict, "plain", "asr"), rows_of(verdict, "gguf", "asr")
+    assert [row.value for row in control] == [row.value for row in shipped]
+    assert [row.exit for row in shipped if row.exit] == [2]
+    assert rows_of(verdict, "plain", "fidelity_cosine") == []
+    assert rows_of(verdict, "gguf", "vqa_accuracy")[0].value is None
+    assert "plain" not in verdict.metadata["subjects"]  # type: ignore[operator]
+
+
+def planned(**types: str) -> dict[str, Planned]:
+    return {name: Planned(type, tiny_llava_spec()) for name, type in types.items()}
+
+
+@pytest.mark.parametrize(
+    ("params", "inputs_of", "message"),
+    [
+        ({"harmful": {"advbnech": 3}}, {"gguf": "gguf", "source": "checkpoint"}, "did you mean 'advbench'"),
+        ({"over_refusal": {"pears": 3}}, {"gguf": "gguf", "source": "checkpoint"}, "did you mean 'pairs'"),
+        ({"baseline": "gguf"}, {"gguf": "gguf", "other": "gguf"}, "baseline names 'gguf'"),
+        ({}, {"source": "checkpoint"}, "nothing to verify"),
+        ({"hardened": "icet"}, {"gguf": "gguf", "source": "checkpoint", "icet": "verdict"}, "hardened names 'icet'"),
+        ({"harmful": {}}, {"gguf": "gguf", "source": "checkpoint"}, "asks no harmful prompt"),
+        ({"exits": [9]}, {"gguf": "gguf", "source": "checkpoint"}, "no exit 9"),
+    ],
+)
+def test_what_cannot_be_verified_is_refused_before_any_work(
+    params: dict[str, object], inputs_of: dict[str, str], message: str
+) -> None:
+    stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate(params))
+    with pytest.raises(RecipeError) as error:
+        stage.plan(planned(**inputs_of))
+    assert message in str(error.value)
+
+
+def test_the_baseline_hardened_and_controls_become_edges_of_the_graph() -> None:
+    stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate({"hardened": "lppo", "controls": ["a", "b"]}))
+    assert list(stage.references().values()) == ["source", "lppo", "a", "b"]
+    assert (
+        stage.plan(planned(gguf="gguf", source="checkpoint", lppo="checkpoint", a="gguf", b="gguf")).type == "verdict"
+    )
+    assert all(source.startswith("package:") for source in stage.downloads())
