@@ -194,7 +194,7 @@ class _Watch:
         if isinstance(error, dict):
             raise error_from_dict(error)
         outcome = self._result.get("outcome")
-        if outcome is not None and code == 0:
+        if outcome is not None:  # native libraries may still crash while the interpreter ends; the work was done
             done = Outcome.model_validate(outcome)
             return done.model_copy(update={"peak_rss": max(done.peak_rss, self._peak)})
         raise self._ended(code)

@@ -69,7 +69,8 @@ class _Channel:
         self._event(StageMetric(stage=self._stage_id, name=name, value=number, step=step, exit=exit))
 
     def log(self, message: str) -> None:
-        sys.stderr.write(message + "\n")
+        with contextlib.suppress(OSError):  # the disk of the log may be full; the event still counts
+            sys.stderr.write(message + "\n")
         self._event(StageLog(stage=self._stage_id, message=message))
 
 
@@ -104,17 +105,10 @@ def main(arguments: list[str]) -> int:
     channel = _Channel(descriptor, job.stage_id)
     try:
         outcome = _work(job, channel)
-    except PipelineError as error:
-        traceback.print_exc()
-        channel.send({"error": error.to_dict()})
-        return 1
-    except MemoryError:
-        traceback.print_exc()
-        channel.send({"error": _out_of_memory(job).to_dict()})
-        return 1
     except BaseException as error:
-        traceback.print_exc()
-        channel.send({"error": _unexpected(error, job).to_dict()})
+        channel.send({"error": _for_users(error, job).to_dict()})
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         return 1
     channel.send({"outcome": outcome.model_dump(mode="json")})
     return 0
@@ -166,7 +160,15 @@ def _as_json(metadata: Mapping[str, object], job: Job) -> dict[str, object]:
         ) from error
 
 
-def _unexpected(error: BaseException, job: Job) -> PipelineError:
+def _for_users(error: BaseException, job: Job) -> PipelineError:
+    if isinstance(error, PipelineError):
+        return error
+    if isinstance(error, MemoryError):
+        return StageError(
+            f"stage '{job.stage_id}' ran out of memory",
+            why=f"it had taken {peak_rss() / 2**30:.1f} GiB",
+            way_out="close other programs, choose a smaller batch, or start from a smaller model; then run again",
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_error(error, job.output)
     text = str(error).strip().splitlines()
@@ -174,14 +176,6 @@ def _unexpected(error: BaseException, job: Job) -> PipelineError:
         f"stage '{job.stage_id}' failed: {type(error).__name__}{': ' + text[0] if text else ''}",
         why=_raised_at(error),
         way_out=f"the whole traceback is in {job.log}",
-    )
-
-
-def _out_of_memory(job: Job) -> StageError:
-    return StageError(
-        f"stage '{job.stage_id}' ran out of memory",
-        why=f"it had taken {peak_rss() / 2**30:.1f} GiB",
-        way_out="close other programs, choose a smaller batch, or start from a smaller model; then run again",
     )
 
 
