@@ -98,9 +98,7 @@ class Manifest(BaseModel):
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.relative_to(folder).as_posix() != MANIFEST_NAME
         ]
-        return cls(
-            type=type, files=tuple(entries), metadata=dict(metadata), provenance=provenance or Provenance()
-        )
+        return cls(type=type, files=tuple(entries), metadata=dict(metadata), provenance=provenance or Provenance())
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json` into `folder`."""
