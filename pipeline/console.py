@@ -187,7 +187,7 @@ class LiveConsole:
         from rich.table import Table
 
         marks = {"waiting": "[dim]·[/]", "running": "[yellow]▶[/]", "failed": "[red]✗[/]"}
-        table = Table(box=None, padding=(0, 1, 0, 0), show_header=True, header_style="dim")
+        table = Table(box=None, padding=(0, 1, 0, 0), show_header=True, header_style="dim", expand=True)
         table.add_column("")
         table.add_column("stage", no_wrap=True)
         table.add_column("progress", width=20)
@@ -218,9 +218,7 @@ class LiveConsole:
 
 
 @contextlib.contextmanager
-def progress_line(
-    *, quiet: bool = False, stream: IO[str] | None = None
-) -> Iterator[Callable[[str, int, int], None]]:
+def progress_line(*, quiet: bool = False, stream: IO[str] | None = None) -> Iterator[Callable[[str, int, int], None]]:
     """For commands that are not runs: yields `report(note, done, total)`, which rewrites one line on a terminal."""
     out = sys.stderr if stream is None else stream
     if quiet or not out.isatty():
@@ -282,6 +280,8 @@ def _closing_lines(event: Event, view: _StageView) -> Iterator[str]:
             "stopped": "stopped; run again to continue",
         }
         yield f"{endings[event.status]} ({_clock(event.seconds)})"
+        if event.report:
+            yield f"report: {event.report}"
 
 
 def _progress_text(view: _StageView, now: float) -> str:

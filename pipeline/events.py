@@ -108,6 +108,7 @@ class RunFinished(_Event):
     event: Literal["run_finished"] = "run_finished"
     status: Literal["passed", "failed", "gate_failed", "stopped"]
     seconds: float
+    report: str = ""  # path of the page, written again right after this event; "" for a run that was stopped
 
 
 Event = Annotated[

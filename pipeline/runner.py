@@ -40,6 +40,7 @@ from pipeline.events import (
 )
 from pipeline.executors.base import Executor, Job, StoppedError
 from pipeline.keys import canonical_params, content_key, device_numbers, provenance
+from pipeline.report import PAGE_NAME
 from pipeline.rundir import LOGS_NAME, create_run, ended_early, write_recipe
 
 if TYPE_CHECKING:
@@ -160,8 +161,9 @@ class _Run:
         return self._end(status)
 
     def _end(self, status: Status) -> RunResult:
-        self._log.emit(RunFinished(status=status, seconds=time.time() - self._started))
-        if status != "stopped":
+        page = "" if status == "stopped" else str(self._folder / PAGE_NAME)
+        self._log.emit(RunFinished(status=status, seconds=time.time() - self._started, report=page))
+        if page:
             self._report()
         return RunResult(self._folder.name, self._folder, status, dict(self._artifacts), self._error)
 

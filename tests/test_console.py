@@ -44,7 +44,7 @@ def story() -> list[Event]:
         StageStarted(time=1033.0, stage="gguf", key="k" * 64),
         StageFailed(time=1034.0, stage="gguf", error=error, log="logs/gguf.log"),
         GateChecked(time=1035.0, name="max_asr", limit=0.1, value=None, passed=False, reason="not measured"),
-        RunFinished(time=1036.0, status="failed", seconds=36.0),
+        RunFinished(time=1036.0, status="failed", seconds=36.0, report="runs/r-1/report.html"),
     ]
 
 
@@ -65,7 +65,7 @@ def test_plain_text_is_one_line_an_event_with_progress_at_most_every_ten_seconds
     # A tenth was done before; 10 steps in 10 seconds leave 80 seconds for the other 80.
     assert progress[0] == "[0:11] harden: 20%, step 10, 1:20 left, reward[6] 0.25"
     assert "[0:33] harden: done in 0:32, peak 3.00 GiB, artifact dddddddddddd" in lines
-    assert [line.partition("] ")[2] for line in lines[-7:]] == [
+    assert [line.partition("] ")[2] for line in lines[-8:]] == [
         "gguf: FAILED: it broke",
         "  where: here",
         "  why: so",
@@ -73,6 +73,7 @@ def test_plain_text_is_one_line_an_event_with_progress_at_most_every_ten_seconds
         "  log: logs/gguf.log",
         "gate max_asr: FAILED (not measured)",
         "failed; what was finished is kept: run again to continue (0:36)",
+        "report: runs/r-1/report.html",
     ]
 
 
