@@ -1,0 +1,222 @@
+"""The policy: a frozen vision-language model, LoRA on its language backbone, and one linear layer as the value model.
+
+- The reference policy is the same model with the adapter disabled; no second copy exists.
+- One pass of the trunk gives log-probabilities and values; the head is applied to response positions only.
+- Of image encoder and projector nothing is trained, and the encoder is not called here at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from artifacts.errors import SourceError, StageError
+from stages.data.chat import render
+from stages.lppo.params import LoRA
+from stages.lppo.rollout import Prefixes, Responses, Tags, attention_mask, pack_responses
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.models.family import Family
+
+
+class Policy:
+    """LoRA on `family.trunk(model)`, in place, and a value head that starts at zero.
+
+    Args:
+        model: loaded with gradients off; it is changed in place.
+        temperature: of sampling; the policy that is trained is the one at this temperature.
+        seed: of the adapter's initialisation.
+
+    Raises:
+        StageError: no linear layer of these names. SourceError: no chat template.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        lora: LoRA,
+        *,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ):
+        import torch
+
+        if not isinstance(tokenizer.chat_template, str):
+            raise SourceError(
+                "the checkpoint has no chat template", way_out="put a chat_template.jinja into the folder"
+            )
+        self._family = family
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template = tokenizer.chat_template
+        self.temperature = temperature
+        self.embed = cast("torch.nn.Module", model.get_input_embeddings())
+        self._head = family.head(model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.trunk = with_adapter(family.trunk(model), lora)
+        embedding = cast("torch.Tensor", self.embed.weight)
+        self.device = embedding.device
+        self.dtype = embedding.dtype
+        self.value_head = torch.nn.Linear(embedding.shape[1], 1).to(self.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+        stop = model.generation_config.eos_token_id
+        ends = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
+        self.end_tokens = torch.tensor(sorted(ends), device=self.device)
+
+    # --- states ---
+
+    def before_image(self) -> torch.Tensor:
+        """Embeddings of what the chat template prints before the image: (tokens, width)."""
+        turn = render(self._template, "", image=True)
+        ids = self.token_ids(turn.before)
+        if self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id] != ids[:1]:
+            ids = [cast("int", self._tokenizer.bos_token_id), *ids]
+        return self.embedded(ids)
+
+    def after_image(self, prompt: str) -> torch.Tensor:
+        """Embeddings of the prompt and of all that follows up to the answer: (tokens, width)."""
+        return self.embedded(self.token_ids(render(self._template, prompt, image=True).after))
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Exit features (patches, vision width) as image tokens (tokens, width)."""
+        import torch
+
+        with torch.no_grad():
+            return self._family.project(self._model, features).to(self.dtype)
+
+    def token_ids(self, text: str) -> list[int]:
+        return cast("list[int]", self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def embedded(self, ids: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        with torch.no_grad():
+            return cast("torch.Tensor", self.embed(torch.tensor(ids, dtype=torch.long, device=self.device)))
+
+    # --- one pass of the trunk ---
+
+    def new_cache(self) -> Cache:
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def hidden(self, embeddings: torch.Tensor, queries: Tags, keys: Tags, cache: Cache | None = None) -> torch.Tensor:
+        """Last hidden states (scenes, queries, width); `keys` are the tokens in the cache, then `queries` again."""
+        out = self.trunk(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask(queries, keys, self.dtype),
+            position_ids=queries.position,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return cast("torch.Tensor", out.last_hidden_state)
+
+    def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities (..., vocabulary) at the policy's temperature, float32."""
+        return cast("torch.Tensor", (self._head(hidden).float() / self.temperature).log_softmax(-1))
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """V of the states that end in these tokens: (...)."""
+        return cast("torch.Tensor", self.value_head(hidden.float())[..., 0])
+
+    def evaluate(self, prefixes: Prefixes, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of every response token and value of the state before it, in one pass.
+
+        Returns: two flat tensors in the order of `responses.mask.nonzero()`.
+        """
+        import torch
+
+        packed = pack_responses(prefixes, responses.tokens, responses.mask)
+        embeddings = torch.cat([prefixes.embeddings, self.embed(packed.tokens)], 1)
+        hidden = self.hidden(embeddings, packed.tags, packed.tags)
+        scene, _, _ = responses.mask.nonzero(as_tuple=True)
+        chosen = hidden[scene, packed.predictors[responses.mask]]
+        logits = self._head(chosen).float() / self.temperature
+        taken = logits.gather(-1, responses.tokens[responses.mask][:, None])[:, 0]
+        return taken - logits.logsumexp(-1), self.values(chosen)
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Inside, the adapter is disabled: the model as it was before training (the SFT policy of the paper)."""
+        import torch
+
+        with torch.no_grad(), self.trunk.disable_adapter():
+            yield
+
+    # --- tokens ---
+
+    def ends(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether each token ends the turn."""
+        import torch
+
+        return torch.isin(tokens, self.end_tokens)
+
+    def decode(self, tokens: torch.Tensor) -> str:
+        return cast("str", self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+    # --- what is trained ---
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """Every trained parameter by name, in one stable order."""
+        adapter = {f"adapter.{n}": p for n, p in self.trunk.named_parameters() if p.requires_grad}
+        value = {f"value.{n}": p for n, p in self.value_head.named_parameters()}
+        return adapter | value
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The adapter alone, by its names in the trunk, on the CPU."""
+        found = {name: parameter for name, parameter in self.trunk.named_parameters() if parameter.requires_grad}
+        return {name: parameter.detach().cpu().clone() for name, parameter in found.items()}
+
+
+def with_adapter(trunk: torch.nn.Module, lora: LoRA) -> PeftModel:
+    """Put LoRA into a trunk, in place.
+
+    Raises:
+        StageError: it has no linear layer of these names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    depth = int(cast("int", trunk.config.num_hidden_layers))  # type: ignore[union-attr]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
+        layers_to_transform=None if lora.layers is None else list(range(max(0, depth - lora.layers), depth)),
+    )
+    try:
+        return get_peft_model(trunk, config)
+    except ValueError as error:
+        raise StageError(
+            "no layer of the language model takes a LoRA adapter",
+            why=str(error).splitlines()[0],
+            way_out="name its linear layers in lora_targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
+        ) from error
+
+
+def merged(
+    family: Family, folder: Path, dtype: str, adapter: Mapping[str, torch.Tensor], lora: LoRA
+) -> PreTrainedModel:
+    """The checkpoint in `folder`, loaded afresh in its own dtype, with a trained adapter added to its weights.
+
+    Afresh, so that what was only a compute dtype during training leaves no trace in the weights.
+    """
+    import torch
+
+    model = family.load(folder, dtype=dtype)
+    trunk = with_adapter(family.trunk(model), lora)
+    parameters = dict(trunk.named_parameters())
+    with torch.no_grad():
+        for name, value in adapter.items():
+            parameters[name].copy_(value)
+    trunk.merge_and_unload()
+    return cast("PreTrainedModel", model.requires_grad_(False))

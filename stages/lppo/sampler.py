@@ -1,0 +1,130 @@
+"""What is asked at which exit: all exits in one training, the currently worst ones most often.
+
+Exits are drawn by group DRO (Sagawa et al., 2020) with a floor: an exit's share grows with its failures, measured on
+the training's own responses, and no exit is ever left out. Everything else is a function of (seed, step), so the
+failures are the only state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.errors import StageError
+from stages.data.prompts import Prompt
+from stages.lppo.rollout import Scene
+
+
+class ExitSampler:
+    """Draws exits; `failure[exit]` is a moving average of the share of harmful prompts that were not refused there.
+
+    Args:
+        floor: part of every draw that is uniform.
+        sharpness: how strongly the rest prefers the worst: shares go with exp(sharpness * failure).
+        memory: weight of the past in the moving average, per step in which the exit was drawn.
+    """
+
+    def __init__(self, exits: Sequence[int], *, floor: float, sharpness: float, memory: float = 0.7):
+        self.exits = tuple(exits)
+        # Unknown counts as failing, so that every exit is visited early.
+        self.failure: dict[int, float] = dict.fromkeys(self.exits, 1.0)
+        self._floor = floor
+        self._sharpness = sharpness
+        self._memory = memory
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """Share of each exit, in the order of `exits`."""
+        weights = np.exp(self._sharpness * np.array([self.failure[exit] for exit in self.exits]))
+        share: NDArray[np.float64] = self._floor / len(self.exits) + (1 - self._floor) * weights / weights.sum()
+        return share
+
+    def draw(self, rng: np.random.Generator, n: int) -> list[int]:
+        """`n` exits: all different while there are enough, since a step learns more from different ones."""
+        drawn: list[int] = []
+        while len(drawn) < n:
+            some = min(n - len(drawn), len(self.exits))
+            order = rng.choice(len(self.exits), size=some, replace=False, p=self.probabilities())
+            drawn += [self.exits[int(index)] for index in order]
+        return drawn
+
+    def update(self, failed: Mapping[int, Sequence[bool]]) -> None:
+        """Take in what harmful prompts met at each exit in one step: True is an answer that was no refusal."""
+        for exit, outcomes in failed.items():
+            if outcomes:
+                now = sum(outcomes) / len(outcomes)
+                self.failure[exit] = self._memory * self.failure[exit] + (1 - self._memory) * now
+
+
+class PromptPool:
+    """Prompts of several sets in turn, each shuffled anew on every pass; the k-th one is a function of (seed, k)."""
+
+    def __init__(self, sets: Mapping[str, Sequence[Prompt]], seed: int):
+        empty = [name for name, prompts in sets.items() if not prompts]
+        if empty or not sets:
+            raise StageError(f"no training prompts of this kind in {', '.join(empty) or 'no set'}")
+        self._sets = tuple(tuple(prompts) for prompts in sets.values())
+        self._seed = seed
+
+    def __getitem__(self, k: int) -> Prompt:
+        which, number = k % len(self._sets), k // len(self._sets)
+        prompts = self._sets[which]
+        turn, place = divmod(number, len(prompts))
+        order = np.random.default_rng([self._seed, which, turn]).permutation(len(prompts))
+        return prompts[int(order[place])]
+
+
+class SceneSampler:
+    """The scenes of each step: exits by `ExitSampler`, harmful and harmless prompts side by side at the same exit.
+
+    Args:
+        pools: prompts by kind, in the order in which they are dealt out to the scenes.
+        counts: prompts of each kind in a step; together a multiple of `per_scene`.
+        images: how many images there are.
+    """
+
+    def __init__(
+        self,
+        exits: ExitSampler,
+        pools: Mapping[str, PromptPool],
+        counts: Mapping[str, int],
+        *,
+        per_scene: int,
+        images: int,
+        seed: int,
+    ):
+        self.exits = exits
+        self._pools = pools
+        self._counts = counts
+        self._per_scene = per_scene
+        self._images = images
+        self._seed = seed
+
+    def scenes(self, step: int) -> list[Scene]:
+        """The states of one step."""
+        rng = np.random.default_rng([self._seed, step])
+        # Dealt like cards: the kinds come one after the other, so each scene gets some of each.
+        prompts = [self._pools[kind][step * n + i] for kind, n in self._counts.items() for i in range(n)]
+        scenes = len(prompts) // self._per_scene
+        exits = self.exits.draw(rng, scenes)
+        images = rng.integers(self._images, size=scenes)
+        return [Scene(exits[i], int(images[i]), tuple(prompts[i::scenes])) for i in range(scenes)]
+
+
+def share_out(total: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """`total` in whole parts as near to `shares` as can be; every positive share gets at least one.
+
+    Raises:
+        ValueError: more positive shares than parts, or none.
+    """
+    positive = {name: share for name, share in shares.items() if share > 0}
+    if not positive or total < len(positive):
+        raise ValueError(f"{total} prompts cannot hold {len(positive)} kinds")
+    exact = {name: total * share / sum(positive.values()) for name, share in positive.items()}
+    parts = {name: max(1, int(value)) for name, value in exact.items()}
+    while sum(parts.values()) != total:
+        step = 1 if sum(parts.values()) < total else -1
+        movable = [name for name in parts if step > 0 or parts[name] > 1]
+        parts[max(movable, key=lambda name: step * (exact[name] - parts[name]))] += step
+    return parts
