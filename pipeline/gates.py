@@ -124,6 +124,8 @@ def _average(measure: str, words: str, one: _Shipped) -> tuple[float, str]:
 
 
 def _worst_asr(one: _Shipped) -> tuple[float, str]:
+    if not any(row.exit is not None for row in one.of("asr")):
+        return _average("asr", "ASR", one)  # a model that sees no images has no exits
     rows = _per_exit(one, "asr")
     worst = max(rows, key=_value)
     return _value(worst), f"ASR at its worst exit, {worst.exit},"
@@ -143,12 +145,12 @@ def _utility_drop(one: _Shipped) -> tuple[float, str]:
 
 
 def _at_default(rows: Sequence[Measure], default: int | None, id: str) -> Measure:
-    """The row at the default exit; the one about the whole artifact when exits are not told apart."""
+    """The row at the default exit, or the only one there is."""
     at_exit = [row for row in rows if row.exit is not None and row.exit == default]
-    whole = [row for row in rows if row.exit is None and row.band is None]
-    if not (at_exit or whole):
+    found = at_exit or [row for row in rows if row.band is None]
+    if not at_exit and len(found) != 1:
         raise _UnmeasuredError(f"the verdict has no vqa_accuracy of {id} at its default exit")
-    return (at_exit or whole)[0]
+    return found[0]
 
 
 def _memory(one: _Shipped) -> tuple[float, str]:
@@ -173,10 +175,10 @@ def _shipped(graph: Graph, artifacts: Mapping[str, Artifact]) -> list[_Shipped]:
     for node in graph.verdicts:
         verdict = artifacts.get(node.id)
         rows = tuple(read_measures(verdict.file(MEASURES_NAME))) if verdict is not None else ()
-        source = next((id for id in node.inputs if id not in node.needs), SOURCE_ID)
+        source = node.stage.references().get("baseline", SOURCE_ID)
         found.extend(
             _Shipped(id, _default_exit(graph, id, artifacts), _default_exit(graph, source, artifacts), rows)
-            for id in node.needs
+            for id in graph.verified(node)
         )
     return found
 

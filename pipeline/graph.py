@@ -54,10 +54,15 @@ class Graph:
         """The stages that measure."""
         return tuple(node for node in self.nodes if node.planned.type == "verdict")
 
+    def verified(self, verdict: Node) -> tuple[str, ...]:
+        """What a verdict is about: what it needs, without what it only compares with (baseline, controls)."""
+        compared = set(verdict.stage.references().values())
+        return tuple(id for id in verdict.needs if id not in compared)
+
     @property
     def shipped(self) -> tuple[str, ...]:
         """Stages whose artifacts are meant for users: what is verified, or else every GGUF that ends a path."""
-        verified = dict.fromkeys(id for node in self.verdicts for id in node.needs)
+        verified = dict.fromkeys(id for node in self.verdicts for id in self.verified(node))
         if verified:
             return tuple(verified)
         taken = {id for node in self.nodes for id in node.inputs}
@@ -149,7 +154,7 @@ def _references(recipe: Recipe, id: str, stage: Stage[StageParams], stages: Mapp
         if target not in stages:
             raise RecipeError(
                 f"{parameter} of stage '{id}' names '{target}', which is not a stage of this recipe",
-                where=recipe.where(*_place(id, parameter)),
+                where=recipe.where(*_place(id, parameter.partition("[")[0])),
                 way_out=nearest(target, stages),
             )
     return tuple(found.values())

@@ -1,0 +1,200 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pipeline.cli import app
+
+COMMANDS = ("run", "plan", "runs", "report", "recipes", "schema", "inspect", "chat", "fetch", "gc", "doctor")
+
+CUT = """\
+recipe: 1
+name: cut
+source: {model: demo:tiny-llava}
+device: {memory: 1GiB, context: 512}
+stages:
+  exit: {uses: early-exit, with: {layer: 1}}
+"""
+
+
+def cli(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), prog_name="pipeline")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a small recipe has been run: source, early exit."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "cut.yaml").write_text(CUT)
+    result = cli("run", str(folder / "cut.yaml"), "--runs-dir", str(folder / "runs"), "--plain")
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_help_comes_at_once() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert all(command in done.stdout for command in COMMANDS)
+    # Processor time, so that a busy machine does not fail the test.
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.5
+
+
+def test_nothing_heavy_is_imported_before_a_command_needs_it() -> None:
+    heavy = "('torch', 'transformers', 'numpy', 'rich', 'yaml', 'pydantic')"
+    code = f"import sys, pipeline.cli; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_plan_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "cut.yaml").write_text(CUT + "  gguf: {uses: gguf, needs: exit, with: {type: Q4_0}}\n")
+    code = (
+        "import sys; from pipeline.commands.load import load_graph; from pipeline.commands.plan import make_plan;"
+        f"make_plan(load_graph({str(tmp_path / 'cut.yaml')!r}));"
+        "print('torch' in sys.modules, 'llama_cpp' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example_in_its_help(command: str) -> None:
+    result = cli(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: pipeline {command}" in result.output
+
+
+def test_the_version_is_told() -> None:
+    result = cli("--version")
+    assert result.exit_code == 0 and re.fullmatch(r"pipeline \d+\.\d+\S*\n", result.output)
+
+
+def test_recipes_are_listed_with_their_purpose() -> None:
+    result = cli("recipes")
+    assert re.search(r"^quickstart +\w", result.output, re.MULTILINE)
+    assert json.loads(cli("recipes", "--json").output)["smoke"]["purpose"]
+
+
+def test_the_schema_of_a_recipe_describes_every_stage_and_accepts_the_shipped_recipes() -> None:
+    import jsonschema
+    import yaml
+
+    from recipes import shipped
+
+    schema = json.loads(cli("schema").output)
+    uses = {
+        choice["properties"]["uses"]["const"]
+        for choice in schema["properties"]["stages"]["additionalProperties"]["oneOf"]
+    }
+    assert {"early-exit", "l-ppo", "gguf", "icet-verify"} <= uses and "source" not in uses
+    assert "laptop-8gb" in schema["properties"]["device"]["anyOf"][0]["enum"]
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for path in shipped().values():
+        jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(CUT.replace("layer", "layr")), schema)
+
+
+def test_the_schema_of_a_report_is_printed() -> None:
+    schema = json.loads(cli("schema", "report").output)
+    assert {"run", "recipe", "status", "artifacts", "gates", "measures"} <= set(schema["properties"])
+    assert cli("schema", "nonsense").exit_code == 2
+
+
+def test_a_plan_shows_what_is_cached_and_what_is_not(finished: Path) -> None:
+    text = cli("plan", str(finished / "cut.yaml")).output
+    assert re.search(r"^exit +early-exit +source +checkpoint +cached [0-9a-f]{12}$", text, re.MULTILINE)
+    changed = json.loads(cli("plan", str(finished / "cut.yaml"), "--set", "stages.exit.with.layer=2", "--json").output)
+    assert [(stage["id"], stage["cached"]) for stage in changed["stages"]] == [("source", True), ("exit", False)]
+
+
+def test_a_plan_says_how_much_memory_the_result_will_need(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(CUT + "  gguf: {uses: gguf, needs: exit, with: {type: Q4_0}}\n")
+    result = cli("plan", str(tmp_path / "r.yaml"))
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^memory   gguf: [\d.]+ [KMG]iB \(Q4_0, context 512\)$", result.output, re.MULTILINE)
+
+
+def test_runs_are_listed_and_their_report_is_found(finished: Path) -> None:
+    runs = ("--runs-dir", str(finished / "runs"))
+    (run,) = json.loads(cli("runs", *runs, "--json").output)
+    assert run["recipe"] == "cut" and run["status"] == "passed"
+    assert run["id"] in cli("runs", *runs).output
+    page = Path(cli("report", *runs).output.strip())
+    assert page.is_file() and page.name == "report.html"
+    assert json.loads(cli("report", run["id"][:12], *runs, "--rebuild", "--json").output)["recipe"] == "cut"
+
+
+def test_no_runs_is_no_error_but_a_run_that_is_not_there_is(tmp_path: Path) -> None:
+    assert cli("runs", "--runs-dir", str(tmp_path)).exit_code == 0
+    result = cli("report", "nothing", "--runs-dir", str(tmp_path))
+    assert result.exit_code == 2 and "there are no runs" in result.stderr
+
+
+def test_an_artifact_is_shown_with_its_lineage_by_stage_digest_or_folder(finished: Path) -> None:
+    runs = ("--runs-dir", str(finished / "runs"))
+    by_stage = json.loads(cli("inspect", "exit", *runs, "--json").output)
+    assert by_stage["damage"] == []
+    assert [(step["depth"], step["name"], step["stage"]) for step in by_stage["lineage"]] == [
+        (0, "", "early-exit"),
+        (1, "source", "source"),
+    ]
+    digest = by_stage["digest"]
+    for name in (digest[:10], by_stage["path"], f"cut:{'exit'}"):
+        result = cli("inspect", name, *runs)
+        assert result.exit_code == 0, result.output
+        assert digest in result.output and "none: every byte was read" in result.output
+
+
+def test_events_are_printed_for_programs_and_a_second_run_is_cached(finished: Path) -> None:
+    result = cli("run", str(finished / "cut.yaml"), "--runs-dir", str(finished / "again"), "--json")
+    events = [json.loads(line) for line in result.output.splitlines()]
+    assert result.exit_code == 0
+    assert [event["cached"] for event in events if event["event"] == "stage_finished"] == [True, True]
+    assert events[-1]["event"] == "run_finished" and events[-1]["status"] == "passed"
+
+
+def test_a_checkpoint_answers_in_a_chat(finished: Path, images: list[Path]) -> None:
+    runs = ("--runs-dir", str(finished / "runs"))
+    result = cli("chat", "exit", "--image", str(images[0]), "--prompt", "What is it?", "--max-new-tokens", "3", *runs)
+    assert result.exit_code == 0, result.output
+    spoken = CliRunner().invoke(app, ["chat", "exit", "--max-new-tokens", "2", *runs], input="Hello\n")
+    assert spoken.exit_code == 0, spoken.output
+
+
+def test_gc_keeps_what_runs_refer_to_and_says_what_would_go(finished: Path) -> None:
+    runs = ("--runs-dir", str(finished / "runs"))
+    made = json.loads(cli("inspect", "exit", *runs, "--json").output)["digest"]
+    freed = json.loads(cli("gc", "--dry-run", "--check", *runs, "--json").output)
+    assert freed["dry_run"] and made not in freed["removed"] and freed["found_damaged"] == []
+    assert cli("gc", "--dry-run", *runs).output.splitlines()[-1].startswith("would free ")
+
+
+def test_the_doctor_names_what_is_here_and_what_is_missing() -> None:
+    result = cli("doctor", "--json")
+    findings = {finding["name"]: finding for finding in json.loads(result.output)}
+    assert findings["python"]["state"] == "ok" and "GiB free of" in findings["memory"]["detail"]
+    missing = [name for name, finding in findings.items() if finding["state"] == "missing"]
+    assert result.exit_code == (1 if missing else 0)
+    assert all(findings[name]["fix"] for name in missing)
+
+
+def test_ctrl_c_outside_a_run_ends_quietly(tmp_path: Path) -> None:
+    fifo = tmp_path / "in"
+    os.mkfifo(fifo)
+    code = "import os, signal, sys; from pipeline import cli; import pipeline.commands.runs as r\n"
+    code += "def stop(*a): os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "r.list_runs = stop; sys.argv = ['pipeline', 'runs']; cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and "Traceback" not in done.stderr

@@ -1,0 +1,84 @@
+"""Device profiles and the budget that is checked before any work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from artifacts.errors import RecipeError
+from pipeline.device import Device, device, device_names, parse_bytes, show_bytes
+from pipeline.graph import build_graph
+from pipeline.recipe import load_recipe
+
+
+def test_every_shipped_profile_is_valid_and_they_are_listed_by_size() -> None:
+    names = device_names()
+    assert {"laptop-2gb", "laptop-8gb", "laptop-16gb", "phone-4gb"} <= set(names)
+    sizes = [device(name).memory for name in names]
+    assert sizes == sorted(sizes)
+    assert all(device(name).note for name in names)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2 << 30), ("1.5 GB", 1_500_000_000), ("800MiB", 800 << 20), ("1024", 1024), ("3 kib", 3072), (7, 7)],
+)
+def test_sizes_are_read_as_people_write_them(text: object, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "2 gigs", "-1GiB", "1e9", "1GiB2"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_bytes(text)
+
+
+def test_a_budget_of_nothing_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        Device.model_validate({"memory": 0, "context": 512})
+    with pytest.raises(ValidationError):
+        Device.model_validate({"memory": "1GiB", "context": 1})
+
+
+def test_bytes_are_shown_for_people() -> None:
+    assert [show_bytes(n) for n in (512, 5 << 20, 3 << 29)] == ["0 KiB", "5 MiB", "1.50 GiB"]
+
+
+RECIPE = """\
+recipe: 1
+name: tight
+source: {{model: demo:smol-llava}}
+device: {{memory: {memory}, context: {context}}}
+stages:
+  gguf: {{uses: gguf, with: {{type: {type}}}}}
+"""
+
+
+def refused(folder: Path, memory: str, context: int, type: str) -> RecipeError:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(memory=memory, context=context, type=type))
+    with pytest.raises(RecipeError) as caught:
+        build_graph(load_recipe(path))
+    assert caught.value.where == f"{path}:6"
+    return caught.value
+
+
+def test_a_type_that_does_not_fit_is_refused_with_the_numbers_and_the_largest_that_fits(tmp_path: Path) -> None:
+    error = refused(tmp_path, "360MiB", 512, "F16")
+    assert "F16 does not fit" in error.what
+    assert "the device allows 360 MiB" in (error.why or "")
+    assert "the largest type that fits is" in (error.way_out or "")
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_thing_that_would(tmp_path: Path) -> None:
+    error = refused(tmp_path, "20MiB", 2048, "Q4_0")
+    assert "no type fits: the smallest" in (error.way_out or "")
+    assert "the smallest device that holds it is 'phone-2gb'" in (error.way_out or "")
+
+
+def test_a_budget_that_is_enough_is_not_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(memory="2GiB", context=2048, type="Q4_0"))
+    assert build_graph(load_recipe(path)).shipped == ("gguf",)
