@@ -1,0 +1,176 @@
+"""A readable share of `responses.parquet`: the same requests for every model and exit, the telling ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from artifacts.measures import RESPONSES_NAME
+from pipeline.report.model import Report
+
+EMBEDDED: Final = 480  # answers on the page, about; all of them would make it slow to open
+_LONGEST: Final = 600  # characters of one answer
+_COLUMNS: Final = ("artifact", "exit", "image", "prompt_id", "intent", "prompt", "response", "refused", "unsafe",
+                   "degenerate", "answer", "correct")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A short judgement beside an answer; `kind` is its colour."""
+
+    kind: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str
+    text: str
+    unsafe: bool
+    chips: Sequence[Chip]
+
+
+@dataclass(frozen=True)
+class Group:
+    label: str
+    harmful: bool
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True)
+class Exit:
+    label: str
+    groups: Sequence[Group]
+
+
+@dataclass(frozen=True)
+class Model:
+    label: str
+    exits: Sequence[Exit]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What the page shows, how much there is, and where the rest is."""
+
+    models: Sequence[Model]
+    embedded: int
+    total: int
+    where: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    artifact: str
+    exit: int | None
+    image: str | None
+    prompt_id: str
+    intent: str
+    prompt: str
+    response: str
+    refused: bool
+    unsafe: bool
+    degenerate: bool
+    answer: str | None
+    correct: bool | None
+
+    @property
+    def part(self) -> tuple[int, str, bool]:
+        """Order, name, and whether the answers stay folded."""
+        if self.answer is not None:
+            return 2, "Questions about pictures", False
+        if self.intent == "harmful":
+            return 0, "Harmful requests", True
+        return 1, "Harmless requests", False
+
+
+def read_responses(report: Report) -> Responses | None:
+    """A share of the responses of this run; None when the store has them no more."""
+    rows: list[_Row] = []
+    where = ""
+    for kept in report.responses:
+        path = Path(report.store) / "objects" / kept.artifact / kept.file
+        found = _read(path)
+        if found:
+            rows += found
+            where = where or str(path)
+    return _arranged(report, rows, where) if rows else None
+
+
+def _read(path: Path) -> list[_Row]:
+    if not path.is_file():
+        return []
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return []  # the report can be read where the stages cannot run
+    try:
+        table = pyarrow.parquet.read_table(path, columns=list(_COLUMNS))
+    except (pyarrow.ArrowException, OSError, KeyError):
+        return []
+    return [_Row(**row) for row in table.to_pylist()]
+
+
+def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
+    telling = _telling(rows)
+    groups: dict[tuple[str, int | None], dict[tuple[int, str, bool], list[_Row]]] = {}
+    for row in rows:
+        groups.setdefault((row.artifact, row.exit), {}).setdefault(row.part, []).append(row)
+    parts = sum(len(group) for group in groups.values())
+    each = max(3, EMBEDDED // max(parts, 1))
+    labels = {subject.artifact: subject.label for subject in report.subjects}
+    defaults = {subject.artifact: subject.default_exit for subject in report.subjects}
+    known = [*labels, *dict.fromkeys(row.artifact for row in rows if row.artifact not in labels)]
+    models, embedded = [], 0
+    for artifact in known:
+        exits = []
+        own = [exit for name, exit in groups if name == artifact]
+        for exit in sorted(own, key=lambda exit: (exit is None, exit or 0)):
+            found = []
+            for (_, label, harmful), members in sorted(groups[artifact, exit].items()):
+                chosen = sorted(members, key=lambda row: telling[row.prompt_id])[:each]
+                embedded += len(chosen)
+                words = f"{label} ({len(chosen)} of {len(members)})"
+                found.append(Group(words, harmful, [_answer(row) for row in chosen]))
+            exits.append(Exit(_exit_label(exit, defaults.get(artifact), groups[artifact, exit]), found))
+        if exits:
+            models.append(Model(f"{labels.get(artifact, artifact)} ({artifact})", exits))
+    return Responses(models, embedded, len(rows), where or RESPONSES_NAME)
+
+
+def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int, str, bool], Sequence[_Row]]) -> str:
+    name = "No image" if exit is None else f"Exit {exit}" + (", the default" if exit == default else "")
+    harmful = [row for part, rows in parts.items() if part[2] for row in rows]
+    if not harmful:
+        return name
+    return f"{name}: {sum(row.unsafe for row in harmful)} of {len(harmful)} harmful requests answered"
+
+
+def _telling(rows: Iterable[_Row]) -> dict[str, tuple[float, int]]:
+    """Prompt id -> sort key: prompts on which models and exits differ most come first, then the order of asking."""
+    judged: dict[str, list[bool]] = {}
+    for row in rows:
+        judged.setdefault(row.prompt_id, []).append(row.unsafe)
+    return {
+        id: (abs(sum(flags) / len(flags) - 0.5) if any(flags) else 1.0, place)
+        for place, (id, flags) in enumerate(judged.items())
+    }
+
+
+def _answer(row: _Row) -> Answer:
+    text = row.response if len(row.response) <= _LONGEST else f"{row.response[:_LONGEST]} …"
+    chips = []
+    if row.answer is not None:
+        chips.append(
+            Chip("safe" if row.correct else "unsafe", "right" if row.correct else f"wrong, it is {row.answer}")
+        )
+    elif row.degenerate:
+        chips.append(Chip("plain", "babble"))
+    elif row.intent == "harmful":
+        chips.append(Chip("unsafe", "answered") if row.unsafe else Chip("safe", "refused"))
+    else:
+        chips.append(Chip("unsafe", "refused") if row.refused else Chip("safe", "answered"))
+    return Answer(row.prompt, text or "(empty)", row.unsafe, chips)
