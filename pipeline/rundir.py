@@ -18,7 +18,7 @@ import yaml
 
 from artifacts.disk import explained
 from artifacts.locks import FileLock
-from pipeline.events import EVENTS_NAME, Event, RunFinished, RunStarted, read_events
+from pipeline.events import EVENTS_NAME, RunFinished, read_events
 
 if TYPE_CHECKING:
     from pipeline.graph import Graph
@@ -77,14 +77,10 @@ def is_active(folder: Path) -> bool:
 
 def ended_early(runs: Path, name: str) -> bool:
     """Whether the newest run of the recipe `name` did not come to its end, so that the next one continues it."""
-    folders = [path for path in runs.glob(f"{name}-*") if (path / EVENTS_NAME).is_file()]
-    newest: tuple[float, Event] | None = None
-    for folder in folders:
-        events = read_events(folder)
-        if not events or not isinstance(events[0], RunStarted) or events[0].recipe != name:
+    for folder in sorted(runs.glob(f"{name}-????????-??????-????"), reverse=True):
+        if not (folder / EVENTS_NAME).is_file() or is_active(folder):
             continue
-        if newest is None or events[0].time > newest[0]:
-            newest = (events[0].time, events[-1])
-    return newest is not None and not (
-        isinstance(newest[1], RunFinished) and newest[1].status in ("passed", "gate_failed")
-    )
+        events = read_events(folder)
+        ends = {event.status for event in events if isinstance(event, RunFinished)}
+        return bool(events) and not ends & {"passed", "gate_failed"}
+    return False

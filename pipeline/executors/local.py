@@ -29,7 +29,8 @@ from artifacts.errors import StageError
 from pipeline.events import EVENT, StageMemory
 from pipeline.executors.base import Emit, Job, Outcome, StageEvent, StoppedError, error_from_dict
 
-_TICK = 0.25  # seconds between looks at the process, its memory and the stop flag
+_TICK = 0.25  # seconds between looks at the process and the stop flag
+_SAMPLE = 0.5  # seconds between looks at its memory; each walks the system's process table
 _GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 _MEMORY_EVERY = 2.0  # seconds between memory events, and only when the peak has grown by 2%
 
@@ -138,7 +139,7 @@ class _Watch:
                 if self._stop.is_set():
                     self._end()
                     raise StoppedError
-                if time.monotonic() - sampled >= _TICK:
+                if time.monotonic() - sampled >= _SAMPLE:
                     self._sample()
                     sampled = time.monotonic()
         self._read()
