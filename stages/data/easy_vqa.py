@@ -29,6 +29,10 @@ ANSWERS: Final = (
     *("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle", "yellow", "triangle", "brown", "blue"),
     "no",
 )
+SHAPES: Final = frozenset({"circle", "rectangle", "triangle"})
+TRUTH: Final = frozenset({"yes", "no"})
+COLOURS: Final = frozenset(ANSWERS) - SHAPES - TRUTH
+_KINDS: Final = {answer: kind for kind in (SHAPES, TRUTH, COLOURS) for answer in kind}
 
 
 @dataclass(frozen=True)
@@ -107,9 +111,3 @@ def _normalise(text: str) -> str:
     """Lower case, punctuation and articles removed (the part of VQA-v2's rules that one-word answers need)."""
     plain = re.sub(r"[^\w\s]", " ", text.lower().replace("grey", "gray"))
     return " ".join(word for word in plain.split() if word not in ("a", "an", "the"))
-
-
-_SHAPES: Final = frozenset({"circle", "rectangle", "triangle"})
-_TRUTH: Final = frozenset({"yes", "no"})
-_COLOURS: Final = frozenset(ANSWERS) - _SHAPES - _TRUTH
-_KINDS: Final = {answer: kind for kind in (_SHAPES, _TRUTH, _COLOURS) for answer in kind}
