@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from pipeline.events import (
     StageProgress,
     StageStarted,
 )
-from stages.verify.statistics import wilson
 
 RECIPE = """\
 recipe: 1
@@ -62,6 +62,14 @@ PROMPTS = 40
 NASTY = "<script>alert('x')</script> & \"quotes\" </details>"
 
 
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95% score interval, closed form."""
+    z, p = 1.96, hits / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
 @dataclass
 class RunFolder:
     """Builds the folder; `events` may be changed before `write`."""
@@ -77,16 +85,17 @@ class RunFolder:
         self.artifacts = self._make()
         self.events: list[Event] = self._events()
 
-    def write(self, events: list[Event] | None = None) -> Path:
-        """The run folder, with all events or those given."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        (self.run / "recipe.yaml").write_text(RECIPE)
-        (self.run / EVENTS_NAME).unlink(missing_ok=True)
-        log = EventLog(self.run / EVENTS_NAME)
+    def write(self, events: Sequence[Event] | None = None, run: Path | None = None) -> Path:
+        """A run folder (`run`, or the usual one), with all events or those given."""
+        run = run or self.run
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "recipe.yaml").write_text(RECIPE)
+        (run / EVENTS_NAME).unlink(missing_ok=True)
+        log = EventLog(run / EVENTS_NAME)
         for event in self.events if events is None else events:
             log.emit(event)
         log.close()
-        return self.run
+        return run
 
     # The store
 
@@ -144,8 +153,8 @@ class RunFolder:
     def _row(self, id: str, measure: str, hits: int | None, n: int | None, **more: object) -> Measure:
         values: dict[str, object] = {"unit": "fraction", "n": n, "value": None}
         if hits is not None and n is not None:
-            estimate = wilson(hits, n)
-            values |= {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+            low, high = wilson(hits, n)
+            values |= {"value": hits / n, "low": low, "high": high}
         return Measure.model_validate(
             {
                 "artifact": id,
@@ -335,7 +344,7 @@ def failed_half_way(run: RunFolder) -> list[Event]:
     """The same run, whose `gguf` stage failed."""
     kept = [event for event in run.events if getattr(event, "stage", "") not in ("gguf", "icet")]
     kept = [event for event in kept if not isinstance(event, GateChecked | RunFinished)]
-    error = {
+    error: dict[str, str | None] = {
         "kind": "StageError",
         "what": f"the disk is full {NASTY}",
         "where": "gguf",

@@ -5,6 +5,7 @@ A run that failed half way or was killed, or whose artifacts are gone from the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,8 @@ from pipeline.events import (
     StageStarted,
     read_events,
 )
-from pipeline.report.history import Points, earlier_points
 from pipeline.report.headline import headline
+from pipeline.report.history import Points, earlier_points
 from pipeline.report.model import (
     ArtifactRow,
     Curve,
@@ -196,7 +197,9 @@ class _Story:
         found = []
         for (stage, name, exit), here in (earlier | self.points).items():
             by_step = earlier.get((stage, name, exit), {}) | here
-            points = sorted(by_step.items())
+            points = sorted(point for point in by_step.items() if math.isfinite(point[1]))
+            if not points:
+                continue
             stride = -(-len(points) // _CURVE_POINTS)
             kept = [*points[:-1:stride], points[-1]] if stride > 1 else points
             found.append(Curve(stage=stage, name=name, exit=exit, points=tuple(kept)))

@@ -26,7 +26,6 @@ from pipeline.report.figures import (
     Table,
     asr_chart,
     asr_figure,
-    curve_figures,
     dag_figure,
     exit_figures,
     legend_figure,
@@ -48,6 +47,7 @@ from pipeline.report.numbers import (
 )
 from pipeline.report.paired import paired_tables
 from pipeline.report.responses import Responses
+from pipeline.report.training import curve_figures
 
 _HOLDS, _FAILS, _UNMEASURED = "✓ holds", "✗ fails", "✗ not measured"
 _STATUS_WORDS: Final = {
