@@ -65,6 +65,7 @@ class LineChart:
 
 
 _RIGHT = 14.0
+_MARKED = 24  # a longer line has no markers: they would hide it
 _MARKERS = {"source": "circle", "hardened": "square", "control": "triangle"}  # everything else: a diamond
 
 
@@ -161,10 +162,9 @@ def _legend(series: Sequence[Series], left: float, right: float) -> tuple[Markup
         taken = 44 + text_width(one.label)
         if x > left and x + taken > right:
             x, y = left, y + 20
-        sample = [
-            element("line", x1=x, x2=x + 26, y1=y, y2=y, class_="line"),
-            _marker(one.slot, x + 13, y, 4.0),
-        ]
+        sample = [element("line", x1=x, x2=x + 26, y1=y, y2=y, class_="line")]
+        if len(one.points) <= _MARKED:
+            sample.append(_marker(one.slot, x + 13, y, 4.0))
         parts.append(element("g", *sample, class_=f"series {one.slot}", style=_style(one)))
         parts.append(text(x + 32, y + 4, one.label, "legend"))
         x += taken
@@ -215,7 +215,7 @@ def _line(series: Series, at_x: Callable[[float], float], at_y: Callable[[float]
         for index, point in enumerate(series.points)
     )
     parts = [element("path", d=path, class_="line")]
-    few = len(series.points) <= 24  # a marker on every step of many would hide the line
+    few = len(series.points) <= _MARKED
     for point in series.points:
         x, y = at_x(point.x), at_y(point.y)
         shapes = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -133,7 +133,7 @@ def asr_curve_svg(report: Report, width: float = 900, height: float = 400) -> st
     chart = asr_chart(report)
     if chart is None:
         raise ValueError("the run measured no attack success rate at any exit")
-    drawing = line_chart(chart, width, height)
+    drawing = line_chart(replace(chart, y_label="attack success rate"), width, height)
     style = Markup("<style>\n{}\n.chart {{ background: var(--paper); }}\n</style>").format(Markup(_asset("charts.css")))
     head, tail = drawing.split(">", 1)
     return f"{head}>{style}{tail}\n"
