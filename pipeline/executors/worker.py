@@ -171,6 +171,8 @@ def _for_users(error: BaseException, job: Job) -> PipelineError:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_error(error, job.output)
+    if os.strerror(errno.ENOSPC) in str(error):  # safetensors, tokenizers: libraries that raise their own kind
+        return disk_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), job.output)
     text = str(error).strip().splitlines()
     return StageError(
         f"stage '{job.stage_id}' failed: {type(error).__name__}{': ' + text[0] if text else ''}",
