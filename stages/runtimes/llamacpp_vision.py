@@ -52,13 +52,43 @@ class VisionEncoder:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        self._load(exit)
-        found = self._encode(prepare_image(raw, self.vision, where=image), image)
+        found = self.encode(exit, prepare_image(raw, self.vision, where=image), where=image)
         self._kept[key] = found
         self._size += found.nbytes
         while self._size > _CACHE_BYTES and len(self._kept) > 1:
             self._size -= self._kept.popitem(last=False)[1].nbytes
         return found
+
+    def encode(self, exit: int, pixels: NDArray[np.uint8], *, where: Path) -> NDArray[np.float32]:
+        """(image tokens, text width) of pixels (side, side, 3) at one exit; nothing is kept.
+
+        Raises:
+            StageError: no such exit, or llama.cpp refuses.
+        """
+        self._load(exit)
+        lib = vision_library()
+        side = self.vision.image_size
+        data = np.ascontiguousarray(pixels)
+        bitmap = lib.mtmd_bitmap_init(side, side, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        chunks = lib.mtmd_input_chunks_init()
+        try:
+            marker = lib.mtmd_default_marker()
+            text = lib.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
+            bitmaps = (lib.mtmd_bitmap_p_ctypes * 1)(bitmap)
+            status = lib.mtmd_tokenize(self._context, chunks, ctypes.byref(text), bitmaps, 1)
+            for index in range(lib.mtmd_input_chunks_size(chunks) if status == 0 else 0):
+                chunk = lib.mtmd_input_chunks_get(chunks, index)
+                if lib.mtmd_input_chunk_get_type(chunk) != lib.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                    continue
+                tokens = int(lib.mtmd_input_chunk_get_n_tokens(chunk))
+                if lib.mtmd_encode_chunk(self._context, chunk):
+                    break
+                output = lib.mtmd_get_output_embd(self._context)
+                return np.ctypeslib.as_array(output, shape=(tokens, self._model.width)).astype(np.float32, copy=True)
+        finally:
+            lib.mtmd_input_chunks_free(chunks)
+            lib.mtmd_bitmap_free(bitmap)
+        raise StageError(f"llama.cpp could not encode the image {where.name}", where=str(where), why=log_tail())
 
     def close(self) -> None:
         self._unload()
@@ -96,31 +126,6 @@ class VisionEncoder:
                 way_out="rebuild it with the stage 'gguf'",
             )
         self._exit = exit
-
-    def _encode(self, pixels: NDArray[np.uint8], image: Path) -> NDArray[np.float32]:
-        lib = vision_library()
-        side = self.vision.image_size
-        data = np.ascontiguousarray(pixels)
-        bitmap = lib.mtmd_bitmap_init(side, side, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
-        chunks = lib.mtmd_input_chunks_init()
-        try:
-            marker = lib.mtmd_default_marker()
-            text = lib.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
-            bitmaps = (lib.mtmd_bitmap_p_ctypes * 1)(bitmap)
-            status = lib.mtmd_tokenize(self._context, chunks, ctypes.byref(text), bitmaps, 1)
-            for index in range(lib.mtmd_input_chunks_size(chunks) if status == 0 else 0):
-                chunk = lib.mtmd_input_chunks_get(chunks, index)
-                if lib.mtmd_input_chunk_get_type(chunk) != lib.MTMD_INPUT_CHUNK_TYPE_IMAGE:
-                    continue
-                tokens = int(lib.mtmd_input_chunk_get_n_tokens(chunk))
-                if lib.mtmd_encode_chunk(self._context, chunk):
-                    break
-                output = lib.mtmd_get_output_embd(self._context)
-                return np.ctypeslib.as_array(output, shape=(tokens, self._model.width)).astype(np.float32, copy=True)
-        finally:
-            lib.mtmd_input_chunks_free(chunks)
-            lib.mtmd_bitmap_free(bitmap)
-        raise StageError(f"llama.cpp could not encode the image {image.name}", where=str(image), why=log_tail())
 
 
 def read_image(path: Path) -> bytes:
