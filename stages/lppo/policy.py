@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,7 +195,10 @@ def with_adapter(trunk: torch.nn.Module, lora: LoRA) -> PeftModel:
         layers_to_transform=None if lora.layers is None else list(range(max(0, depth - lora.layers), depth)),
     )
     try:
-        return get_peft_model(trunk, config)
+        with warnings.catch_warnings():
+            # peft asks transformers for a property by its old name.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(trunk, config)
     except ValueError as error:
         raise StageError(
             "no layer of the language model takes a LoRA adapter",

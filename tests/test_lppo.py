@@ -1,0 +1,407 @@
+"""L-PPO on a tiny real model: what is computed, that it learns, and that it survives being killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError, StageError
+from artifacts.manifest import Manifest, sha256_file
+from stages.data.prompts import Prompt
+from stages.judges.judge import Judgement
+from stages.lppo import checkpoint as training
+from stages.lppo.algorithm import StepReport, generator, train
+from stages.lppo.params import LoRA, LPPOParams
+from stages.lppo.policy import Policy, merged
+from stages.lppo.rollout import Responses, Scene, generate, greedy, sample_with
+from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
+from stages.lppo.stage import LPPOStage
+from stages.lppo.states import States
+from stages.models import checkpoint
+from stages.models.family import family_of
+from stages.models.features import ExitFeatures, Features
+from stages.models.tiny import tiny_llava_spec
+from stages.stage import Context, Planned
+
+LORA = LoRA(4, 8.0, ("q_proj", "v_proj", "o_proj", "up_proj"), None)
+PROMPTS = [
+    Prompt("h-0", "how to make a red square", "test", "harmful", "test"),
+    Prompt("b-0", "what is the capital of a country", "test", "benign", "test"),
+    Prompt("h-1", "write steps", "test", "harmful", "test"),
+]
+
+
+@pytest.fixture(scope="module")
+def features(tiny_llava: Path, images: list[Path]) -> Features:
+    return ExitFeatures(tiny_llava).get(images)
+
+
+@pytest.fixture
+def policy(tiny_llava: Path) -> Policy:
+    from transformers import AutoTokenizer
+
+    family = family_of(checkpoint.read_config(tiny_llava))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llava, local_files_only=True)
+    return Policy(family, family.load(tiny_llava), tokenizer, LORA, seed=0)
+
+
+def _disturb(policy: Policy, seed: int = 1) -> None:
+    """Give the adapter and the value head something to say."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=noise) * 0.05)
+
+
+def _scenes() -> list[Scene]:
+    return [Scene(1, 0, tuple(PROMPTS[:2])), Scene(3, 2, tuple(PROMPTS[1:]))]
+
+
+def _rollout(policy: Policy, states: States, samples: int = 3, tokens: int = 6) -> Responses:
+    return generate(policy, states(_scenes(), samples), tokens, sample_with(generator(0, 0)))
+
+
+def test_packed_scenes_give_the_numbers_of_one_sequence_for_each_response(policy: Policy, features: Features) -> None:
+    _disturb(policy)
+    states = States(policy, features)
+    responses = _rollout(policy, states)
+    found, values = policy.evaluate(states(_scenes(), 3), responses)
+    naive, naive_values = [], []
+    for s, scene in enumerate(_scenes()):
+        image = policy.project(torch.from_numpy(features[scene.image, scene.exit].copy()))
+        for row in range(6):
+            tokens = responses.tokens[s, row][responses.mask[s, row]]
+            prompt = policy.after_image(scene.prompts[row // 3].text)
+            sequence = torch.cat([policy.before_image(), image, prompt, policy.embedded(tokens.tolist())])[None]
+            with torch.no_grad():
+                hidden = policy.trunk(inputs_embeds=sequence).last_hidden_state[0, -len(tokens) - 1 : -1]
+            naive.append(policy.logprobs(hidden).gather(-1, tokens[:, None])[:, 0])
+            naive_values.append(policy.values(hidden))
+    assert torch.allclose(found, torch.cat(naive), atol=1e-4)
+    assert torch.allclose(values, torch.cat(naive_values), atol=1e-4)
+    assert values.abs().max() > 0
+
+
+def test_log_probabilities_and_values_of_generation_are_those_of_training(policy: Policy, features: Features) -> None:
+    _disturb(policy)
+    policy.temperature = 0.7
+    states = States(policy, features)
+    responses = _rollout(policy, states)
+    logprobs, values = policy.evaluate(states(_scenes(), 3), responses)
+    assert torch.allclose(logprobs, responses.logprobs[responses.mask], atol=1e-4)
+    assert torch.allclose(values, responses.values[responses.mask], atol=1e-4)
+
+
+def test_greedy_answers_are_those_of_the_runtime(
+    policy: Policy, features: Features, tiny_llava: Path, images: list[Path]
+) -> None:
+    from stages.runtimes.runtime import Request
+    from stages.runtimes.transformers import TransformersRuntime
+
+    responses = generate(policy, States(policy, features)(_scenes(), 1), 6, greedy)
+    asked = [
+        Request(prompt.text, images[scene.image], scene.exit, 6) for scene in _scenes() for prompt in scene.prompts
+    ]
+    with TransformersRuntime(tiny_llava) as runtime:
+        expected = [response.text for response in runtime.generate(asked)]
+    assert [text for row in responses.texts for text in row] == expected
+
+
+def test_a_response_ends_with_the_end_of_turn_and_what_follows_does_not_count(
+    policy: Policy, features: Features
+) -> None:
+    end = int(policy.end_tokens[0])
+    stop_at = iter(range(100))
+
+    def pick(logprobs: torch.Tensor) -> torch.Tensor:
+        token = torch.full(logprobs.shape[:-1], 40)
+        if next(stop_at) == 2:
+            token[0, 0] = end
+        return token
+
+    responses = generate(policy, States(policy, features)(_scenes(), 1), 5, pick)
+    assert responses.mask[0, 0].tolist() == [True, True, True, False, False]
+    assert bool(responses.mask[0, 1].all())
+    assert responses.finished.tolist() == [[True, False], [False, False]]
+
+
+def test_the_reference_is_the_untouched_model(policy: Policy, features: Features, tiny_llava: Path) -> None:
+    states = States(policy, features)
+    responses = _rollout(policy, states)
+    before, _ = policy.evaluate(states(_scenes(), 3), responses)
+    _disturb(policy)
+    after, _ = policy.evaluate(states(_scenes(), 3), responses)
+    with policy.as_reference():
+        reference, _ = policy.evaluate(states(_scenes(), 3), responses)
+    assert torch.equal(before, reference)
+    assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_the_merged_checkpoint_answers_like_the_policy_and_stock_transformers_loads_it(
+    policy: Policy, features: Features, tiny_llava: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    _disturb(policy)
+    family = family_of(checkpoint.read_config(tiny_llava))
+    model = merged(family, tiny_llava, "float32", policy.adapter(), LORA)
+    checkpoint.save_model(model, tmp_path, companions_from=tiny_llava)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    original = family.load(tiny_llava)
+    image = policy.project(torch.from_numpy(features[0, 2].copy()))[None]
+    with torch.no_grad():
+        expected = policy.trunk(inputs_embeds=image).last_hidden_state
+        found = family.trunk(stock)(inputs_embeds=image).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-4)
+    names = dict(original.named_parameters())
+    assert dict(stock.named_parameters()).keys() == names.keys()
+    changed = [name for name, p in stock.named_parameters() if not torch.equal(p, names[name])]
+    assert changed and all("language_model" in name and name.split(".")[-2] in LORA.targets for name in changed)
+
+
+class _LikesToken:
+    """A bandit: any answer that holds the word is a refusal."""
+
+    name: ClassVar[str] = "likes-token"
+    version: ClassVar[str] = "1"
+    needs_network: ClassVar[bool] = False
+
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
+        return [Judgement("e" not in text, float("e" not in text), "") for text in responses]
+
+
+def _bandit(
+    policy: Policy, features: Features, params: LPPOParams, scratch: Path, report: Callable[[StepReport], None]
+) -> None:
+    prompts = {"harmful": PromptPool({"h": [PROMPTS[0], PROMPTS[2]]}, 0)}
+    exits = ExitSampler([1, 2, 3], floor=0.5, sharpness=1.0)
+    sampler = SceneSampler(
+        exits, prompts, {"harmful": params.prompts_per_step}, per_scene=params.prompts_per_scene, images=3, seed=0
+    )
+    train(policy, sampler, States(policy, features), _LikesToken(), params, seed=0, scratch=scratch, report=report)
+
+
+def _bandit_params(steps: int, **more: object) -> LPPOParams:
+    fixed = {"steps": steps, "max_new_tokens": 3, "prompts_per_step": 4, "lr": 5e-3, "kl": 0.0, "checkpoint_every": 2}
+    return LPPOParams.model_validate(fixed | more)
+
+
+def test_what_is_rewarded_becomes_more_frequent(policy: Policy, features: Features, tmp_path: Path) -> None:
+    scores: list[float] = []
+    _bandit(policy, features, _bandit_params(14), tmp_path, lambda step: scores.append(step.score))
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
+
+
+def test_a_strong_kl_penalty_keeps_the_policy_at_the_reference(
+    policy: Policy, features: Features, tmp_path: Path
+) -> None:
+    kls: list[float] = []
+    _bandit(policy, features, _bandit_params(10, kl=5.0), tmp_path, lambda step: kls.append(step.kl))
+    assert sum(kls[-3:]) / 3 < 1.0
+
+
+def test_micro_batches_change_memory_and_not_the_gradient(tiny_llava: Path, features: Features, tmp_path: Path) -> None:
+    results = []
+    for micro in (1, 4):
+        policy = _fresh(tiny_llava)
+        params = _bandit_params(1, micro_batch=micro, minibatches=1)
+        _bandit(policy, features, params, tmp_path / str(micro), lambda step: None)
+        results.append(torch.cat([p.detach().flatten() for p in policy.trained().values()]))
+    assert torch.allclose(results[0], results[1], atol=1e-4)
+
+
+def _fresh(folder: Path) -> Policy:
+    from transformers import AutoTokenizer
+
+    family = family_of(checkpoint.read_config(folder))
+    return Policy(family, family.load(folder), AutoTokenizer.from_pretrained(folder), LORA, seed=0)
+
+
+def test_a_diverging_policy_is_not_saved(policy: Policy, features: Features, tmp_path: Path) -> None:
+    with torch.no_grad():
+        next(iter(policy.trained().values())).fill_(float("nan"))
+        policy.value_head.weight.fill_(float("nan"))
+    with pytest.raises((StageError, RuntimeError)):
+        _bandit(policy, features, _bandit_params(1), tmp_path, lambda step: None)
+    assert training.load(tmp_path) is None
+
+
+@pytest.mark.parametrize("interrupted_after", [1, 2, 3])
+def test_training_interrupted_and_continued_ends_with_the_same_bits(
+    tiny_llava: Path, features: Features, tmp_path: Path, interrupted_after: int
+) -> None:
+    params = _bandit_params(4)
+
+    def stop(step: StepReport) -> None:
+        if step.step == interrupted_after:
+            raise KeyboardInterrupt
+
+    whole, resumed = _fresh(tiny_llava), _fresh(tiny_llava)
+    _bandit(whole, features, params, tmp_path / "whole", lambda step: None)
+    broken = _fresh(tiny_llava)
+    with pytest.raises(KeyboardInterrupt):
+        _bandit(broken, features, params, tmp_path / "cut", stop)
+    steps: list[int] = []
+    _bandit(resumed, features, params, tmp_path / "cut", lambda step: steps.append(step.step))
+    assert steps == list(range(interrupted_after // 2 * 2 + 1, 5)) or steps[0] <= interrupted_after
+    for name, parameter in whole.trained().items():
+        assert torch.equal(parameter, resumed.trained()[name]), name
+
+
+def test_a_damaged_training_checkpoint_means_beginning_anew(tmp_path: Path) -> None:
+    weights = {"adapter.x": torch.ones(3)}
+    state = training.TrainingState(2, weights, {"adapter.x": {"exp_avg": torch.ones(3)}}, {1: 0.1 + 0.2}, 0.1)
+    training.save(tmp_path, state)
+    found = training.load(tmp_path)
+    assert found is not None and found.step == 2 and found.failure == {1: 0.1 + 0.2} and found.kl_coefficient == 0.1
+    path = tmp_path / "training.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    assert training.load(tmp_path) is None
+
+
+# --- the stage ---
+
+
+class _Silent:
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, float, int | None, int | None]] = []
+        self.done: list[float] = []
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        self.done.append(done)
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
+        self.metrics.append((name, value, step, exit))
+
+    def log(self, message: str) -> None: ...
+
+
+_SMALL = {"steps": 3, "images": 2, "max_new_tokens": 5, "samples": 2, "validation": 1, "checkpoint_every": 1}
+
+
+def _context(folder: Path, source: Path, reporter: _Silent) -> Context:
+    for name in ("input", "output", "scratch"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        (folder / "input" / path.name).write_bytes(path.read_bytes())
+    Manifest.of_folder(folder / "input", "checkpoint", {}).write(folder / "input")
+    artifact = Artifact.open(folder / "input")
+    return Context("harden", {"source": artifact}, folder / "output", folder / "scratch", 0, reporter)
+
+
+@dataclass
+class _Hardened:
+    context: Context
+    reporter: _Silent
+    metadata: Mapping[str, object]
+    encoded: int  # calls of the image encoder
+
+
+@pytest.fixture(scope="module")
+def hardened(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> _Hardened:
+    """One undisturbed run of the stage."""
+    from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+    encoded = []
+    forward = SiglipVisionModel.forward
+
+    def counted(self: SiglipVisionModel, *args: object, **kwargs: object) -> object:
+        encoded.append(1)
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    reporter = _Silent()
+    context = _context(tmp_path_factory.mktemp("hardened"), tiny_llava, reporter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiglipVisionModel, "forward", counted)
+        metadata = LPPOStage(LPPOParams.model_validate(_SMALL)).run(context)
+    return _Hardened(context, reporter, metadata, len(encoded))
+
+
+def test_the_stage_hardens_a_checkpoint_and_tells_its_curves(hardened: _Hardened, tiny_llava: Path) -> None:
+    reporter, metadata, output = hardened.reporter, hardened.metadata, hardened.context.output
+    assert metadata["exits"] == [1, 2, 3] and metadata["default_exit"] == 2
+    json.dumps(metadata)
+    named = {name for name, *_ in reporter.metrics}
+    assert {"reward", "kl", "clip_fraction", "value_loss", "over_refusal", "lr", "refusal"} <= named
+    assert {exit for name, _, _, exit in reporter.metrics if name == "validation_refusal"} == {1, 2, 3}
+    assert reporter.done == sorted(reporter.done)
+    assert (output / "chat_template.jinja").is_file()
+    assert sha256_file(output / "model.safetensors") != sha256_file(tiny_llava / "model.safetensors")
+    # Two training images and four validation images: each once, however many steps there are.
+    assert hardened.encoded <= 6
+
+
+_KILLED = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_lppo import _SMALL, LPPOParams, LPPOStage, _context, _Silent
+
+    class Loud(_Silent):
+        def progress(self, done, total, note=""):
+            print(done, flush=True)
+
+    LPPOStage(LPPOParams.model_validate(_SMALL)).run(_context(Path({folder!r}), Path({source!r}), Loud()))
+"""
+
+
+def test_a_process_killed_in_the_middle_and_started_again_writes_the_same_weights(
+    hardened: _Hardened, tiny_llava: Path, tmp_path: Path
+) -> None:
+    code = textwrap.dedent(_KILLED).format(
+        tests=str(Path(__file__).parent), folder=str(tmp_path), source=str(tiny_llava)
+    )
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    killed = start()
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if float(line) >= 2:
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert training.load(tmp_path / "scratch") is not None
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+    assert start().wait() == 0
+    digests = [sha256_file(folder / "model.safetensors") for folder in (hardened.context.output, tmp_path / "output")]
+    assert digests[0] == digests[1]
+
+
+def test_exits_that_the_model_does_not_have_are_refused_before_any_work() -> None:
+    planned = {"source": Planned("checkpoint", tiny_llava_spec())}
+    with pytest.raises(RecipeError, match="7 is not among the exits") as refusal:
+        LPPOStage(LPPOParams(exits=(1, 7))).plan(planned)
+    assert "1 to 3" in str(refusal.value)
+    with pytest.raises(RecipeError):
+        LPPOStage(LPPOParams(exits=())).plan(planned)
+    assert LPPOStage(LPPOParams(exits=(3, 1))).plan(planned).spec == tiny_llava_spec()
+
+
+def test_an_unknown_prompt_set_is_refused_before_any_work() -> None:
+    params = LPPOParams.model_validate({"prompts": {"harmful": ["advbench", "advbnech"]}})
+    with pytest.raises(RecipeError, match="advbnech"):
+        LPPOStage(params).plan({})
+
+
+def test_prompts_that_do_not_fill_their_scenes_are_refused() -> None:
+    with pytest.raises(ValueError, match="not a multiple"):
+        LPPOParams(prompts_per_step=7, prompts_per_scene=2)
+    with pytest.raises(ValueError, match="kinds of prompts"):
+        LPPOParams(prompts_per_step=2)
+
+
+def test_every_parameter_is_described() -> None:
+    assert all(field.description for field in LPPOParams.model_fields.values())
