@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -69,16 +69,21 @@ def inputs(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return {"gguf": artifact_of(base / "gguf", "gguf", metadata), "source": made}
 
 
-@pytest.fixture
-def verify(tmp_path: Path, inputs: dict[str, Artifact]) -> Callable[..., Artifact]:
-    def run(name: str = "out", scratch: str = "scratch", reporter: Heard | None = None, **params: object) -> Artifact:
-        output = tmp_path / name
-        output.mkdir()
-        stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate({**SMALL, **params}))
-        context = Context("icet", inputs, output, tmp_path / scratch, 7, reporter or Heard())
-        return artifact_of(output, "verdict", stage.run(context))
+def run_stage(
+    base: Path, inputs: dict[str, Artifact], reporter: Heard | None = None, scratch: str = "scratch", **params: object
+) -> Artifact:
+    output = base / f"out-{len(list(base.iterdir()))}"
+    output.mkdir()
+    stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate({**SMALL, **params}))
+    context = Context("icet", inputs, output, base / scratch, 7, reporter or Heard())
+    return artifact_of(output, "verdict", stage.run(context))
 
-    return run
+
+@pytest.fixture(scope="module")
+def whole(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Heard]:
+    """One undisturbed verification and what it said while it ran."""
+    heard = Heard()
+    return run_stage(tmp_path_factory.mktemp("whole"), inputs, heard), heard
 
 
 def rows_of(verdict: Artifact, artifact: str, measure: str) -> list[Measure]:
@@ -87,12 +92,11 @@ def rows_of(verdict: Artifact, artifact: str, measure: str) -> list[Measure]:
 
 
 def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_source(
-    verify: Callable[..., Artifact], inputs: dict[str, Artifact]
+    whole: tuple[Artifact, Heard], inputs: dict[str, Artifact]
 ) -> None:
     import pyarrow.parquet
 
-    heard = Heard()
-    verdict = verify(reporter=heard)
+    verdict, heard = whole
 
     for artifact, exits in (("gguf", [1, 2]), ("source", [1, 2, 3])):
         for measure, n in (("asr", 5), ("over_refusal", 3), ("degenerate", 5)):
@@ -140,27 +144,26 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
     assert ("asr/gguf", 1) in {(name, exit) for name, _, exit in heard.metrics}
 
 
-def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(verify: Callable[..., Artifact]) -> None:
-    whole = verify("whole", scratch="one")
-    with pytest.raises(KeyboardInterrupt):
-        verify("killed", scratch="two", reporter=Heard(stop_after=20))
-    assert verify("resumed", scratch="two").digest == whole.digest
-
-
-def test_controls_are_measured_alike_but_their_fidelity_is_not_gated(
-    verify: Callable[..., Artifact], inputs: dict[str, Artifact]
+def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(
+    whole: tuple[Artifact, Heard], inputs: dict[str, Artifact], tmp_path: Path
 ) -> None:
-    inputs["plain"] = inputs["gguf"]
-    try:
-        verdict = verify(controls=["plain"], exits=[2], baseline_exits="shared", vqa=0)
-    finally:
-        del inputs["plain"]
+    # Somewhere in the source's exits, and again among the GGUF's.
+    for stop_after in (12, 45):
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(tmp_path, inputs, Heard(stop_after=stop_after))
+    assert run_stage(tmp_path, inputs).digest == whole[0].digest
+
+
+def test_controls_are_measured_alike_but_are_not_what_ships(inputs: dict[str, Artifact], tmp_path: Path) -> None:
+    with_control = {**inputs, "plain": inputs["gguf"]}
+    verdict = run_stage(tmp_path, with_control, controls=["plain"], exits=[2], baseline_exits="shared", vqa=0)
     control, shipped = rows_of(verdict, "plain", "asr"), rows_of(verdict, "gguf", "asr")
     assert [row.value for row in control] == [row.value for row in shipped]
     assert [row.exit for row in shipped if row.exit] == [2]
     assert rows_of(verdict, "plain", "fidelity_cosine") == []
     assert rows_of(verdict, "gguf", "vqa_accuracy")[0].value is None
-    assert "plain" not in verdict.metadata["subjects"]  # type: ignore[operator]
+    subjects = verdict.metadata["subjects"]
+    assert isinstance(subjects, dict) and list(subjects) == ["gguf"]
 
 
 def planned(**types: str) -> dict[str, Planned]:
