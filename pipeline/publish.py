@@ -27,10 +27,10 @@ from pipeline.rundir import RECIPE_NAME
 
 SCHEME: Final = "oci-layout:"
 _WEIGHTS: Final = (".gguf", ".safetensors")
-# Annotations of ours, beside the standard ones.
-_DIGEST: Final = "io.github.icet-pipeline.artifact"
-_VERDICT: Final = "io.github.icet-pipeline.verdict"
-_ROLE: Final = "io.github.icet-pipeline.role"
+# Annotations of ours, beside the standard ones; no domain is claimed that is not ours.
+_DIGEST: Final = "icet-pipeline.artifact"
+_VERDICT: Final = "icet-pipeline.verdict"
+_ROLE: Final = "icet-pipeline.role"
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def line_chart(chart: LineChart, width: float = 760, height: float = 340) -> Mar
     if chart.limit is not None and low <= chart.limit[0] <= high:
         y = at_y(chart.limit[0])
         parts.append(element("line", x1=left, x2=width - _RIGHT, y1=y, y2=y, class_="limit"))
-        parts.append(text(width - _RIGHT - 3, y - 5, chart.limit[1], "limit-label", "end"))
+        below = y - top < 18  # above it the names of the zones stand
+        parts.append(text(width - _RIGHT - 3, y + 14 if below else y - 5, chart.limit[1], "limit-label", "end"))
     parts.extend(_band(series, at_x, at_y) for series in chart.series)
     parts.extend(_line(series, at_x, at_y) for series in chart.series)
     return drawing(width, height, chart.title, chart.description, legend, *parts)

@@ -45,7 +45,7 @@ WIDE: Final = 1040.0  # pixels; what a wide page gives a figure
 NARROW: Final = 350.0  # what a phone gives it
 HALF: Final = 470.0  # two beside each other
 
-_NOT_PER_EXIT: Final = ("asr",)  # drawn on its own
+_NOT_PER_EXIT: Final = ("asr", "fidelity_cosine_mean")  # the one is drawn on its own, the other says the same again
 _LOWER_IS_WORSE: Final = ("vqa_accuracy", "fidelity_cosine")
 
 
@@ -120,7 +120,7 @@ def exit_figures(report: Report) -> list[Figure]:
         most = max((len(per_exit(rows_of(report, subject, name))) for subject in report.subjects), default=0)
         if paired or most < 2:
             continue
-        span = _share_span(row for row in report.measures if row.measure == name) if unit == "fraction" else None
+        span = _span([row for row in report.measures if row.measure == name], unit)
         chart = _exit_chart(report, name, titled(words_of(name)), span, None, legend=False)
         if chart is not None:
             found.append(
@@ -134,10 +134,15 @@ def exit_figures(report: Report) -> list[Figure]:
     return found
 
 
-def _share_span(rows: Iterable[Measure]) -> tuple[float, float]:
-    """From nothing to just above the largest share, in steps of ten points, so that small shares can be told apart."""
-    tops = [value for row in rows for value in (row.value, row.high) if value is not None]
-    return 0.0, min(1.0, math.ceil(max(tops, default=1.0) * 10 + 0.2) / 10)
+def _span(rows: Iterable[Measure], unit: str) -> tuple[float, float] | None:
+    """The y axis: shares from 0 to just above the largest; cosines up to 1, never so near that noise is drawn."""
+    values = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
+    if unit == "cosine":
+        low = min([0.9999, *values])
+        return low - (1.0 - low) * 0.08, 1.0
+    if unit == "fraction":
+        return 0.0, min(1.0, math.ceil(max(values, default=1.0) * 10 + 0.2) / 10)
+    return None
 
 
 def legend_figure(report: Report) -> Figure | None:

@@ -60,7 +60,7 @@ def show(value: float, unit: str, measure: str = "") -> str:
     if unit == "cosine" or measure.startswith("fidelity"):
         return ">\u00a00.99999" if 0.999995 <= value < 1 else f"{value:.5f}".rstrip("0").rstrip(".")
     if unit == "probability":
-        return "<\u00a00.0001" if value < 0.0001 else f"{value:.4f}"
+        return "<\u00a00.0001" if value < 0.0001 else f"{value:.4f}".rstrip("0").rstrip(".")
     return percent(value) if unit == "fraction" else plain(value)
 
 

@@ -74,7 +74,7 @@ class _Command:
 
 def render_page(report: Report, responses: Responses | None = None) -> str:
     """The whole page as text."""
-    first, _, rest = report.headline.partition(" ")
+    first, mark, rest = _sentence(report.headline)
     main_curves, more_curves = curve_figures(report)
     sections = {
         "errors": [stage for stage in report.stages if stage.error],
@@ -104,7 +104,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
     return template.render(
         report=report,
         status_word=_STATUS_WORDS[report.status],
-        verdict_first=first,
+        verdict_first=first + mark,
         verdict_rest=rest,
         when=time.strftime("%-d %B %Y, %H:%M UTC", time.gmtime(report.started)) if report.started else "",
         took=seconds(report.seconds),
@@ -122,6 +122,13 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         charts_css=Markup(_asset("charts.css")),
         **sections,
     )
+
+
+def _sentence(headline: str) -> tuple[str, str, str]:
+    """What was decided, in bold on the page, and the rest: "Passed" ":" "all 5 gates hold ..."."""
+    ends = [place for place in (headline.find(mark) for mark in (":", ";", ".")) if place >= 0]
+    cut = min(ends, default=len(headline))
+    return headline[:cut], headline[cut : cut + 1], headline[cut + 1 :].lstrip()
 
 
 def asr_curve_svg(report: Report, width: float = 900, height: float = 400) -> str:
