@@ -120,6 +120,7 @@ class SourceStage(Stage[SourceParams]):
             # Loaded and saved, not copied: every tensor is checked, and later stages find transformers' own names.
             model = family.load(folder, dtype=self.params.dtype)
             checkpoint.save_model(model, context.output, companions_from=folder)
+        checkpoint.make_readable(context.output)
         vision = family.spec(checkpoint.read_config(context.output)).vision
         context.progress(2, 2)
         return {

@@ -224,8 +224,13 @@ def save_model(model: PreTrainedModel, folder: Path, companions_from: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     copy_companions(companions_from, folder)
+    make_readable(folder)
+
+
+def make_readable(folder: Path) -> None:
+    """safetensors writes files that only their owner may read: another user of a shared store could not."""
     for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes 0600: another user of a shared store could not read it
+        path.chmod(0o644)
 
 
 def copy_companions(source: Path, target: Path) -> None:
