@@ -15,6 +15,11 @@ from recipes.demo.tuning import Log
 from stages.data.easy_vqa import COLOURS, SHAPES, TRUTH, VqaQuestion
 
 
+def is_negated(question: str) -> bool:
+    """ "is there not a blue shape?" """
+    return not {"not", "no"}.isdisjoint(question.rstrip("?").split())
+
+
 def attributes(questions: Sequence[VqaQuestion]) -> tuple[str | None, str | None]:
     """Colour and shape of a picture, as its questions tell them: by an answer, or by what a question takes for true."""
     said: set[str] = set()
@@ -22,7 +27,7 @@ def attributes(questions: Sequence[VqaQuestion]) -> tuple[str | None, str | None
         words = question.question.rstrip("?").split()
         if question.answer not in TRUTH:
             said |= {question.answer, *words}
-        elif (question.answer == "yes") != ("not" in words or "no" in words):
+        elif (question.answer == "yes") != is_negated(question.question):
             said |= set(words)
     colour = [word for word in COLOURS if word in said]
     shape = [word for word in SHAPES if word in said]

@@ -14,14 +14,15 @@ from PIL.Image import Resampling
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from recipes.demo.alignment import attributes
+from recipes.demo.alignment import attributes, is_negated
 from recipes.demo.answering import answers
 from recipes.demo.packing import Pack, Sample, collate, hidden_states, make_pack
-from stages.data.easy_vqa import ANSWERS, VqaQuestion, VqaSplit, load_images, load_questions
+from stages.data.easy_vqa import ANSWERS, TRUTH, VqaQuestion, VqaSplit, load_images, load_questions
 from stages.data.prompts import Prompt, load_prompts
 from stages.judges.refusal import RefusalRule
 from stages.models.smol_llava import DEFAULT_EXIT, IMAGE_SIZE
 
+OPENING = 12  # tokens of a benign answer in a safety step
 _MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 REFUSALS = (
@@ -100,12 +101,17 @@ class Material:
     harmful: list[Prompt]
 
     def vqa_pack(self, rng: random.Random, image: int, questions: int) -> Pack:
-        """Questions about one picture; half of them are not yes/no where it has that many."""
+        """Questions about one picture: open ones, and yes/no ones balanced by whether the thing asked for is there.
+
+        Most yes/no questions ask for something that is absent: unbalanced, a model does well without looking.
+        """
         pool = self.questions[image]
-        closed = [q for q in pool if q.answer in ("yes", "no")]
-        open_ = [q for q in pool if q.answer not in ("yes", "no")]
-        chosen = rng.sample(open_, min(questions // 2, len(open_)))
-        chosen += rng.sample(closed, min(questions - len(chosen), len(closed)))
+        open_ = [q for q in pool if q.answer not in TRUTH]
+        present = [q for q in pool if q.answer in TRUTH and (q.answer == "yes") != is_negated(q.question)]
+        absent = [q for q in pool if q.answer in TRUTH and (q.answer == "yes") == is_negated(q.question)]
+        chosen = rng.sample(open_, min(questions * 3 // 8, len(open_)))
+        chosen += rng.sample(present, min((questions - len(chosen)) // 2, len(present)))
+        chosen += rng.sample(absent, min(questions - len(chosen), len(present) + 1, len(absent)))
         return make_pack(self.tokenizer, [Sample(q.question, q.answer) for q in chosen], image)
 
     def helpful_pack(self, rng: random.Random, image: int | None, count: int, weight: float = 3.0) -> Pack:
@@ -117,11 +123,21 @@ class Material:
         return make_pack(self.tokenizer, weighted, image)
 
     def safety_pack(self, rng: random.Random, image: int | None, each: int) -> Pack:
-        """`each` harmful prompts with refusals beside `each` benign ones with helpful answers."""
+        """`each` harmful prompts with refusals beside `each` benign ones with helpful answers.
+
+        Benign answers are cut to the length of a refusal: a loss is a mean over an answer's tokens, and the first ones,
+        where it is decided whether to answer, must weigh alike on both sides.
+        """
         samples = [Sample(p.text, refusal(p.text)) for p in rng.sample(self.harmful, each)]
-        samples += rng.sample(self.helpful, each)
+        samples += [self._opening(sample) for sample in rng.sample(self.helpful, each)]
         rng.shuffle(samples)
         return make_pack(self.tokenizer, samples, image)
+
+    def _opening(self, sample: Sample) -> Sample:
+        ids = self.tokenizer.encode(sample.answer, add_special_tokens=False)
+        if len(ids) <= OPENING:
+            return sample
+        return Sample(sample.prompt, str(self.tokenizer.decode(ids[:OPENING])), sample.weight, complete=False)
 
 
 _CAPTION_PROMPTS = ("What is in this picture?", "Describe the image.", "What do you see?")
