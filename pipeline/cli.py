@@ -161,17 +161,21 @@ def report(
     runs_dir: RunsDir = RUNS,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Write the page again from the run's events.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Write the curve of ASR by exit to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run's report is. Can write it again from the run's events, or open it.
+    """Show where a run's report is. Can write it again from the run's events, draw its curve, or open it.
 
     \b
     Example: pipeline report
              pipeline report quickstart-20260101 --rebuild --open
+             pipeline report --svg docs/asr-by-exit.svg
     """
-    from pipeline.commands.report import find_report
+    from pipeline.commands.report import draw_curve, find_report
 
     page, machine = find_report(run, runs_dir, rebuild=rebuild)
+    if svg is not None:
+        draw_curve(machine, svg)
     if as_json:
         print(machine.read_text(encoding="utf-8"))
     else:

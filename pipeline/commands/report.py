@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from artifacts.errors import RecipeError
 from pipeline.commands.runs import find_run
 
 
@@ -20,3 +21,20 @@ def find_report(name: str | None, runs_dir: Path, *, rebuild: bool) -> tuple[Pat
 
         write_report(folder)
     return page, machine
+
+
+def draw_curve(machine: Path, target: Path) -> None:
+    """Write the curve of ASR by exit of a report.json as an SVG file of its own.
+
+    Raises:
+        RecipeError: the run measured none, or the file cannot be written.
+    """
+    from pipeline.report.model import Report
+    from pipeline.report.page import asr_curve_svg
+
+    try:
+        target.write_text(asr_curve_svg(Report.model_validate_json(machine.read_bytes())), encoding="utf-8")
+    except (ValueError, OSError) as error:
+        raise RecipeError(
+            f"no curve was written to {target}", where=str(machine), why=str(error), way_out="give a run that verified"
+        ) from error
