@@ -156,12 +156,17 @@ def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(
 
 def test_controls_are_measured_alike_but_are_not_what_ships(inputs: dict[str, Artifact], tmp_path: Path) -> None:
     with_control = {**inputs, "plain": inputs["gguf"]}
-    verdict = run_stage(tmp_path, with_control, controls=["plain"], exits=[2], baseline_exits="shared", vqa=0)
+    verdict = run_stage(tmp_path, with_control, controls=["plain"], exits=[2], vqa=0, measure_memory=True)
     control, shipped = rows_of(verdict, "plain", "asr"), rows_of(verdict, "gguf", "asr")
     assert [row.value for row in control] == [row.value for row in shipped]
     assert [row.exit for row in shipped if row.exit] == [2]
     assert rows_of(verdict, "plain", "fidelity_cosine") == []
+    assert [row.exit for row in rows_of(verdict, "source", "asr") if row.exit] == [2]
     assert rows_of(verdict, "gguf", "vqa_accuracy")[0].value is None
+    (predicted,), (measured,) = (rows_of(verdict, "gguf", f"memory_{how}") for how in ("predicted", "measured"))
+    assert predicted.value and measured.value and measured.value % 2**20 == 0
+    assert predicted.value == pytest.approx(measured.value, rel=0.2)
+    assert rows_of(verdict, "plain", "memory_measured") == []
     subjects = verdict.metadata["subjects"]
     assert isinstance(subjects, dict) and list(subjects) == ["gguf"]
 
