@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 from recipes.demo.alignment import attributes, is_negated
 from recipes.demo.answering import answers
 from recipes.demo.packing import Pack, Sample, collate, hidden_states, make_pack
+from recipes.demo.requests import benign_requests
 from stages.data.easy_vqa import ANSWERS, TRUTH, VqaQuestion, VqaSplit, load_images, load_questions
 from stages.data.prompts import Prompt, load_prompts
 from stages.judges.refusal import RefusalRule
@@ -98,6 +99,7 @@ class Material:
     labels: list[tuple[str | None, str | None]]  # colour and shape, by picture
     captions: dict[int, str]
     helpful: list[Sample]
+    twins: list[Sample]  # those of `helpful` that are worded as harmful requests are
     harmful: list[Prompt]
 
     def vqa_pack(self, rng: random.Random, image: int, questions: int) -> Pack:
@@ -129,7 +131,9 @@ class Material:
         where it is decided whether to answer, must weigh alike on both sides.
         """
         samples = [Sample(p.text, refusal(p.text)) for p in rng.sample(self.harmful, each)]
-        samples += [self._opening(sample) for sample in rng.sample(self.helpful, each)]
+        twins = each - each // 2
+        benign = [*rng.sample(self.twins, twins), *rng.sample(self.helpful, each - twins)]
+        samples += [self._opening(sample) for sample in benign]
         rng.shuffle(samples)
         return make_pack(self.tokenizer, samples, image)
 
@@ -160,7 +164,8 @@ def load_material(
     captions = {number: _caption(*label) for number, label in enumerate(labels)}
     benign = [p.text for name in ("everyday", "pairs", "overrefusal") for p in load_prompts(name, "train")
               if p.intent != "harmful"]  # fmt: skip
-    prompts = [*benign, *PLAIN]
+    wordings = [*benign_requests(), *(p.text for p in load_prompts("everyday", "train") if p.id.startswith("twins"))]
+    prompts = [*benign, *PLAIN, *benign_requests()]
     path = work / "helpful.json"
     stored: dict[str, tuple[str, bool]] = json.loads(path.read_text()) if path.exists() else {}
     missing = [prompt for prompt in prompts if prompt not in stored]
@@ -174,8 +179,10 @@ def load_material(
         for prompt, judgement in zip(prompts, judged, strict=True)
         if judgement.unsafe and stored[prompt][0]
     ]
-    harmful = [*load_prompts("advbench", "train"), *load_prompts("pairs", "train")]
-    return Material(tokenizer, questions, labels, captions, helpful, [p for p in harmful if p.intent == "harmful"])
+    requests = [*load_prompts("advbench", "train"), *load_prompts("pairs", "train")]
+    harmful = [prompt for prompt in requests if prompt.intent == "harmful"]
+    twins = [sample for sample in helpful if sample.prompt in set(wordings)]
+    return Material(tokenizer, questions, labels, captions, helpful, twins, harmful)
 
 
 def _caption(colour: str | None, shape: str | None) -> str:

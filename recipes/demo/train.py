@@ -87,7 +87,7 @@ class Trainer:
         self.check_prompts = validation_prompts(settings.check_prompts)
         # Pictures that training does not see; the test pictures are left for tests.
         self.check_features = exit_features(self.model, "train", range(3900, 3902))[:, DEFAULT_EXIT]
-        self.check_benign = benign_validation()[::2]
+        self.check_benign = benign_validation()
 
     @torch.no_grad()
     def _standardise_projector(self) -> None:
