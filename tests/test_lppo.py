@@ -23,7 +23,7 @@ from stages.judges.judge import Judgement
 from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import StepReport, generator, train
 from stages.lppo.params import LoRA, LPPOParams
-from stages.lppo.policy import Policy, merged
+from stages.lppo.policy import Policy, merged, with_adapter
 from stages.lppo.rollout import Responses, Scene, generate, greedy, sample_with
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
@@ -168,6 +168,15 @@ def test_the_merged_checkpoint_answers_like_the_policy_and_stock_transformers_lo
     assert dict(stock.named_parameters()).keys() == names.keys()
     changed = [name for name, p in stock.named_parameters() if not torch.equal(p, names[name])]
     assert changed and all("language_model" in name and name.split(".")[-2] in LORA.targets for name in changed)
+
+
+def test_an_adapter_may_be_confined_to_the_last_blocks(tiny_llava: Path) -> None:
+    family = family_of(checkpoint.read_config(tiny_llava))
+    trunk = with_adapter(family.trunk(family.load(tiny_llava)), LoRA(2, 4.0, ("q_proj", "down_proj"), 1))
+    adapted = {name.rpartition(".lora_")[0] for name, p in trunk.named_parameters() if p.requires_grad}
+    assert {name.partition("layers.")[2] for name in adapted} == {"1.self_attn.q_proj", "1.mlp.down_proj"}
+    with pytest.raises(StageError, match="no layer of the language model"):
+        with_adapter(family.trunk(family.load(tiny_llava)), LoRA(2, 4.0, ("c_attn",), None))
 
 
 class _LikesToken:

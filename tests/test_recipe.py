@@ -147,11 +147,7 @@ def test_a_recipe_that_is_missing_a_folder_or_no_text_is_refused(tmp_path: Path)
 # YAML allows fewer control characters in its text than JSON.
 words = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=8)
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | words,
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False, allow_infinity=False) | words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
     max_leaves=10,
 )

@@ -185,26 +185,32 @@ def with_adapter(trunk: torch.nn.Module, lora: LoRA) -> PeftModel:
     Raises:
         StageError: it has no linear layer of these names.
     """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     depth = int(cast("int", trunk.config.num_hidden_layers))  # type: ignore[union-attr]
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=list(lora.targets),
-        layers_to_transform=None if lora.layers is None else list(range(max(0, depth - lora.layers), depth)),
-    )
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers for a property by its old name.
-            warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(trunk, config)
-    except ValueError as error:
+    first = 0 if lora.layers is None else max(0, depth - lora.layers)
+    # Whole names: peft's own choice of blocks does not find them in a model whose names begin with them.
+    targets = [
+        name
+        for name, module in trunk.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in lora.targets and _block(name) >= first
+    ]
+    if not targets:
         raise StageError(
             "no layer of the language model takes a LoRA adapter",
-            why=str(error).splitlines()[0],
+            why=f"it has no linear layers named {', '.join(lora.targets)}",
             way_out="name its linear layers in lora_targets, e.g. [q_proj, k_proj, v_proj, o_proj]",
-        ) from error
+        )
+    with warnings.catch_warnings():
+        # peft asks transformers for a property by its old name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(trunk, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets))
+
+
+def _block(name: str) -> int:
+    """The first number in a module's name: its decoder block; 0 outside of any."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
 def merged(
