@@ -143,3 +143,12 @@ def test_a_damaged_image_in_the_cache_is_written_again() -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
     assert benign_images("validation", 1)[0].read_bytes() == whole
+
+
+def test_the_fingerprint_follows_what_decides_which_prompts_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.data import prompts
+
+    before = prompts.prompts_fingerprint()
+    assert before == prompts.prompts_fingerprint()
+    monkeypatch.setattr(prompts, "NEAR", 0.7)
+    assert prompts.prompts_fingerprint() != before

