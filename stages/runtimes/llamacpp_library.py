@@ -27,6 +27,7 @@ from artifacts.errors import StageError
 
 UBATCH: Final = 2048  # tokens computed at once; results with 512 differ between batched and single runs
 ROWS_AT_LEAST: Final = 2  # of a decoding step, see above
+_SPINS: Final = "3000"  # turns of a waiting thread before it sleeps, about 50 microseconds
 _LOG: Final[deque[str]] = deque(maxlen=40)
 _KEPT: Final[list[object]] = []  # callbacks that C holds must outlive it
 
@@ -43,6 +44,10 @@ def library() -> ModuleType:
     Raises:
         StageError: llama-cpp-python is not installed or cannot be loaded.
     """
+    # Read by libgomp when it is loaded. By default a waiting thread spins for milliseconds, hundreds of times a token.
+    # Beside other busy programs that starves the thread it waits for: 13 tokens/s were measured so, 95 without spinning.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
         import llama_cpp.llama_cpp as lib
     except (ImportError, OSError, RuntimeError) as error:
