@@ -45,7 +45,7 @@ def library() -> ModuleType:
         StageError: llama-cpp-python is not installed or cannot be loaded.
     """
     # Read by libgomp when it is loaded. By default a waiting thread spins for milliseconds, hundreds of times a token.
-    # Beside other busy programs that starves the thread it waits for: 13 tokens/s were measured so, 95 without spinning.
+    # Beside other busy programs it starves the thread it waits for: 13 tokens/s measured so, 95 without spinning.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
