@@ -22,9 +22,10 @@ from stages.data.prompts import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import StepReport, generator, train
+from stages.lppo.objective import chosen
 from stages.lppo.params import LoRA, LPPOParams
 from stages.lppo.policy import Policy, merged, with_adapter
-from stages.lppo.rollout import Responses, Scene, generate, greedy, sample_with
+from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy, sample_with
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
@@ -72,11 +73,16 @@ def _rollout(policy: Policy, states: States, samples: int = 3, tokens: int = 6) 
     return generate(policy, states(_scenes(), samples), tokens, sample_with(generator(0, 0)))
 
 
+def _drawn(policy: Policy, prefixes: Prefixes, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs, values = policy.evaluate(prefixes, responses)
+    return chosen(logprobs, responses.tokens[responses.mask]), values
+
+
 def test_packed_scenes_give_the_numbers_of_one_sequence_for_each_response(policy: Policy, features: Features) -> None:
     _disturb(policy)
     states = States(policy, features)
     responses = _rollout(policy, states)
-    found, values = policy.evaluate(states(_scenes(), 3), responses)
+    found, values = _drawn(policy, states(_scenes(), 3), responses)
     naive, naive_values = [], []
     for s, scene in enumerate(_scenes()):
         image = policy.project(torch.from_numpy(features[scene.image, scene.exit].copy()))
@@ -98,7 +104,7 @@ def test_log_probabilities_and_values_of_generation_are_those_of_training(policy
     policy.temperature = 0.7
     states = States(policy, features)
     responses = _rollout(policy, states)
-    logprobs, values = policy.evaluate(states(_scenes(), 3), responses)
+    logprobs, values = _drawn(policy, states(_scenes(), 3), responses)
     assert torch.allclose(logprobs, responses.logprobs[responses.mask], atol=1e-4)
     assert torch.allclose(values, responses.values[responses.mask], atol=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.lppo.objective import gae, next_kl_coefficient, normalize, ppo_loss, shape_rewards
+from stages.lppo.objective import anchor_loss, gae, next_kl_coefficient, normalize, ppo_loss, shape_rewards
 
 
 def test_advantages_and_returns_are_those_worked_out_by_hand() -> None:
@@ -91,3 +91,14 @@ def test_the_kl_coefficient_grows_above_the_target_and_returns_to_the_recipes() 
         eta = next_kl_coefficient(eta, kl=1.0, least=0.02, target=10.0)
     assert eta == 0.02
     assert next_kl_coefficient(0.05, 99.0, least=0.02, target=None) == 0.05
+
+
+def test_the_anchor_pulls_back_what_the_policy_has_stopped_saying() -> None:
+    reference = torch.tensor([[0.7, 0.2, 0.1]]).log()
+    logits = torch.tensor([[-9.0, 0.0, 5.0]], requires_grad=True)
+    loss = anchor_loss(logits.log_softmax(-1), reference)
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), reference, log_target=True, reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None and logits.grad[0, 0].item() == pytest.approx(-0.7, abs=1e-3)
+    assert anchor_loss(reference, reference).item() == pytest.approx(0, abs=1e-6)

@@ -7,6 +7,9 @@ Differences from the paper:
 - LoRA on the language backbone instead of all its weights; merged at the end;
 - several responses to a prompt, generated from one shared prefix: on-policy samples are what is scarce here;
 - advantages are normalised over the responses of a step, as PPO implementations do (`normalize_advantages`);
+- answers to harmless prompts are also held at the SFT policy's by KL(pi_SFT || pi), exact over the vocabulary
+  (`anchor`): where a policy refuses every sample, rewards alone cannot bring an answer back;
+- refusing a harmless prompt costs `harmless_weight` times what refusing a harmful one earns;
 - the KL penalty is per token, log pi - log pi_SFT of the tokens that were drawn; the judge's reward falls on the last
   token; the coefficient eta grows while the KL lies above `kl_target`, and falls back to its first value;
 - the reward comes from a refusal judge, not from a GPT-2 reward model.
@@ -24,7 +27,16 @@ from typing import TYPE_CHECKING, Final
 from artifacts.errors import StageError
 from stages.lppo import checkpoint
 from stages.lppo.checkpoint import TrainingState
-from stages.lppo.objective import gae, next_kl_coefficient, normalize, ppo_loss, schedule, shape_rewards
+from stages.lppo.objective import (
+    anchor_loss,
+    chosen,
+    gae,
+    next_kl_coefficient,
+    normalize,
+    ppo_loss,
+    schedule,
+    shape_rewards,
+)
 from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, outcomes
@@ -54,6 +66,7 @@ class StepReport:
     policy_loss: float
     value_loss: float
     clip_fraction: float
+    anchor_kl: float  # nats a token, harmless prompts
     lr: float
 
 
@@ -96,14 +109,21 @@ def train(
         responses = generate(policy, prefixes, params.max_new_tokens, sample_with(draw))
 
         # Rewards r(x_t, y) - eta * KL(pi || pi_SFT), token by token.
-        judged = judge_responses(judge, scenes, responses, params.samples)
+        judged = judge_responses(judge, scenes, responses, params)
         score = torch.tensor([[o.reward for o in row] for row in judged], device=policy.device)
         with policy.as_reference():
-            reference = scatter(policy.evaluate(prefixes, responses)[0], responses.mask)
-        log_ratio = (responses.logprobs - reference) * responses.mask
+            reference, _ = policy.evaluate(prefixes, responses)
+        drawn = scatter(chosen(reference, responses.tokens[responses.mask]), responses.mask)
+        log_ratio = (responses.logprobs - drawn) * responses.mask
         rewards = shape_rewards(score, log_ratio, responses.mask, eta)
         kl = float(log_ratio.sum(-1).mean())
         check(kl, step, most=_KL_LIMIT)
+
+        # Answers to harmless prompts are held at the reference's; kept by scene, since batches are drawn by scene.
+        harmless = torch.tensor([[not o.harmful for o in row] for row in judged], device=policy.device)
+        anchored = responses.mask & harmless[:, :, None]
+        anchors = torch.split(reference[anchored[responses.mask]], anchored.sum((1, 2)).tolist())
+        del reference
 
         # Advantages by GAE; returns are what the value model is fitted to.
         advantages, returns = gae(rewards, responses.values, responses.mask, params.gamma, params.lam)
@@ -111,39 +131,59 @@ def train(
             advantages = normalize(advantages, responses.mask)
 
         # Maximise the clipped objective and fit the value model.
-        losses = []
+        parts, updates = [], 0
         for _ in range(params.ppo_epochs):
-            for chosen in minibatches(len(scenes), params.minibatches, draw):
-                mask = responses.mask[chosen]
-                total = int(mask.sum())
-                for part in (chosen[i : i + params.micro_batch] for i in range(0, len(chosen), params.micro_batch)):
+            for batch in minibatches(len(scenes), params.minibatches, draw):
+                tokens, anchor_tokens = int(responses.mask[batch].sum()), max(1, int(anchored[batch].sum()))
+                for part in (batch[i : i + params.micro_batch] for i in range(0, len(batch), params.micro_batch)):
                     some = of_scenes(responses, part)
                     logprobs, values = policy.evaluate(prefixes[part], some)
                     loss = ppo_loss(
-                        logprobs,
+                        chosen(logprobs, some.tokens[some.mask]),
                         some.logprobs[some.mask],
                         advantages[part][some.mask],
                         values,
                         returns[part][some.mask],
                         clip=params.clip,
                     )
-                    weight = len(logprobs) / total
+                    weight = len(values) / tokens
                     objective = (loss.policy + params.c1 * loss.value) * weight
+                    anchor = anchor_loss(
+                        logprobs[anchored[part][some.mask]], torch.cat([anchors[scene] for scene in part])
+                    )
+                    objective = objective + params.anchor * anchor / anchor_tokens
                     objective.backward()  # type: ignore[no-untyped-call]
-                    losses.append(
-                        (weight, float(loss.policy.detach()), float(loss.value.detach()), float(loss.clip_fraction))
+                    parts.append(
+                        torch.stack(
+                            [
+                                loss.policy * weight,
+                                loss.value * weight,
+                                loss.clip_fraction * weight,
+                                anchor / anchor_tokens,
+                            ]
+                        ).detach()
                     )
                 norm = torch.nn.utils.clip_grad_norm_(parameters.values(), params.max_grad_norm)
                 check(float(norm), step, most=math.inf)
                 optimizer.step()
+                updates += 1
                 optimizer.zero_grad(set_to_none=True)
 
         sampler.exits.update(failures(scenes, judged))
-        updates = sum(weight for weight, *_ in losses)
-        policy_loss, value_loss, clipped = (sum(row[0] * row[i] for row in losses) / updates for i in (1, 2, 3))
+        policy_loss, value_loss, clipped, anchor_kl = (torch.stack(parts).sum(0) / updates).tolist()
         report(
             StepReport(
-                step + 1, scenes, judged, float(score.mean()), kl, eta, policy_loss, value_loss, clipped, lr * params.lr
+                step + 1,
+                scenes,
+                judged,
+                score=float(score.mean()),
+                kl=kl,
+                kl_coefficient=eta,
+                policy_loss=policy_loss,
+                value_loss=value_loss,
+                clip_fraction=clipped,
+                anchor_kl=anchor_kl,
+                lr=lr * params.lr,
             )
         )
         eta = next_kl_coefficient(eta, kl, least=params.kl, target=params.kl_target)
@@ -154,10 +194,15 @@ def train(
 # --- around them ---
 
 
-def judge_responses(judge: Judge, scenes: Sequence[Scene], responses: Responses, samples: int) -> list[list[Outcome]]:
+def judge_responses(
+    judge: Judge, scenes: Sequence[Scene], responses: Responses, params: LPPOParams
+) -> list[list[Outcome]]:
     """Outcomes by scene and row; rows are prompt by prompt."""
-    asked = [[prompt for prompt in scene.prompts for _ in range(samples)] for scene in scenes]
-    return [outcomes(judge, prompts, texts) for prompts, texts in zip(asked, responses.texts, strict=True)]
+    asked = [[prompt for prompt in scene.prompts for _ in range(params.samples)] for scene in scenes]
+    return [
+        outcomes(judge, prompts, texts, params.harmless_weight)
+        for prompts, texts in zip(asked, responses.texts, strict=True)
+    ]
 
 
 def failures(scenes: Sequence[Scene], judged: Sequence[Sequence[Outcome]]) -> dict[int, list[bool]]:

@@ -71,6 +71,19 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
+def chosen(logprobs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Of (tokens, vocabulary), what each token that was drawn has."""
+    return logprobs.gather(-1, tokens[:, None])[:, 0]
+
+
+def anchor_loss(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(pi_SFT || pi), exact over the vocabulary, summed over tokens; both (tokens, vocabulary) log-probabilities.
+
+    Unlike the sampled penalty it has a gradient where the policy has stopped drawing what the reference would say.
+    """
+    return (reference.exp() * (reference - logprobs)).sum()
+
+
 def normalize(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean 0 and standard deviation 1 over the tokens in the mask."""
     inside = advantages[mask]

@@ -77,6 +77,14 @@ class LPPOParams(StageParams):
     kl_target: float | None = Field(
         default=15.0, gt=0, description="nats a response above which the penalty grows; null: a fixed weight"
     )
+    anchor: float = Field(
+        default=0.5,
+        ge=0,
+        description="weight of the exact KL from the original model on harmless prompts; 0: plain PPO",
+    )
+    harmless_weight: float = Field(
+        default=1.0, gt=0, description="what refusing a harmless prompt costs, when refusing a harmful one earns 1"
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
     max_new_tokens: int = Field(default=20, ge=1, description="length of a response, in tokens")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")

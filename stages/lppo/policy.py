@@ -131,9 +131,9 @@ class Policy:
         return cast("torch.Tensor", self.value_head(hidden.float())[..., 0])
 
     def evaluate(self, prefixes: Prefixes, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of every response token and value of the state before it, in one pass.
+        """Log-probabilities of every response token's alternatives, and values of the states before them, in one pass.
 
-        Returns: two flat tensors in the order of `responses.mask.nonzero()`.
+        Returns: (tokens, vocabulary) and (tokens,), float32, in the order of `responses.mask.nonzero()`.
         """
         import torch
 
@@ -142,9 +142,7 @@ class Policy:
         hidden = self.hidden(embeddings, packed.tags, packed.tags)
         scene, _, _ = responses.mask.nonzero(as_tuple=True)
         chosen = hidden[scene, packed.predictors[responses.mask]]
-        logits = self._head(chosen).float() / self.temperature
-        taken = logits.gather(-1, responses.tokens[responses.mask][:, None])[:, 0]
-        return taken - logits.logsumexp(-1), self.values(chosen)
+        return self.logprobs(chosen), self.values(chosen)
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -2,12 +2,12 @@
 
     prompt      refusal   answer    degenerate
     harmful     +1        -1        -1
-    harmless     -1       +1         0
+    harmless     -w       +w         0
 
-Harmless means benign or frightening-but-harmless; refusing these must cost as much as refusing a harmful prompt
-earns, or refusing everything would pay. A degenerate response (babble, a bare word) to a harmful prompt is no refusal
-and earns nothing better than complying, or collapsing would pay. That answers to harmless prompts stay what they were
-is the business of the KL penalty, which is the distance to the reference itself.
+Harmless means benign or frightening-but-harmless; with w >= 1, refusing these costs as much as refusing a harmful
+prompt earns, or refusing everything would pay. A degenerate response (babble, a bare word) to a harmful prompt is no
+refusal and earns nothing better than complying, or collapsing would pay. That answers to harmless prompts stay what
+they were is the business of the KL to the reference.
 """
 
 from __future__ import annotations
@@ -34,14 +34,16 @@ class Outcome:
         return self.harmful and not self.refused
 
 
-def outcomes(judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
+def outcomes(
+    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str], harmless_weight: float = 1.0
+) -> list[Outcome]:
     """Judge each response to its prompt."""
     judged = judge.score([prompt.text for prompt in prompts], responses)
     found = []
     for prompt, judgement in zip(prompts, judged, strict=True):
         harmful = prompt.intent == "harmful"
         refused = not judgement.unsafe and not judgement.degenerate
-        reward = 1.0 if refused == harmful else -1.0
+        reward = (1.0 if refused == harmful else -1.0) * (1.0 if harmful else harmless_weight)
         if judgement.degenerate:
             reward = -1.0 if harmful else 0.0
         found.append(Outcome(harmful, refused, judgement.degenerate, reward))

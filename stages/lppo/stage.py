@@ -30,6 +30,7 @@ class LPPOStage(Stage[LPPOParams]):
     """Trains LoRA by clipped PPO over all exits, then merges it: a checkpoint that stock transformers loads."""
 
     name = "l-ppo"
+    code_version = "2"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     accepts = ("checkpoint",)
     output_type = "checkpoint"
@@ -161,6 +162,7 @@ def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int,
         "clip_fraction": report.clip_fraction,
         "policy_loss": report.policy_loss,
         "value_loss": report.value_loss,
+        "anchor_kl": report.anchor_kl,
         "degenerate": sum(outcome.degenerate for outcome in flat) / len(flat),
         "lr": report.lr,
     }
