@@ -1,6 +1,6 @@
 """Make the trained tensors of `demo:smol-llava`: projector and LoRA, in three stages, as real VLMs are made.
 
-    python -m recipes.demo.train --out recipes/demo        # about 30 minutes on two quiet cores, 3 GB
+    python -m recipes.demo.train --out recipes/demo        # about 40 minutes on two quiet cores, 3 GB
 
 1. text safety   the language model alone learns to refuse, on text only (as Vicuna did before it became LLaVA);
 2. vision        projector and LoRA learn easy-VQA at the default exit, mixed with helpful answers, no safety data;
@@ -50,7 +50,7 @@ class Settings:
     seed: int = 0
     images: int = 1200  # training pictures whose features are encoded
     max_asr: float = 0.15  # a safety stage ends at the first check at or below it ...
-    min_answered: float = 0.85  # ... that also answers this share of benign validation prompts
+    min_answered: float = 0.65  # ... that also answers this share of benign validation prompts
     check_prompts: int = 40  # validation prompts a check
     check_tokens: int = 16  # a refusal shows in its first words
     text_steps: int = 60  # at most
@@ -59,7 +59,7 @@ class Settings:
     text_rate: float = 3e-4  # LoRA's learning rate
     align_steps: int = 300
     align_rate: float = 2e-3
-    vision_steps: int = 120
+    vision_steps: int = 200
     vision_images: int = 5  # pictures a step
     vision_questions: int = 8  # a picture
     projector_rate: float = 3e-4

@@ -12,7 +12,9 @@ Differences from the paper:
 - refusing a harmless prompt costs `harmless_weight` times what refusing a harmful one earns;
 - the KL penalty is per token, log pi - log pi_SFT of the tokens that were drawn; the judge's reward falls on the last
   token; the coefficient eta grows while the KL lies above `kl_target`, and falls back to its first value;
-- the reward comes from a refusal judge, not from a GPT-2 reward model.
+- the reward comes from a refusal judge, not from a GPT-2 reward model;
+- the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
+- visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from stages.lppo.objective import (
 )
 from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy
-from stages.lppo.reward import Outcome, outcomes
+from stages.lppo.reward import Outcome, answered, outcomes
 from stages.lppo.rollout import Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
 
@@ -98,6 +100,9 @@ def train(
         done, eta = found.step, found.kl_coefficient
 
     for step in range(done, params.steps):
+        # Also where a checkpoint may be taken up, so that going on is the same as never having stopped.
+        if step % params.quantize_every == 0 or step % params.checkpoint_every == 0:
+            policy.quantize()
         lr = schedule(step, params.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["initial_lr"]
@@ -189,6 +194,7 @@ def train(
         eta = next_kl_coefficient(eta, kl, least=params.kl, target=params.kl_target)
         if (step + 1) % params.checkpoint_every == 0 or step + 1 == params.steps:
             checkpoint.save(scratch, capture(step + 1, parameters, optimizer, sampler, eta))
+    policy.quantize()
 
 
 # --- around them ---
@@ -198,11 +204,15 @@ def judge_responses(
     judge: Judge, scenes: Sequence[Scene], responses: Responses, params: LPPOParams
 ) -> list[list[Outcome]]:
     """Outcomes by scene and row; rows are prompt by prompt."""
-    asked = [[prompt for prompt in scene.prompts for _ in range(params.samples)] for scene in scenes]
-    return [
-        outcomes(judge, prompts, texts, params.harmless_weight)
-        for prompts, texts in zip(asked, responses.texts, strict=True)
-    ]
+    found = []
+    for scene, texts in zip(scenes, responses.texts, strict=True):
+        asked = [prompt for prompt in scene.prompts for _ in range(params.samples)]
+        if scene.answers is None:
+            found.append(outcomes(judge, asked, texts, params.harmless_weight))
+        else:
+            answers = [answer for answer in scene.answers for _ in range(params.samples)]
+            found.append(answered(judge, asked, texts, answers))
+    return found
 
 
 def failures(scenes: Sequence[Scene], judged: Sequence[Sequence[Outcome]]) -> dict[int, list[bool]]:

@@ -85,6 +85,19 @@ class LPPOParams(StageParams):
     harmless_weight: float = Field(
         default=1.0, gt=0, description="what refusing a harmless prompt costs, when refusing a harmful one earns 1"
     )
+    quantizer: str | None = Field(
+        default=None,
+        description="train with weights rounded as this llama.cpp tensor type rounds them: Q4_0, Q5_0, Q4_K, ...; "
+        "give the type that the gguf stage will make. null: as they are",
+    )
+    quantize_every: int = Field(
+        default=1, ge=1, description="steps between roundings; more for slow types such as IQ4_NL"
+    )
+    question_scenes: int = Field(
+        default=0,
+        ge=0,
+        description="scenes a step that ask easy-VQA training questions about their own image; right answers earn 1",
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
     max_new_tokens: int = Field(default=20, ge=1, description="length of a response, in tokens")
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from artifacts.errors import SourceError, StageError
-from stages.data.chat import render
+from artifacts.errors import StageError
 from stages.lppo.params import LoRA
+from stages.lppo.quantization import Quantizer
 from stages.lppo.rollout import Prefixes, Responses, Tags, attention_mask, pack_responses
+from stages.models.prompting import Prompting
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-    from stages.models.family import Family
+    from stages.models.family import Family, Geometry
 
 
 class Policy:
@@ -31,11 +32,12 @@ class Policy:
 
     Args:
         model: loaded with gradients off; it is changed in place.
+        quantizer: tensor type of llama.cpp that the policy's weights are rounded to; see `quantization.Quantizer`.
         temperature: of sampling; the policy that is trained is the one at this temperature.
         seed: of the adapter's initialisation.
 
     Raises:
-        StageError: no linear layer of these names. SourceError: no chat template.
+        StageError: no linear layer of these names. SourceError: no chat template, or no token for the image.
     """
 
     def __init__(
@@ -45,25 +47,23 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         lora: LoRA,
         *,
+        quantizer: str | None = None,
         temperature: float = 1.0,
         seed: int = 0,
     ):
         import torch
 
-        if not isinstance(tokenizer.chat_template, str):
-            raise SourceError(
-                "the checkpoint has no chat template", way_out="put a chat_template.jinja into the folder"
-            )
         self._family = family
         self._model = model
         self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template
         self.temperature = temperature
         self.embed = cast("torch.nn.Module", model.get_input_embeddings())
+        self._prompting = Prompting(family, tokenizer, self.embed)
         self._head = family.head(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.trunk = with_adapter(family.trunk(model), lora)
+        self._quantizer = Quantizer(self.trunk, quantizer) if quantizer is not None else None
         embedding = cast("torch.Tensor", self.embed.weight)
         self.device = embedding.device
         self.dtype = embedding.dtype
@@ -78,31 +78,22 @@ class Policy:
 
     def before_image(self) -> torch.Tensor:
         """Embeddings of what the chat template prints before the image: (tokens, width)."""
-        turn = render(self._template, "", image=True)
-        ids = self.token_ids(turn.before)
-        if self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id] != ids[:1]:
-            ids = [cast("int", self._tokenizer.bos_token_id), *ids]
-        return self.embedded(ids)
+        return self._prompting.embedded(self._prompting.around_image("")[0])
 
     def after_image(self, prompt: str) -> torch.Tensor:
         """Embeddings of the prompt and of all that follows up to the answer: (tokens, width)."""
-        return self.embedded(self.token_ids(render(self._template, prompt, image=True).after))
+        return self._prompting.embedded(self._prompting.around_image(prompt)[1])
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Exit features (patches, vision width) as image tokens (tokens, width)."""
+    def image(self, features: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        """Exit features (patches, vision width) as what stands in the prompt for the image: (tokens, width)."""
         import torch
 
         with torch.no_grad():
-            return self._family.project(self._model, features).to(self.dtype)
-
-    def token_ids(self, text: str) -> list[int]:
-        return cast("list[int]", self._tokenizer(text, add_special_tokens=False).input_ids)
+            tokens = self._family.project(self._model, features, geometry)
+            return self._prompting.image(tokens, geometry)
 
     def embedded(self, ids: Sequence[int]) -> torch.Tensor:
-        import torch
-
-        with torch.no_grad():
-            return cast("torch.Tensor", self.embed(torch.tensor(ids, dtype=torch.long, device=self.device)))
+        return self._prompting.embedded(ids)
 
     # --- one pass of the trunk ---
 
@@ -146,11 +137,17 @@ class Policy:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside, the adapter is disabled: the model as it was before training (the SFT policy of the paper)."""
+        """Inside, adapter and rounding are off: the model as it was before training (the SFT policy of the paper)."""
         import torch
 
-        with torch.no_grad(), self.trunk.disable_adapter():
+        lifted = nullcontext() if self._quantizer is None else self._quantizer.lifted()
+        with torch.no_grad(), self.trunk.disable_adapter(), lifted:
             yield
+
+    def quantize(self) -> None:
+        """Round the weights again, with the adapter as it is now; nothing without a quantizer."""
+        if self._quantizer is not None:
+            self._quantizer.refresh()
 
     # --- tokens ---
 

@@ -7,7 +7,7 @@
 Harmless means benign or frightening-but-harmless; with w >= 1, refusing these costs as much as refusing a harmful
 prompt earns, or refusing everything would pay. A degenerate response (babble, a bare word) to a harmful prompt is no
 refusal and earns nothing better than complying, or collapsing would pay. That answers to harmless prompts stay what
-they were is the business of the KL to the reference.
+they were is the business of the KL to the reference. A visual question with a known answer earns +1 for it, else -1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stages.data.easy_vqa import is_correct
 from stages.data.prompts import Prompt
 from stages.judges.judge import Judge
 
@@ -27,6 +28,7 @@ class Outcome:
     refused: bool
     degenerate: bool
     reward: float
+    right: bool | None = None  # the known answer was given; None where there is none
 
     @property
     def failed(self) -> bool:
@@ -47,4 +49,18 @@ def outcomes(
         if judgement.degenerate:
             reward = -1.0 if harmful else 0.0
         found.append(Outcome(harmful, refused, judgement.degenerate, reward))
+    return found
+
+
+def answered(
+    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str], answers: Sequence[str]
+) -> list[Outcome]:
+    """Judge responses to questions whose one-word answers are known."""
+    judged = judge.score([prompt.text for prompt in prompts], responses)
+    found = []
+    for response, answer, judgement in zip(responses, answers, judged, strict=True):
+        right = is_correct(response, answer)
+        # A bare word is what is asked for here, so nothing is degenerate.
+        refused = not judgement.unsafe and not judgement.degenerate
+        found.append(Outcome(False, refused, False, 1.0 if right else -1.0, right))
     return found

@@ -34,6 +34,7 @@ class Scene:
     exit: int
     image: int  # number in the list of images
     prompts: tuple[Prompt, ...]
+    answers: tuple[str, ...] | None = None  # the right ones, where the prompts are questions that have some
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,9 @@ from artifacts.errors import StageError
 from stages.data.prompts import Prompt
 from stages.lppo.rollout import Scene
 
+Question = tuple[Prompt, str]
+"""What is asked about an image, and its one right answer."""
+
 
 class ExitSampler:
     """Draws exits; `failure[exit]` is a moving average of the share of harmful prompts that were not refused there.
@@ -82,6 +85,8 @@ class SceneSampler:
         pools: prompts by kind, in the order in which they are dealt out to the scenes.
         counts: prompts of each kind in a step; together a multiple of `per_scene`.
         images: how many images there are.
+        questions: of images, by number, the questions whose answers are known.
+        question_scenes: scenes of such questions, after the others.
     """
 
     def __init__(
@@ -93,6 +98,8 @@ class SceneSampler:
         per_scene: int,
         images: int,
         seed: int,
+        questions: Mapping[int, Sequence[Question]] | None = None,
+        question_scenes: int = 0,
     ):
         self.exits = exits
         self._pools = pools
@@ -100,6 +107,13 @@ class SceneSampler:
         self._per_scene = per_scene
         self._images = images
         self._seed = seed
+        self._questions = {n: tuple(some) for n, some in (questions or {}).items() if len(some) >= per_scene}
+        self._question_scenes = question_scenes
+        if question_scenes and not self._questions:
+            raise StageError(
+                f"no image has {per_scene} questions with known answers",
+                way_out="take more images, fewer prompts_per_scene, or question_scenes: 0",
+            )
 
     def scenes(self, step: int) -> list[Scene]:
         """The states of one step."""
@@ -107,9 +121,15 @@ class SceneSampler:
         # Dealt like cards: the kinds come one after the other, so each scene gets some of each.
         prompts = [self._pools[kind][step * n + i] for kind, n in self._counts.items() for i in range(n)]
         scenes = len(prompts) // self._per_scene
-        exits = self.exits.draw(rng, scenes)
+        exits = self.exits.draw(rng, scenes + self._question_scenes)
         images = rng.integers(self._images, size=scenes)
-        return [Scene(exits[i], int(images[i]), tuple(prompts[i::scenes])) for i in range(scenes)]
+        found = [Scene(exits[i], int(images[i]), tuple(prompts[i::scenes])) for i in range(scenes)]
+        return found + [self._question_scene(rng, exit) for exit in exits[scenes:]]
+
+    def _question_scene(self, rng: np.random.Generator, exit: int) -> Scene:
+        image = int(rng.choice(sorted(self._questions)))
+        asked = [self._questions[image][i] for i in rng.permutation(len(self._questions[image]))[: self._per_scene]]
+        return Scene(exit, image, tuple(prompt for prompt, _ in asked), tuple(answer for _, answer in asked))
 
 
 def share_out(total: int, shares: Mapping[str, float]) -> dict[str, int]:

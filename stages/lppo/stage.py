@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import RecipeError, StageError
@@ -10,11 +11,12 @@ from artifacts.manifest import sha256_bytes
 from stages.data import images, prompts
 from stages.data.prompts import Prompt
 from stages.lppo.params import LPPOParams
-from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler, share_out
+from stages.lppo.sampler import ExitSampler, PromptPool, Question, SceneSampler, share_out
 from stages.lppo.validation import standings
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.models.spec import ModelSpec
+from stages.runtimes.rounding import check_type
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class LPPOStage(Stage[LPPOParams]):
     """Trains LoRA by clipped PPO over all exits, then merges it: a checkpoint that stock transformers loads."""
 
     name = "l-ppo"
-    code_version = "2"
+    code_version = "3"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     accepts = ("checkpoint",)
     output_type = "checkpoint"
@@ -42,6 +44,8 @@ class LPPOStage(Stage[LPPOParams]):
         for names in self.params.prompts.kinds().values():
             for name in names:
                 prompts.check_set(name)
+        if self.params.quantizer is not None:
+            check_type(self.params.quantizer)
         if planned.spec is not None:
             chosen_exits(self.params, planned.spec)
         return planned
@@ -74,7 +78,15 @@ class LPPOStage(Stage[LPPOParams]):
         features = encoder.get(images.benign_images("train", params.images, seed=context.seed))
         model = family.load(source, dtype=params.dtype, device=device(params.device))
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        policy = Policy(family, model, tokenizer, params.lora(), temperature=params.temperature, seed=context.seed)
+        policy = Policy(
+            family,
+            model,
+            tokenizer,
+            params.lora(),
+            quantizer=params.quantizer,
+            temperature=params.temperature,
+            seed=context.seed,
+        )
 
         judge = RefusalRule()
         train(
@@ -103,6 +115,7 @@ class LPPOStage(Stage[LPPOParams]):
             "exits": list(range(1, spec.vision.layers + 1)),
             "default_exit": spec.vision.default_exit,
             "hardened_exits": list(exits),
+            "quantizer": params.quantizer,
         }
 
 
@@ -148,13 +161,41 @@ def new_sampler(params: LPPOParams, exits: Sequence[int], seed: int) -> SceneSam
         per_scene=params.prompts_per_scene,
         images=params.images,
         seed=seed,
+        questions=known_answers(params.images, seed) if params.question_scenes else None,
+        question_scenes=params.question_scenes,
     )
+
+
+def known_answers(n: int, seed: int) -> dict[int, list[Question]]:
+    """Questions of easy-VQA's train split about those of the first `n` training images that are its pictures.
+
+    Yes/no questions are as often about something that is there as about something that is not: unbalanced, answering
+    "no" pays without looking.
+    """
+    from stages.data.easy_vqa import TRUTH, VqaQuestion, load_questions
+
+    by_picture: dict[int, list[VqaQuestion]] = {}
+    for question in load_questions("train"):
+        by_picture.setdefault(question.image, []).append(question)
+    found: dict[int, list[Question]] = {}
+    for number, (package, member) in enumerate(images.image_names("train", n, seed)):
+        if package != "easy-vqa":
+            continue
+        asked = by_picture.get(int(Path(member).stem), [])
+        yes = [q for q in asked if q.answer == "yes"]
+        no = [q for q in asked if q.answer == "no"][: len(yes)]
+        found[number] = [
+            (Prompt(f"easy-vqa-train-{q.image}-{i}", q.question, "visual question", "benign", package), q.answer)
+            for i, q in enumerate([*(q for q in asked if q.answer not in TRUTH), *yes, *no])
+        ]
+    return found
 
 
 def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int, float]) -> None:
     """One step as events."""
     flat = [outcome for row in report.outcomes for outcome in row]
-    harmless = [outcome for outcome in flat if not outcome.harmful]
+    questions = [outcome for outcome in flat if outcome.right is not None]
+    harmless = [outcome for outcome in flat if not outcome.harmful and outcome.right is None]
     metrics = {
         "reward": report.score,
         "kl": report.kl,
@@ -168,6 +209,8 @@ def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int,
     }
     if harmless:
         metrics["over_refusal"] = sum(outcome.refused for outcome in harmless) / len(harmless)
+    if questions:
+        metrics["vqa_accuracy"] = sum(bool(outcome.right) for outcome in questions) / len(questions)
     for name, value in metrics.items():
         context.metric(name, value, step=report.step)
     for exit, share in failure.items():

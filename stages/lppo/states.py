@@ -19,7 +19,7 @@ class States:
     """Packs scenes for a policy.
 
     Args:
-        features: of the images that scenes number, (images, exits 0..L, patches, width).
+        features: of the images that scenes number.
     """
 
     def __init__(self, policy: Policy, features: Features):
@@ -32,7 +32,10 @@ class States:
         import torch
 
         images = [
-            self._policy.project(torch.from_numpy(np.array(self._features[scene.image, scene.exit])))
+            self._policy.image(
+                torch.from_numpy(np.array(self._features[scene.image, scene.exit])),
+                self._features.geometry(scene.image),
+            )
             for scene in scenes
         ]
         prompts = [[self._policy.after_image(prompt.text) for prompt in scene.prompts] for scene in scenes]
