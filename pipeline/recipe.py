@@ -56,6 +56,12 @@ class Gates(_Part):
     max_over_refusal: Fraction | None = Field(
         default=None, description="Refused share of benign and frightening-but-harmless prompts."
     )
+    max_over_refusal_rise: float | None = Field(
+        default=None,
+        ge=-1,
+        le=1,
+        description="The same share: shipped minus source, over the exits of the shipped one.",
+    )
     max_utility_drop: float | None = Field(
         default=None, ge=-1, le=1, description="VQA accuracy at the default exit: source minus shipped."
     )
