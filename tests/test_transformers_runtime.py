@@ -82,7 +82,7 @@ def test_the_answer_does_not_depend_on_the_batch(tiny_llava: Path, images: list[
 
 def test_logits_of_a_row_are_the_same_bits_in_any_batch(runtime, images) -> None:  # type: ignore[no-untyped-def]
     decoder: Decoder = runtime._decoder
-    prompts = [runtime._embedded(list(range(5, 5 + n))) for n in (3, 19, 8, 30, 17, 2, 40)]
+    prompts = [runtime._prompting.embedded(list(range(5, 5 + n))) for n in (3, 19, 8, 30, 17, 2, 40)]
     seen: dict[int, list[torch.Tensor]] = {}
 
     def pick(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -19,29 +19,36 @@ class Turn:
     after: str
 
 
-def render(chat_template: str, prompt: str, *, image: bool) -> Turn:
+def render(chat_template: str, prompt: str, *, image: bool, slot: str = IMAGE_SLOT) -> Turn:
     """Render a user prompt, with or without an image before it, up to the point where the model answers.
 
-    An `<image>` written by the user is defused: it would open a second slot.
+    `slot` is the token that the template prints where the image goes. One written by the user is defused: it would
+    open a second slot.
 
     Raises:
         ValueError: the template does not print the image slot exactly once.
     """
+    clean = prompt.replace(slot, f"{slot[0]} {slot[1:-1]} {slot[-1]}")
+    if not image:
+        text = _rendered(chat_template, clean)
+        # Templates of vision-language models may read parts only, and print nothing of a plain string.
+        if clean.strip() not in text:
+            text = _rendered(chat_template, [{"type": "text", "text": clean}])
+        return Turn(before="", after=text)
+    text = _rendered(chat_template, [{"type": "image"}, {"type": "text", "text": clean}])
+    if text.count(slot) != 1:
+        raise ValueError(f"the chat template prints {slot} {text.count(slot)} times, not once")
+    before, after = text.split(slot)
+    return Turn(before=before, after=after)
+
+
+def _rendered(chat_template: str, content: str | list[dict[str, str]]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    clean = prompt.replace(IMAGE_SLOT, "< image >")
-    content: str | list[dict[str, str]] = clean
-    if image:
-        content = [{"type": "image"}, {"type": "text", "text": clean}]
     rendered, _ = render_jinja_template(
         conversations=[[{"role": "user", "content": content}]],
         chat_template=chat_template,
         add_generation_prompt=True,
     )
     text: str = rendered[0]
-    if not image:
-        return Turn(before="", after=text)
-    if text.count(IMAGE_SLOT) != 1:
-        raise ValueError(f"the chat template prints {IMAGE_SLOT} {text.count(IMAGE_SLOT)} times, not once")
-    before, after = text.split(IMAGE_SLOT)
-    return Turn(before=before, after=after)
+    return text

@@ -2,6 +2,10 @@
 
 Exits count as transformers' `hidden_states`: 0 = embeddings, l = after l blocks, L = the last block (before any final
 layer norm).
+
+How an image reaches the language model, one image at a time: `image_inputs` (the checkpoint's own processor), once
+`hidden_states` (the only pass of the encoder; cached with the image's `geometry`), then for any exit `exit_features`,
+`project`, and `surround` for the text that stands around the tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -18,9 +22,14 @@ from artifacts.errors import SourceError
 from stages.models.spec import ModelSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from transformers import PreTrainedModel
+
+Geometry = tuple[int, ...]
+"""What a family must know of an image beside its features: its size or its grid of tiles; () where nothing."""
 
 
 class Family(ABC):
@@ -30,6 +39,8 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]  # config.json `model_type` values
     describes: ClassVar[str]  # in the words of `describe`, for error messages
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "llamacpp")
+    image_slot: ClassVar[str] = "<image>"  # token that the chat template prints where the image goes
+    tower: ClassVar[str] = "vision_tower."  # in the name of every tensor of the encoder, old layout and new
 
     @abstractmethod
     def matches(self, config: Mapping[str, object]) -> bool:
@@ -44,16 +55,31 @@ class Family(ABC):
         """Load the checkpoint (safetensors only, no remote code), in eval mode, gradients off."""
 
     @abstractmethod
-    def pixel_values(self, folder: Path, images: Sequence[Image]) -> torch.Tensor:
-        """(batch, 3, height, width) float32, by the checkpoint's own image processor."""
+    def image_inputs(self, folder: Path, image: Image) -> Mapping[str, torch.Tensor]:
+        """What the encoder takes for one image, by the checkpoint's own image processor; float32."""
 
     @abstractmethod
-    def hidden_states(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-        """One encoder pass gives every exit: (batch, exits 0..L, patches, vision width), selection rule applied."""
+    def hidden_states(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One encoder pass gives every exit: (exits 0..L, patches, width), selection rule applied, tiles in a row."""
+
+    def geometry(self, inputs: Mapping[str, torch.Tensor]) -> Geometry:
+        """What `project` and `surround` need to know of the image that `inputs` are made of."""
+        return ()
+
+    def exit_features(
+        self, config: Mapping[str, object], states: NDArray[np.floating], exit: int
+    ) -> NDArray[np.floating]:
+        """The features (patches, vision width) of one exit, out of `hidden_states`."""
+        features: NDArray[np.floating] = states[exit]
+        return features
 
     @abstractmethod
-    def project(self, model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
-        """Exit features (..., patches, vision width) to image tokens (..., tokens, text width)."""
+    def project(self, model: PreTrainedModel, features: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        """Exit features (patches, vision width) to image tokens (tokens, text width)."""
+
+    def surround(self, geometry: Geometry) -> tuple[str, ...]:
+        """The texts around an image's tokens: n + 1 texts around n equal parts of them."""
+        return ("", "")
 
     @abstractmethod
     def trunk(self, model: PreTrainedModel) -> torch.nn.Module:
@@ -68,7 +94,10 @@ class Family(ABC):
         """Cut the tower to `layer` blocks in place, make that the default exit, drop what is no longer needed."""
 
 
-_BUILT_IN: tuple[str, ...] = ("stages.models.llava:SiglipLlava",)
+_BUILT_IN: tuple[str, ...] = (
+    "stages.models.llava:SiglipLlava",
+    "stages.models.llava_clip:ClipLlava",
+)
 
 
 def families() -> list[Family]:

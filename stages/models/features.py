@@ -11,8 +11,10 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +23,7 @@ from artifacts.errors import SourceError
 from artifacts.home import cache_dir
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from stages.models import checkpoint
-from stages.models.family import family_of
+from stages.models.family import Geometry, family_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,37 +31,43 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]  # done, total
 
-_TOWER: Final = "vision_tower."  # in every LLaVA checkpoint, whatever stands before it
 _BESIDE: Final = ("dtype", "torch_dtype", "transformers_version", "architectures")  # save_pretrained adds them
-_LAYOUT: Final = 1  # raise it when the files mean something else
+_LAYOUT: Final = 2  # raise it when the files mean something else
+
+
+Select = Callable[[NDArray[np.floating], int], NDArray[np.floating]]
+"""The features of one exit (patches, width) out of an image's (exits 0..L, patches, width)."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What is kept of one image."""
+
+    states: NDArray[np.floating]  # (exits 0..L, patches, width), memory-mapped
+    geometry: Geometry
 
 
 class Features:
-    """Exit features of some images, memory-mapped: behaves as an array (images, exits 0..L, patches, width)."""
+    """Exit features of some images, memory-mapped; images may have different numbers of patches."""
 
-    def __init__(self, rows: Sequence[NDArray[np.floating]]):
-        self._rows = tuple(rows)
+    def __init__(self, entries: Sequence[_Entry], select: Select):
+        self._entries = tuple(entries)
+        self._select = select
 
     def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(images, exits, patches, width)."""
-        exits, patches, width = self._rows[0].shape if self._rows else (0, 0, 0)
-        return len(self._rows), exits, patches, width
+        return len(self._entries)
 
     def __getitem__(self, index: int | tuple[int, int]) -> NDArray[np.floating]:
-        """`[image]` is (exits, patches, width), `[image, exit]` is (patches, width); views, nothing is read yet."""
+        """`[image]` is all that was kept, (exits 0..L, patches, width), a view of which nothing is read yet;
+        `[image, exit]` is what the family projects, (patches, vision width)."""
         if isinstance(index, tuple):
             image, exit = index
-            row: NDArray[np.floating] = self._rows[image][exit]
-            return row
-        return self._rows[index]
+            return self._select(self._entries[image].states, exit)
+        return self._entries[index].states
 
-    def select(self, images: Sequence[int], exits: Sequence[int]) -> NDArray[np.floating]:
-        """Pairs of image and exit as one array in memory: (pairs, patches, width)."""
-        return np.stack([self._rows[image][exit] for image, exit in zip(images, exits, strict=True)])
+    def geometry(self, image: int) -> Geometry:
+        """What the family must know of the image beside its features."""
+        return self._entries[image].geometry
 
 
 class ExitFeatures:
@@ -90,6 +98,7 @@ class ExitFeatures:
         if vision is None:
             raise SourceError("the model has no image encoder", where=str(folder))
         self._exits = vision.layers + 1
+        self._select: Select = partial(self._family.exit_features, config)
 
     def get(self, images: Sequence[Path], progress: Progress | None = None) -> Features:
         """Features of every image, encoding those that the cache lacks.
@@ -98,25 +107,25 @@ class ExitFeatures:
             SourceError: an image cannot be read.
         """
         paths = [self._files / f"{_image_digest(image)}.npy" for image in images]
-        opened: dict[Path, NDArray[np.floating]] = {}
+        opened: dict[Path, _Entry] = {}
         missing: dict[Path, Path] = {}  # cache file -> image
         for path, image in zip(paths, images, strict=True):
-            row = self._open(path)
-            if row is None:
+            entry = self._open(path)
+            if entry is None:
                 missing[path] = image
             else:
-                opened[path] = row
+                opened[path] = entry
         if missing:
             model = self._encoder()
             for done, (path, image) in enumerate(missing.items()):
                 if progress is not None:
                     progress(done, len(missing))
-                self._write(path, self._encode(model, image))
-                row = self._open(path)
-                if row is None:
+                self._encode(model, image, path)
+                entry = self._open(path)
+                if entry is None:
                     raise SourceError("a feature file could not be read back", where=str(path))
-                opened[path] = row
-        return Features([opened[path] for path in paths])
+                opened[path] = entry
+        return Features([opened[path] for path in paths], self._select)
 
     def _encoder(self) -> PreTrainedModel:
         """The model at hand, if it computes in float32: what is cached must not depend on who asked first."""
@@ -124,33 +133,38 @@ class ExitFeatures:
             return self._model
         return self._family.load(self._folder)
 
-    def _encode(self, model: PreTrainedModel, image: Path) -> NDArray[np.floating]:
+    def _encode(self, model: PreTrainedModel, image: Path, path: Path) -> None:
         import torch
 
-        pixels = self._family.pixel_values(self._folder, [open_image(image)])
+        inputs = self._family.image_inputs(self._folder, open_image(image))
         with torch.inference_mode():
-            states = self._family.hidden_states(model, pixels)[0]
+            states = self._family.hidden_states(model, inputs)
         array: NDArray[np.floating] = states.float().cpu().numpy().astype(self._dtype)
-        return array
+        geometry = json.dumps(self._family.geometry(inputs)).encode()
+        _write(path.with_suffix(".json"), lambda handle: handle.write(geometry))
+        _write(path, lambda handle: np.save(handle, array, allow_pickle=False))
 
-    def _open(self, path: Path) -> NDArray[np.floating] | None:
-        """The array in that file; None if there is none, or a half-written or foreign one."""
+    def _open(self, path: Path) -> _Entry | None:
+        """What those files hold; None if there are none, or half-written or foreign ones."""
         try:
-            row: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
+            states: NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
+            geometry = json.loads(path.with_suffix(".json").read_bytes())
         except (OSError, ValueError, EOFError):
             return None
-        return row if row.ndim == 3 and row.shape[0] == self._exits and row.dtype == self._dtype else None
+        fits = states.ndim == 3 and states.shape[0] == self._exits and states.dtype == self._dtype
+        return _Entry(states, tuple(geometry)) if fits and isinstance(geometry, list) else None
 
-    def _write(self, path: Path, array: NDArray[np.floating]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as handle:
-                np.save(handle, array, allow_pickle=False)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+
+def _write(path: Path, content: Callable[[BinaryIO], object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            content(handle)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def open_image(path: Path) -> Image:
@@ -171,6 +185,7 @@ def open_image(path: Path) -> Image:
 def encoder_digest(folder: Path) -> str:
     """SHA-256 over everything that an exit's features follow from: tower weights, tower config, image processor."""
     config = checkpoint.read_config(folder)
+    names = family_of(config, where=str(folder)).tower
     tower = cast("Mapping[str, object]", config.get("vision_config") or {})
     computed = {key: value for key, value in tower.items() if key not in _BESIDE and not key.startswith("_")}
     parts = [
@@ -183,7 +198,7 @@ def encoder_digest(folder: Path) -> str:
             parts.append(canonical_json(json.loads(path.read_bytes())).decode())
     tensors: dict[str, str] = {}
     for path in checkpoint.weight_files(folder):
-        tensors |= checkpoint.tensor_digests(path, containing=_TOWER)
+        tensors |= checkpoint.tensor_digests(path, containing=names)
     parts += [f"{name} {digest}" for name, digest in sorted(tensors.items())]
     return sha256_bytes("\n".join(parts).encode())
 

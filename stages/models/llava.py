@@ -7,15 +7,16 @@ its `model_type`, its defaults and whether it has a CLS token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
-from artifacts.errors import SourceError, StageError
+from artifacts.errors import StageError
 from stages.models import checkpoint
-from stages.models.family import Family
-from stages.models.spec import ModelSpec, TextSpec, VisionSpec
+from stages.models.family import Family, Geometry
+from stages.models.processing import processed
+from stages.models.shapes import exit_of, number, section, text_spec
+from stages.models.spec import ModelSpec, VisionSpec
 
 if TYPE_CHECKING:
     import torch
@@ -23,16 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
-# config.json leaves out what equals transformers' defaults (LLaVA-1.5's names little more than its vocabulary).
-_TEXT_DEFAULTS: Final[Mapping[str, Mapping[str, int]]] = {
-    "llama": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "vocab_size": 32000,
-    }
-}
 _DEFAULT_EXIT: Final = -2  # transformers' LlavaConfig
 
 
@@ -45,37 +36,26 @@ class Llava(Family):
     has_cls: ClassVar[bool]
 
     def matches(self, config: Mapping[str, object]) -> bool:
-        vision = _section(config, "vision_config")
+        vision = section(config, "vision_config")
         return config.get("model_type") in self.model_types and vision.get("model_type") == self.tower_type
 
     def spec(self, config: Mapping[str, object]) -> ModelSpec:
-        vision, text = _section(config, "vision_config"), _section(config, "text_config")
-        text_type = str(text.get("model_type") or "llama")
-        defaults = _TEXT_DEFAULTS.get(text_type, {})
-        width, heads = _number(text, "hidden_size", defaults), _number(text, "num_attention_heads", defaults)
-        layers = _number(vision, "num_hidden_layers", self.tower_defaults)
+        vision = section(config, "vision_config")
+        text = text_spec(section(config, "text_config"), tied=config.get("tie_word_embeddings"))
+        layers = number(vision, "num_hidden_layers", self.tower_defaults)
         return ModelSpec(
             family=self.name,
-            text=TextSpec(
-                layers=_number(text, "num_hidden_layers", defaults),
-                hidden_size=width,
-                intermediate_size=_number(text, "intermediate_size", defaults),
-                heads=heads,
-                kv_heads=_number(text, "num_key_value_heads", {"num_key_value_heads": heads}),
-                head_dim=_number(text, "head_dim", {"head_dim": width // heads}),
-                vocab_size=_number(text, "vocab_size", defaults),
-                tied_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-            ),
+            text=text,
             vision=VisionSpec(
                 layers=layers,
-                hidden_size=_number(vision, "hidden_size", self.tower_defaults),
-                intermediate_size=_number(vision, "intermediate_size", self.tower_defaults),
-                heads=_number(vision, "num_attention_heads", self.tower_defaults),
-                image_size=_number(vision, "image_size", self.tower_defaults),
-                patch_size=_number(vision, "patch_size", self.tower_defaults),
-                default_exit=_exit(config.get("vision_feature_layer", _DEFAULT_EXIT), layers),
+                hidden_size=number(vision, "hidden_size", self.tower_defaults),
+                intermediate_size=number(vision, "intermediate_size", self.tower_defaults),
+                heads=number(vision, "num_attention_heads", self.tower_defaults),
+                image_size=number(vision, "image_size", self.tower_defaults),
+                patch_size=number(vision, "patch_size", self.tower_defaults),
+                default_exit=exit_of(config.get("vision_feature_layer", _DEFAULT_EXIT), layers),
                 has_cls=self.has_cls,
-                projector_hidden=width,
+                projector_hidden=text.hidden_size,
             ),
             dtype=checkpoint.dtype_of(config),
         )
@@ -83,33 +63,34 @@ class Llava(Family):
     def load(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
         return checkpoint.load_model(folder, dtype, device)
 
-    def pixel_values(self, folder: Path, images: Sequence[Image]) -> torch.Tensor:
-        batch = _image_processor(folder)(images=[image.convert("RGB") for image in images], return_tensors="pt")
-        return cast("torch.Tensor", batch["pixel_values"])
+    def image_inputs(self, folder: Path, image: Image) -> Mapping[str, torch.Tensor]:
+        return processed(folder, image)
 
-    def hidden_states(self, model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         import torch
 
-        llava = _llava(model)
+        llava = llava_of(model)
         tower = llava.model.vision_tower
-        out = tower(pixel_values.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
-        states = torch.stack(tuple(out.hidden_states), dim=1)
-        strategy = llava.config.vision_feature_select_strategy
-        return states[:, :, 1:] if strategy == "default" else states
+        tiles = inputs["pixel_values"].flatten(0, -4)  # (tiles, 3, height, width); LLaVA-1.5's image is one tile
+        out = tower(tiles.to(device=tower.device, dtype=tower.dtype), output_hidden_states=True)
+        states = torch.stack(tuple(out.hidden_states))
+        if llava.config.vision_feature_select_strategy == "default":
+            states = states[:, :, 1:]
+        return states.flatten(1, 2)
 
-    def project(self, model: PreTrainedModel, features: torch.Tensor) -> torch.Tensor:
-        projector = _llava(model).model.multi_modal_projector
+    def project(self, model: PreTrainedModel, features: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+        projector = llava_of(model).model.multi_modal_projector
         weight = projector.linear_1.weight
         return cast("torch.Tensor", projector(features.to(device=weight.device, dtype=weight.dtype)))
 
     def trunk(self, model: PreTrainedModel) -> torch.nn.Module:
-        return cast("torch.nn.Module", _llava(model).model.language_model)
+        return cast("torch.nn.Module", llava_of(model).model.language_model)
 
     def head(self, model: PreTrainedModel) -> torch.nn.Module:
-        return cast("torch.nn.Module", _llava(model).lm_head)
+        return cast("torch.nn.Module", llava_of(model).lm_head)
 
     def truncate(self, model: PreTrainedModel, layer: int) -> PreTrainedModel:
-        llava = _llava(model)
+        llava = llava_of(model)
         depth = len(llava.model.vision_tower.encoder.layers)
         if not 1 <= layer <= depth:
             raise StageError(f"exit {layer} is outside 1..{depth}")
@@ -165,50 +146,7 @@ if TYPE_CHECKING:
         use_head: bool
 
 
-def _llava(model: PreTrainedModel) -> LlavaForConditionalGeneration:
-    """The LLaVA itself; a PEFT wrapper around it is looked through."""
+def llava_of(model: PreTrainedModel) -> LlavaForConditionalGeneration:
+    """The LLaVA itself, of any kind; a PEFT wrapper around it is looked through."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return cast("LlavaForConditionalGeneration", inner)
-
-
-@lru_cache(maxsize=8)
-def _image_processor(folder: Path) -> Callable[..., Mapping[str, object]]:
-    from transformers import AutoImageProcessor
-
-    # PIL, wherever torchvision is installed too: both resize, and not to the same pixels.
-    return cast(
-        "Callable[..., Mapping[str, object]]",
-        AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil"),
-    )
-
-
-def _section(config: Mapping[str, object], name: str) -> Mapping[str, object]:
-    found = config.get(name)
-    return cast("Mapping[str, object]", found) if isinstance(found, Mapping) else {}
-
-
-def _number(section: Mapping[str, object], name: str, defaults: Mapping[str, int]) -> int:
-    value = section.get(name)
-    if value is None:
-        value = defaults.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        kind = section.get("model_type", "model")
-        raise SourceError(
-            f"config.json gives no usable {name} for its {kind}",
-            why=f"it says {section.get(name)!r}; a positive whole number is needed",
-        )
-    return value
-
-
-def _exit(feature_layer: object, layers: int) -> int:
-    if isinstance(feature_layer, bool) or not isinstance(feature_layer, int):
-        raise SourceError(
-            "config.json takes image features from several layers at once (vision_feature_layer is a list)",
-            why="an exit is one layer",
-            way_out="use a model whose vision_feature_layer is one number",
-        )
-    # hidden_states has layers + 1 entries, so -1 is `layers`.
-    found = feature_layer if feature_layer >= 0 else layers + 1 + feature_layer
-    if not 0 <= found <= layers:
-        raise SourceError(f"config.json has vision_feature_layer {feature_layer}, but its tower has {layers} blocks")
-    return found

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Final, Literal, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.errors import SourceError, StageError
-from stages.data.chat import render
+from artifacts.errors import StageError
 from stages.models import checkpoint
 from stages.models.decoding import Decoder, Prefix
-from stages.models.family import family_of
+from stages.models.family import Geometry, family_of
 from stages.models.features import ExitFeatures
+from stages.models.prompting import Prompting
 from stages.runtimes.runtime import Progress, Request, Response
 
 if TYPE_CHECKING:
@@ -54,18 +54,10 @@ class TransformersRuntime:
         self.default_exit: int | None = vision.default_exit if vision else None
         self._model = self._family.load(folder, dtype=dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        template = self._tokenizer.chat_template
-        if not isinstance(template, str):
-            raise SourceError(
-                "the checkpoint has no chat template",
-                where=str(folder),
-                why="without it nobody knows what the model was tuned to read",
-                way_out="put a chat_template.jinja into the folder",
-            )
-        self._template = template
-        self._embed = self._model.get_input_embeddings()
+        embed = self._model.get_input_embeddings()
+        self._prompting = Prompting(self._family, self._tokenizer, embed)
         self._decoder = Decoder(
-            self._family.trunk(self._model), self._family.head(self._model), self._embed, self._stop_tokens()
+            self._family.trunk(self._model), self._family.head(self._model), embed, self._stop_tokens()
         )
         self._features = ExitFeatures(folder, self._model) if vision else None
         self._prefixes: OrderedDict[tuple[int, Path, str], Prefix] = OrderedDict()
@@ -83,7 +75,7 @@ class TransformersRuntime:
         for start in range(0, len(order), self._batch):
             chosen = order[start : start + self._batch]
             batch = self._decoder.generate(
-                [self._embedded(prepared[i][0]) for i in chosen],
+                [self._prompting.embedded(prepared[i][0]) for i in chosen],
                 [requests[i].max_new_tokens for i in chosen],
                 [self._prefix(requests[i], prepared[i][1]) for i in chosen],
             )
@@ -98,17 +90,17 @@ class TransformersRuntime:
         import torch
 
         with torch.inference_mode():
-            tokens = self._image_tokens(self._checked(exit), image)
+            tokens, _ = self._image_tokens(self._checked(exit), image)
         array: NDArray[np.float32] = tokens.float().cpu().numpy()
         return array
 
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """Row i predicts token i of the continuation: row 0 stands after the prompt's last token."""
         after, before = self._prepare(request)
-        forced = self._tokens(continuation)
+        forced = self._prompting.ids(continuation)
         if not forced:
             return np.zeros((0, self._model.get_output_embeddings().weight.shape[0]), dtype=np.float32)
-        prompt = self._embedded([*after, *forced[:-1]])
+        prompt = self._prompting.embedded([*after, *forced[:-1]])
         logits = self._decoder.logits(prompt, last=len(forced), prefix=self._prefix(request, before))
         array: NDArray[np.float32] = logits.float().cpu().numpy()
         return array
@@ -127,23 +119,10 @@ class TransformersRuntime:
 
     def _prepare(self, request: Request) -> tuple[list[int], list[int]]:
         """Tokens after the image, and before it; a text-only prompt is all after."""
-        turn = render(self._template, request.prompt, image=request.image is not None)
         if request.image is None:
-            return self._tokens(turn.after, start=True), []
-        return self._tokens(turn.after), self._tokens(turn.before, start=True)
-
-    def _tokens(self, text: str, start: bool = False) -> list[int]:
-        """Token ids; at the start of a prompt with BOS, if the tokenizer adds one and the template did not."""
-        ids = cast("list[int]", self._tokenizer(text, add_special_tokens=False).input_ids)
-        if start and self._tokenizer("").input_ids[:1] == [self._tokenizer.bos_token_id] != ids[:1]:
-            return [self._tokenizer.bos_token_id, *ids]
-        return ids
-
-    def _embedded(self, tokens: Sequence[int]) -> torch.Tensor:
-        import torch
-
-        with torch.inference_mode():
-            return cast("torch.Tensor", self._embed(torch.tensor(tokens, dtype=torch.long, device=self._model.device)))
+            return self._prompting.text(request.prompt), []
+        before, after = self._prompting.around_image(request.prompt)
+        return after, before
 
     def _prefix(self, request: Request, before: Sequence[int]) -> Prefix | None:
         """Keys and values of `before` and the image at the request's exit, computed once."""
@@ -156,19 +135,23 @@ class TransformersRuntime:
         found = self._prefixes.pop(key, None)
         if found is None:
             with torch.inference_mode():
-                embeddings = torch.cat([self._embedded(before), self._image_tokens(exit, request.image)])
+                tokens, geometry = self._image_tokens(exit, request.image)
+                image = self._prompting.image(tokens, geometry)
+                embeddings = torch.cat([self._prompting.embedded(before), image])
             found = self._decoder.prefix(embeddings)
         self._prefixes[key] = found
         while len(self._prefixes) > 1 and sum(prefix.nbytes for prefix in self._prefixes.values()) > _PREFIX_BYTES:
             self._prefixes.popitem(last=False)
         return found
 
-    def _image_tokens(self, exit: int, image: Path) -> torch.Tensor:
+    def _image_tokens(self, exit: int, image: Path) -> tuple[torch.Tensor, Geometry]:
         import torch
 
-        assert self._features is not None
-        features = torch.from_numpy(np.array(self._features.get([image])[0, exit]))
-        return self._family.project(self._model, features)
+        if self._features is None:
+            raise StageError("the checkpoint has no image encoder", where=str(self._folder))
+        found = self._features.get([image])
+        features = torch.from_numpy(np.array(found[0, exit]))
+        return self._family.project(self._model, features, found.geometry(0)), found.geometry(0)
 
     def _encode(self, images: Sequence[Path]) -> None:
         if images and self._features is not None:
