@@ -1,8 +1,9 @@
 """`demo:tiny-llava`: a random but real LLaVA, small enough to build in tests and in the smoke recipe.
 
-Notable: byte-deterministic for a seed; widths divisible by 32, so that Q4_0 and Q8_0 apply; a SentencePiece tokenizer,
-trained here, because llama.cpp's converter knows byte-level BPE tokenizers only by a hash of their pre-tokenizer;
-weights large enough that exits, prompts and images change the answer.
+Notable: byte-deterministic for a seed; a SigLIP tower, or a CLIP tower with its CLS token, as LLaVA-1.5 has; widths
+divisible by 32, so that Q4_0 and Q8_0 apply; a SentencePiece tokenizer, trained here, because llama.cpp's converter
+knows byte-level BPE tokenizers only by a hash of their pre-tokenizer; weights large enough that exits, prompts and
+images change the answer.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from stages.models.spec import ModelSpec, TextSpec, VisionSpec
 
 if TYPE_CHECKING:
-    from transformers import LlavaConfig
+    from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
+
+Tower = Literal["siglip", "clip"]
 
 # ChatML, as SmolLM2's template without its system turn; content is a string or a list with at most one image.
 CHAT_TEMPLATE: Final = (
@@ -83,19 +86,34 @@ def _tokenizer_model() -> bytes:
     return out.getvalue()
 
 
-def _config(vision_layers: int, text_layers: int) -> LlavaConfig:
-    from transformers import LlamaConfig, LlavaConfig, SiglipVisionConfig
+def _vision_config(layers: int, tower: Tower) -> SiglipVisionConfig | CLIPVisionConfig:
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-    vision = SiglipVisionConfig(
+    if tower == "clip":  # quick_gelu, as OpenAI's
+        return CLIPVisionConfig(
+            hidden_size=_WIDTH,
+            intermediate_size=2 * _WIDTH,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            image_size=_IMAGE_SIZE,
+            patch_size=_PATCH,
+            projection_dim=_WIDTH,
+        )
+    return SiglipVisionConfig(
         hidden_size=_WIDTH,
         intermediate_size=2 * _WIDTH,
-        num_hidden_layers=vision_layers,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         image_size=_IMAGE_SIZE,
         patch_size=_PATCH,
         hidden_act="gelu",
         vision_use_head=False,
     )
+
+
+def _config(vision_layers: int, text_layers: int, tower: Tower) -> LlavaConfig:
+    from transformers import LlamaConfig, LlavaConfig
+
     text = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=_WIDTH,
@@ -112,12 +130,12 @@ def _config(vision_layers: int, text_layers: int) -> LlavaConfig:
         tie_word_embeddings=True,
     )
     return LlavaConfig(
-        vision_config=vision,
+        vision_config=_vision_config(vision_layers, tower),
         text_config=text,
         image_token_index=4,
         image_seq_length=(_IMAGE_SIZE // _PATCH) ** 2,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="full",
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
@@ -125,10 +143,10 @@ def _config(vision_layers: int, text_layers: int) -> LlavaConfig:
     )
 
 
-def tiny_llava_spec(*, vision_layers: int = 3, text_layers: int = 2) -> ModelSpec:
+def tiny_llava_spec(*, vision_layers: int = 3, text_layers: int = 2, tower: Tower = "siglip") -> ModelSpec:
     """The shapes of `build_tiny_llava`'s model, without building it."""
     return ModelSpec(
-        family="llava-siglip",
+        family="llava-1.5" if tower == "clip" else "llava-siglip",
         text=TextSpec(
             layers=text_layers,
             hidden_size=_WIDTH,
@@ -147,12 +165,15 @@ def tiny_llava_spec(*, vision_layers: int = 3, text_layers: int = 2) -> ModelSpe
             image_size=_IMAGE_SIZE,
             patch_size=_PATCH,
             default_exit=vision_layers - 1,
+            has_cls=tower == "clip",
             projector_hidden=_WIDTH,
         ),
     )
 
 
-def build_tiny_llava(folder: Path, *, vision_layers: int = 3, text_layers: int = 2, seed: int = 0) -> None:
+def build_tiny_llava(
+    folder: Path, *, vision_layers: int = 3, text_layers: int = 2, seed: int = 0, tower: Tower = "siglip"
+) -> None:
     """Write a random LLaVA checkpoint with tokenizer, chat template and image processor into `folder`.
 
     Loads with stock `AutoModelForImageTextToText` and `AutoProcessor`; the same arguments give the same bytes. About
@@ -162,7 +183,7 @@ def build_tiny_llava(folder: Path, *, vision_layers: int = 3, text_layers: int =
     from transformers import LlamaTokenizer, LlavaForConditionalGeneration
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = LlavaForConditionalGeneration(_config(vision_layers, text_layers))
+    model = LlavaForConditionalGeneration(_config(vision_layers, text_layers, tower))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -172,7 +193,9 @@ def build_tiny_llava(folder: Path, *, vision_layers: int = 3, text_layers: int =
             else:
                 # Rows of unit length give attention and logits that depend on the input, unlike std 0.02.
                 fan_in = weight[0].numel()
-                scale = 0.5 if "embed" in name else 1.5 / fan_in**0.5
+                # A CLIP tower's patches must not drown its positions: llama.cpp may get those wrong, and it must show.
+                loud = "embed" in name and not (tower == "clip" and "patch" in name)
+                scale = 0.5 if loud else 1.5 / fan_in**0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
     model.generation_config.bos_token_id = 1
     model.generation_config.eos_token_id = 2
@@ -199,15 +222,16 @@ def build_tiny_llava(folder: Path, *, vision_layers: int = 3, text_layers: int =
     saved = json.loads(path.read_text(encoding="utf-8"))
     saved = {key: value for key, value in saved.items() if key not in ("is_local", "local_files_only")}
     _write_json(path, saved | {"add_bos_token": False, "add_eos_token": False})
-    _write_processor(folder)
+    _write_processor(folder, tower)
 
 
-def _write_processor(folder: Path) -> None:
-    image_processor = {
+def _write_processor(folder: Path, tower: Tower) -> None:
+    square = {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE}
+    image_processor: dict[str, object] = {
         "image_processor_type": "SiglipImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": _IMAGE_SIZE, "width": _IMAGE_SIZE},
+        "size": square,
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -215,12 +239,21 @@ def _write_processor(folder: Path) -> None:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
+    if tower == "clip":
+        image_processor |= {
+            "image_processor_type": "CLIPImageProcessor",
+            "size": {"shortest_edge": _IMAGE_SIZE},
+            "do_center_crop": True,
+            "crop_size": square,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+        }
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": _IMAGE,
         "patch_size": _PATCH,
-        "num_additional_image_tokens": 0,
-        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 1 if tower == "clip" else 0,  # CLS
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
     }
     _write_json(folder / "preprocessor_config.json", image_processor)
     _write_json(folder / "processor_config.json", processor)
