@@ -151,15 +151,15 @@ def test_the_plan_knows_the_quantization_and_where_the_encoder_ends() -> None:
     assert planned.spec.vision.layers == planned.spec.vision.default_exit == 2
 
 
-def test_a_cls_tower_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny_llava, tmp_path / "clip")
-    config = json.loads((tmp_path / "clip" / "config.json").read_text())
-    config["vision_config"]["model_type"] = "clip_vision_model"
-    (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+def test_an_unknown_tower_is_refused(tiny_llava: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llava, tmp_path / "pixtral")
+    config = json.loads((tmp_path / "pixtral" / "config.json").read_text())
+    config["vision_config"]["model_type"] = "pixtral"
+    (tmp_path / "pixtral" / "config.json").write_text(json.dumps(config))
     vision = tiny_llava_spec().vision
     assert vision is not None
-    with pytest.raises(StageError, match="CLS"):
-        write_mmproj(tmp_path / "clip", tmp_path / "mmproj.gguf", vision, 2, name="clip")
+    with pytest.raises(StageError, match="the tower 'pixtral'"):
+        write_mmproj(tmp_path / "pixtral", tmp_path / "mmproj.gguf", vision, 2, name="pixtral")
 
 
 def test_a_text_only_model_becomes_a_gguf_without_image_encoder(tiny_llava: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ MEASURE_WORDS: Final = {
     "asr_worst": "attack success rate at the worst exit",
     "asr_text_only": "attack success rate without an image",
     "fidelity_cosine_mean": "fidelity to transformers, mean over images",
+    "fidelity_lost_tokens": "image tokens that the runtime loses",
 }
 
 

@@ -27,6 +27,7 @@ from stages.quantize.convert import NEED_IMATRIX, TYPES, FloatType, convert_lang
 from stages.quantize.mmproj import MmprojType, write_mmproj
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME, LlamaCppRuntime
+from stages.runtimes.llamacpp_cls import cls_order, image_slots
 from stages.runtimes.runtime import Request
 from stages.stage import Context, Planned, Stage, StageParams
 
@@ -83,14 +84,9 @@ class GGUFStage(Stage[GGUFParams]):
         family = next((family for family in families() if family.name == planned.spec.family), None)
         if family is not None and "llamacpp" not in family.runtimes:
             raise RecipeError(
-                f"llama.cpp does not run models of the family {family.name}",
-                way_out=f"the runtimes of this family are: {', '.join(family.runtimes)}",
-            )
-        if planned.spec.vision is not None and planned.spec.vision.has_cls:
-            raise RecipeError(
-                f"the image encoder of {planned.spec.family} has a CLS token",
-                why="llama.cpp places it wrongly (its issue 25814)",
-                way_out="use a model with a SigLIP tower",
+                f"models of the family {family.name} cannot become GGUF files here",
+                why=f"what runs this family is {' and '.join(family.runtimes)}, not llama.cpp",
+                way_out="leave the gguf stage out, or quantize with gptq, whose files transformers runs",
             )
         spec = replace(planned.spec, quantization=type)
         if spec.vision is not None:  # the file holds the blocks up to the exit
@@ -118,11 +114,12 @@ class GGUFStage(Stage[GGUFParams]):
         else:
             quantize_model(floats, model, self.params.type)
 
-        vision = spec.vision if spec else None
+        vision, cls = spec.vision if spec else None, None
         if vision is not None:
             context.progress(2, _STEPS, f"writing the image encoder up to exit {vision.default_exit}")
             kind: MmprojType = self.params.mmproj_type
-            write_mmproj(source.path, mmproj, vision, vision.default_exit, name=name, type=kind)
+            cls = cls_order() if vision.has_cls else None
+            write_mmproj(source.path, mmproj, vision, vision.default_exit, name=name, type=kind, cls=cls)
 
         context.progress(3, _STEPS, "checking the files")
         header = _check_tensors(floats, model)
@@ -143,6 +140,8 @@ class GGUFStage(Stage[GGUFParams]):
             "exits": list(range(1, vision.default_exit + 1)) if vision else [],
             "default_exit": vision.default_exit if vision else None,
             "image_tokens": vision.image_tokens if vision else None,
+            "cls_order": cls,  # where this llama.cpp puts CLS, and which image tokens that costs
+            "lost_image_tokens": image_slots(cls, vision.image_tokens).count(-1) if vision else None,
             "base": base,
             "base_digest": source.digest,
             "llama_cpp": version("llama-cpp-python"),

@@ -1,8 +1,9 @@
-"""The mmproj file of a LLaVA with a SigLIP tower: the image encoder up to one exit, and the projector.
+"""The mmproj file of a LLaVA with a SigLIP or CLIP tower: the image encoder up to one exit, and the projector.
 
 llama.cpp's converter refuses LLaVA towers and its legacy script leaves the encoder one block early (issue 25817 there),
 so the file is written here with `gguf`. What makes it exit l of `hidden_states`: `block_count = l`, only the first l
-blocks, `feature_layer = [l]`, and no `v.post_ln`, which would be applied before the feature is taken.
+blocks, `feature_layer = [l]`, and no `v.post_ln`, which would be applied before the feature is taken. A CLIP tower's
+position table is written in the order in which the installed runtime numbers tokens (`stages.runtimes.llamacpp_cls`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, cast
 
@@ -20,7 +22,8 @@ from artifacts.errors import StageError
 from stages.models import checkpoint
 from stages.models.spec import VisionSpec
 from stages.runtimes.exits import derive_exit
-from stages.runtimes.gguf_header import RESAMPLE_KEY, RESIZE_KEY
+from stages.runtimes.gguf_header import CLS_KEY, RESAMPLE_KEY, RESIZE_KEY, ClsOrder
+from stages.runtimes.llamacpp_cls import position_table
 
 if TYPE_CHECKING:
     import gguf
@@ -40,6 +43,9 @@ _BLOCK: Final[Mapping[str, str]] = {
     "mlp.fc2": "ffn_down",
 }
 _OUTSIDE: Final[Mapping[str, str]] = {
+    "embeddings.class_embedding": "v.class_embd",
+    "pre_layrnorm.weight": "v.pre_ln.weight",  # transformers' spelling
+    "pre_layrnorm.bias": "v.pre_ln.bias",
     "embeddings.patch_embedding.weight": "v.patch_embd.weight",
     "embeddings.patch_embedding.bias": "v.patch_embd.bias",
     "embeddings.position_embedding.weight": "v.position_embd.weight",
@@ -53,24 +59,56 @@ _NAME: Final = re.compile(
     r"(?:encoder\.layers\.(?P<block>\d+)\.)?(?P<rest>.+)$"
 )
 _GELU: Final = {"gelu", "gelu_new", "gelu_pytorch_tanh"}  # llama.cpp's gelu; measured: embeddings agree to 1e-3
+_CLS_TENSORS: Final = ("v.class_embd", "v.pre_ln.weight", "v.pre_ln.bias")
+_POSITIONS: Final = "v.position_embd.weight"
 _PIL_FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
+@dataclass(frozen=True)
+class _Tower:
+    """What transformers takes where config.json or the image processor says nothing."""
+
+    act: str
+    eps: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+_TOWERS: Final[Mapping[str, _Tower]] = {
+    "siglip_vision_model": _Tower("gelu_pytorch_tanh", 1e-6, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip_vision_model": _Tower(
+        "quick_gelu", 1e-5, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    ),
+}
+
+
 def write_mmproj(
-    folder: Path, target: Path, vision: VisionSpec, exit: int, *, name: str, type: MmprojType = "F16"
+    folder: Path,
+    target: Path,
+    vision: VisionSpec,
+    exit: int,
+    *,
+    name: str,
+    type: MmprojType = "F16",
+    cls: ClsOrder | None = None,
 ) -> None:
     """Write the mmproj of a checkpoint whose image features are taken after `exit` blocks.
 
     Matrices get `type` (Q8_0 where rows are multiples of 32, else F16); biases, norms and positions stay F32.
 
+    Args:
+        cls: for a CLIP tower, where the runtime puts CLS (`llamacpp_cls.cls_order()`).
+
     Raises:
-        StageError: a CLS tower, an activation or image processor that llama.cpp has not, or missing tensors.
+        StageError: a tower, an activation or image processor that llama.cpp has not, or missing tensors.
     """
     import gguf
 
     config = checkpoint.read_config(folder)
     tower = _mapping(config, "vision_config")
-    _check(folder, config, tower, vision, exit)
+    known = _check(folder, config, tower, vision, exit)
+    if vision.has_cls and cls is None:
+        raise ValueError("a tower with CLS needs the runtime's order")
     writer = gguf.GGUFWriter(path=target, arch="clip")
     writer.add_type("mmproj")
     writer.add_name(f"{name} image encoder")
@@ -83,24 +121,26 @@ def write_mmproj(
     )
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
-    writer.add_bool("clip.use_gelu", str(tower.get("hidden_act", "gelu_pytorch_tanh")) in _GELU)
+    writer.add_bool("clip.use_gelu", str(tower.get("hidden_act") or known.act) in _GELU)
     writer.add_uint32("clip.vision.image_size", vision.image_size)
     writer.add_uint32("clip.vision.patch_size", vision.patch_size)
     writer.add_uint32("clip.vision.embedding_length", vision.hidden_size)
     writer.add_uint32("clip.vision.feed_forward_length", vision.intermediate_size)
     writer.add_uint32("clip.vision.block_count", exit)
     writer.add_uint32("clip.vision.attention.head_count", vision.heads)
-    writer.add_float32(
-        "clip.vision.attention.layer_norm_epsilon", float(cast("float", tower.get("layer_norm_eps", 1e-6)))
-    )
+    eps = float(cast("float", tower.get("layer_norm_eps", known.eps)))
+    writer.add_float32("clip.vision.attention.layer_norm_epsilon", eps)
     writer.add_array("clip.vision.feature_layer", [exit])
-    _add_preprocessing(writer, folder, vision)
+    _add_preprocessing(writer, folder, vision, known)
     tensors = dict(_tensors(folder, exit))
-    missing = [name for name in _expected(exit) if name not in tensors]
+    missing = [name for name in _expected(exit, vision) if name not in tensors]
     if missing:
         raise StageError(
             f"the checkpoint lacks {len(missing)} tensors of its image encoder, {missing[0]} first", where=str(folder)
         )
+    if cls is not None and vision.has_cls:
+        writer.add_string(CLS_KEY, cls)
+        tensors[_POSITIONS] = position_table(tensors[_POSITIONS], cls)
     writer.add_uint32("clip.vision.projection_dim", int(tensors["mm.2.weight"].shape[0]))
     for tensor_name in sorted(tensors, key=_order):
         data, kind = _stored(tensor_name, tensors[tensor_name], type)
@@ -113,26 +153,29 @@ def write_mmproj(
 
 def _check(
     folder: Path, config: Mapping[str, object], tower: Mapping[str, object], vision: VisionSpec, exit: int
-) -> None:
-    if vision.has_cls or tower.get("model_type") != "siglip_vision_model":
+) -> _Tower:
+    kind = str(tower.get("model_type"))
+    known = _TOWERS.get(kind)
+    if known is None:
         raise StageError(
-            f"the tower {tower.get('model_type')!r} has a CLS token or is unknown",
+            f"no mmproj can be written for the tower {kind!r}",
             where=str(folder),
-            why="llama.cpp puts CLS after the patches and gives every patch its neighbour's position (its issue 25814)",
-            way_out="use a model with a SigLIP tower",
+            why=f"what is known here of llama.cpp's image encoders covers {' and '.join(_TOWERS)}",
+            way_out="use a model with one of these towers",
         )
     if not 1 <= exit <= vision.layers:
         raise StageError(f"exit {exit} is outside 1..{vision.layers}", where=str(folder))
     for key, value, default in (
-        ("vision_config.hidden_act", tower.get("hidden_act"), "gelu_pytorch_tanh"),
+        ("vision_config.hidden_act", tower.get("hidden_act"), known.act),
         ("projector_hidden_act", config.get("projector_hidden_act"), "gelu"),
     ):
         act = str(value or default)
         if act not in (_GELU if key.startswith("projector") else _GELU | {"quick_gelu"}):
             raise StageError(f"llama.cpp has no activation {act!r} for {key}", where=str(folder))
+    return known
 
 
-def _add_preprocessing(writer: gguf.GGUFWriter, folder: Path, vision: VisionSpec) -> None:
+def _add_preprocessing(writer: gguf.GGUFWriter, folder: Path, vision: VisionSpec, known: _Tower) -> None:
     processor = _image_processor(folder)
     scale = float(cast("float", processor.get("rescale_factor", 1 / 255)))
     if abs(scale * 255 - 1) > 1e-6 or processor.get("do_rescale") is False:
@@ -142,21 +185,28 @@ def _add_preprocessing(writer: gguf.GGUFWriter, folder: Path, vision: VisionSpec
             way_out="set rescale_factor to 1/255 in preprocessor_config.json, fold the rest into the patch embedding",
         )
     normalize = processor.get("do_normalize") is not False
-    mean = cast("list[float]", processor.get("image_mean") or [0.5] * 3) if normalize else [0.0] * 3
-    std = cast("list[float]", processor.get("image_std") or [0.5] * 3) if normalize else [1.0] * 3
+    mean = cast("list[float]", processor.get("image_mean") or known.mean) if normalize else [0.0] * 3
+    std = cast("list[float]", processor.get("image_std") or known.std) if normalize else [1.0] * 3
     writer.add_array("clip.vision.image_mean", [float(value) for value in mean])
     writer.add_array("clip.vision.image_std", [float(value) for value in std])
     resample = processor.get("resample", 3)
     if not isinstance(resample, int) or resample not in _PIL_FILTERS:
         raise StageError(f"unknown resampling filter {resample!r}", where=str(folder))
     size = processor.get("size")
+    if isinstance(size, int):  # as OpenAI wrote it
+        size = {"shortest_edge": size}
     crop = isinstance(size, Mapping) and "shortest_edge" in size
+    if crop and processor.get("do_center_crop", True) is False:
+        raise StageError("the image processor does not make square images, llama.cpp needs them", where=str(folder))
     writer.add_string(RESAMPLE_KEY, _PIL_FILTERS[resample])
     writer.add_string(RESIZE_KEY, "crop" if crop else "stretch")
     side = size.get("shortest_edge" if crop else "height") if isinstance(size, Mapping) else vision.image_size
-    if side != vision.image_size:
+    cut = processor.get("crop_size", side) if crop else side
+    cut = cut.get("height") if isinstance(cut, Mapping) else cut
+    if not side == cut == vision.image_size:
         raise StageError(
-            f"the image processor makes {side} pixels a side, the image encoder takes {vision.image_size}",
+            f"the image processor makes {side} pixels a side and keeps {cut}, the image encoder takes "
+            f"{vision.image_size}",
             where=str(folder),
         )
 
@@ -196,8 +246,10 @@ def _tensors(folder: Path, exit: int) -> Iterator[tuple[str, NDArray[np.float32]
                     yield name, handle.get_tensor(key).float().numpy()
 
 
-def _expected(exit: int) -> Iterator[str]:
-    yield from ("v.patch_embd.weight", "v.position_embd.weight", "mm.0.weight", "mm.2.weight")
+def _expected(exit: int, vision: VisionSpec) -> Iterator[str]:
+    yield from ("v.patch_embd.weight", _POSITIONS, "mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias")
+    if vision.has_cls:
+        yield from _CLS_TENSORS
     for block in range(exit):
         for part in _BLOCK.values():
             yield from (f"v.blk.{block}.{part}.weight", f"v.blk.{block}.{part}.bias")
@@ -214,7 +266,7 @@ def _stored(
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    if type == "F32" or value.ndim < 2 or name == "v.position_embd.weight":
+    if type == "F32" or value.ndim < 2 or name == _POSITIONS:
         return np.ascontiguousarray(value), kinds.F32
     if type == "Q8_0" and value.ndim == 2 and value.shape[1] % 32 == 0:
         return gguf.quants.quantize(np.ascontiguousarray(value), kinds.Q8_0), kinds.Q8_0

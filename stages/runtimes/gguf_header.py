@@ -12,12 +12,14 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, cast
 
 from artifacts.errors import SourceError, StageError
 
 Scalar = int | float | bool | str
 Value = Scalar | list[Scalar]
+ClsOrder = Literal["first", "last"]
+"""Where CLS stands among the patches while llama.cpp's encoder runs; `llamacpp_cls` tells the story."""
 
 # GGUF value type -> struct format; 8 is a string, 9 an array.
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -179,14 +181,20 @@ class VisionHeader:
     patch_size: int  # pixels
     resample: str  # PIL's name of the filter that the checkpoint's image processor uses
     resize: str  # "stretch" to the square, or "crop": shortest edge, then the middle
+    cls_order: ClsOrder | None  # the order that the position table was written for; None: the file does not say
+
+    @property
+    def has_cls(self) -> bool:
+        return "v.class_embd" in self.header.tensors
 
     @property
     def image_tokens(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
 
-RESAMPLE_KEY: Final = "icet.image.resample"  # ours: llama.cpp ignores both
+RESAMPLE_KEY: Final = "icet.image.resample"  # ours: llama.cpp ignores these
 RESIZE_KEY: Final = "icet.image.resize"
+CLS_KEY: Final = "icet.image.cls"
 
 
 def read_vision_header(path: Path) -> VisionHeader:
@@ -229,6 +237,7 @@ def read_vision_header(path: Path) -> VisionHeader:
     default = layers[-1] if isinstance(layers, list) and layers else max(blocks - 1, 1)
     if not isinstance(default, int) or not 1 <= default <= blocks:
         raise SourceError(f"{path.name} takes its features after block {default!r} of {blocks}", where=str(path))
+    order = header.fields.get(CLS_KEY)
     return VisionHeader(
         header=header,
         blocks=blocks,
@@ -238,6 +247,7 @@ def read_vision_header(path: Path) -> VisionHeader:
         patch_size=numbers["patch_size"],
         resample=str(header.fields.get(RESAMPLE_KEY, "bicubic")),
         resize=str(header.fields.get(RESIZE_KEY, "stretch")),
+        cls_order=cast("ClsOrder", order) if order in ("first", "last") else None,
     )
 
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from artifacts.errors import SourceError, StageError
 from stages.data.chat import Turn, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_header, read_vision_header
+from stages.runtimes.llamacpp_cls import check_cls, image_slots
 from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, Sequences, TextModel
 from stages.runtimes.llamacpp_vision import VisionEncoder, read_image
 from stages.runtimes.runtime import Progress, Request, Response
@@ -88,7 +89,8 @@ class LlamaCppRuntime:
 
         Raises:
             SourceError: a file is missing or damaged.
-            StageError: the files do not belong together, or llama.cpp refuses them.
+            StageError: the files do not belong together, llama.cpp refuses them, or it is one for which the image
+                encoder's position table was not made.
         """
         if model.is_dir():
             folder, model = model, model / MODEL_NAME
@@ -99,6 +101,7 @@ class LlamaCppRuntime:
         vision = read_vision_header(mmproj) if mmproj is not None else None
         if vision is not None:
             check_pair(header, vision)
+            check_cls(vision)
         self._model = TextModel(model)
         self._vision = VisionEncoder(self._model, vision) if vision is not None else None
         self._template = chat_template or self._model.chat_template
@@ -156,6 +159,10 @@ class LlamaCppRuntime:
     def image_embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
         """(image tokens, text width): what the language model receives for this image at this exit."""
         return self._encoder().embeddings(self._known_exit(exit), image)
+
+    def image_slots(self, image: Path) -> tuple[int, ...] | None:
+        vision = self._encoder().vision
+        return image_slots(vision.cls_order, vision.image_tokens) if vision.has_cls else None
 
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """(continuation tokens, vocabulary): next-token logits at each token of `continuation` (teacher forcing).

@@ -52,6 +52,13 @@ class Runtime(Protocol):
         """(image tokens, text width): what the language model receives for this image at this exit."""
         ...
 
+    def image_slots(self, image: Path) -> Sequence[int] | None:
+        """Which row of transformers' embeddings each row of `image_embeddings` should be, -1 where it is none.
+
+        None: row i is row i. A runtime that loses image tokens says so here.
+        """
+        ...
+
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """(continuation tokens, vocabulary): next-token logits at each token of `continuation` (teacher forcing)."""
         ...

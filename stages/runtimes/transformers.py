@@ -94,6 +94,9 @@ class TransformersRuntime:
         array: NDArray[np.float32] = tokens.float().cpu().numpy()
         return array
 
+    def image_slots(self, image: Path) -> None:
+        """Nothing is lost here: this runtime is what others are compared with."""
+
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """Row i predicts token i of the continuation: row 0 stands after the prompt's last token."""
         after, before = self._prepare(request)

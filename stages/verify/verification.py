@@ -44,7 +44,7 @@ class _Measured:
     """What was learned from one artifact while its runtime was open."""
 
     answers: Answers
-    embeddings: Embeddings = field(default_factory=dict)
+    embeddings: Embeddings = field(default_factory=Embeddings)
 
 
 class Verification:
@@ -197,7 +197,7 @@ class Verification:
                 vqa=asked(questions.vqa, default_exit, "visual questions") if exits else [],
                 default_exit=default_exit,
             )
-            seen = embeddings(runtime(), exits, fidelity_images) if fidelity_images else {}
+            seen = embeddings(runtime(), exits, fidelity_images) if fidelity_images else Embeddings()
             return _Measured(answers, seen)
         finally:
             for one in opened:
@@ -216,7 +216,7 @@ class Verification:
                 return one.embeddings
         subject = Subject(self.reference, self.context.inputs[self.reference], "hardened", gated=False)
         if not images:
-            return {}
+            return Embeddings()
         with open_runtime(subject) as runtime:
             return embeddings(runtime, runtime.exits, images)
 
