@@ -155,6 +155,7 @@ class Stage(ABC, Generic[P]):
 _BUILT_IN: Mapping[str, str] = {
     "source": "stages.source:SourceStage",
     "early-exit": "stages.early_exit:EarlyExitStage",
+    "prune": "stages.prune.stage:PruneStage",
     "l-ppo": "stages.lppo.stage:LPPOStage",
     "gguf": "stages.quantize.gguf:GGUFStage",
     "icet-verify": "stages.verify.stage:IcetVerifyStage",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stages.models.adapter import LoRA
 from stages.stage import StageParams
 
 
@@ -32,16 +32,6 @@ class PromptShares(StageParams):
             "benign": self.benign_share,
             "borderline": self.borderline_share,
         }
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Shape of the adapter: what is needed to build it, and to build it again for merging."""
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]  # names of linear layers
-    layers: int | None  # how many of the last decoder blocks get one; None: all
 
 
 class LPPOParams(StageParams):
