@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from pydantic import Field
 
 from artifacts.errors import RecipeError
-from stages.models import checkpoint
-from stages.models.family import family_of
+from stages.data import images
+from stages.models import checkpoint, realign
+from stages.models.family import families, family_of
 from stages.stage import Context, Planned, Stage, StageParams
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from stages.models.family import Family
+
+_HELD_OUT: Final = 12  # images that the fit is judged on
 
 
 class EarlyExitParams(StageParams):
     layer: int = Field(description="how many encoder blocks to keep; the exit (ICET-l) is after the last of them")
+    realign: bool = Field(
+        default=False,
+        description="fold into the projector the affine map from this exit's features to those it was trained on, by "
+        "least squares on unlabelled images; costs nothing at run time",
+    )
+    realign_images: int = Field(default=300, ge=1, description="benign images of the train split to fit it on")
 
 
 class EarlyExitStage(Stage[EarlyExitParams]):
@@ -22,6 +39,7 @@ class EarlyExitStage(Stage[EarlyExitParams]):
     name = "early-exit"
     summary = "keep the first blocks of the image encoder and leave it there"
     accepts = ("checkpoint",)
+    code_version = "2"
     output_type = "checkpoint"
     libraries = ("torch", "transformers")
     Params = EarlyExitParams
@@ -39,7 +57,18 @@ class EarlyExitStage(Stage[EarlyExitParams]):
                 way_out="leave the stage out",
             )
         _check(self.params.layer, vision.layers)
+        if self.params.realign:
+            family = next((family for family in families() if family.name == planned.spec.family), None)
+            if family is not None and not family.realigns:
+                raise RecipeError(
+                    f"the projector of {family.name} cannot be realigned",
+                    why="an affine map can be folded into a linear layer that takes the encoder's features only",
+                    way_out="leave realign out",
+                )
         return Planned(type=self.output_type, spec=planned.spec.with_exit(self.params.layer))
+
+    def downloads(self) -> Sequence[str]:
+        return images.packages() if self.params.realign else ()
 
     def run(self, context: Context) -> Mapping[str, object]:
         source = context.input("checkpoint").path
@@ -53,8 +82,14 @@ class EarlyExitStage(Stage[EarlyExitParams]):
         context.progress(0, 3, "loading")
         model = family.load(source, dtype=checkpoint.dtype_of(config))
         before = dict(model.named_parameters())
+        realigned: dict[str, float] = {}
+        affine = None
+        if self.params.realign and self.params.layer < vision.default_exit:
+            affine, realigned = self._fit(context, family, model, source, vision.default_exit)
         context.progress(1, 3, "cutting")
         family.truncate(model, self.params.layer)
+        if affine is not None:
+            realign.fold(affine, family.projector_input(model))
         kept = dict(model.named_parameters())
         removed = {name: weight for name, weight in before.items() if name not in kept}
         context.progress(2, 3, "saving")
@@ -66,7 +101,44 @@ class EarlyExitStage(Stage[EarlyExitParams]):
             "default_exit": self.params.layer,
             "removed_tensors": len(removed),
             "removed_parameters": sum(weight.numel() for weight in removed.values()),
+            **realigned,
         }
+
+    def _fit(
+        self, context: Context, family: Family, model: PreTrainedModel, source: Path, wanted: int
+    ) -> tuple[realign.Affine, dict[str, float]]:
+        """The map from this exit to `wanted`, and how much of held-out features it explains."""
+        import torch
+
+        from stages.models.features import open_image
+
+        config = checkpoint.read_config(source)
+
+        def pairs(paths: Sequence[Path]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for path in paths:
+                inputs = family.image_inputs(source, open_image(path))
+                with torch.inference_mode():
+                    states = family.hidden_states(model, inputs).float().cpu().numpy()
+                early, late = (family.exit_features(config, states, exit) for exit in (self.params.layer, wanted))
+                yield torch.from_numpy(early), torch.from_numpy(late)
+
+        n = self.params.realign_images
+        fit: realign.AffineFit | None = None
+        for done, (early, late) in enumerate(pairs(images.benign_images("train", n, seed=context.seed))):
+            context.progress(done / n, 3, "realigning")
+            fit = fit or realign.AffineFit(early.shape[-1])
+            fit.add(early, late)
+        assert fit is not None
+        affine = fit.solve()
+        held_out = list(pairs(images.benign_images("validation", _HELD_OUT, seed=context.seed)))
+        early, late = (torch.cat([pair[side] for pair in held_out]) for side in (0, 1))
+        shares = {
+            "explained_before": realign.explained(early, late),
+            "explained_after": realign.explained(affine(early), late),
+        }
+        for name, value in shares.items():
+            context.metric(name, value)
+        return affine, shares
 
 
 def _check(layer: int, layers: int) -> None:

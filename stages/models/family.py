@@ -39,6 +39,7 @@ class Family(ABC):
     model_types: ClassVar[tuple[str, ...]]  # config.json `model_type` values
     describes: ClassVar[str]  # in the words of `describe`, for error messages
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "llamacpp")
+    realigns: ClassVar[bool] = False  # whether it has a `projector_input`
     image_slot: ClassVar[str] = "<image>"  # token that the chat template prints where the image goes
     tower: ClassVar[str] = "vision_tower."  # in the name of every tensor of the encoder, old layout and new
 
@@ -76,6 +77,10 @@ class Family(ABC):
     @abstractmethod
     def project(self, model: PreTrainedModel, features: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         """Exit features (patches, vision width) to image tokens (tokens, text width)."""
+
+    def projector_input(self, model: PreTrainedModel) -> torch.nn.Linear:
+        """The projector's first layer, if that is a linear one that takes exit features and nothing else."""
+        raise NotImplementedError(f"{self.name} has no such layer")
 
     def surround(self, geometry: Geometry) -> tuple[str, ...]:
         """The texts around an image's tokens: n + 1 texts around n equal parts of them."""

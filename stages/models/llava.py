@@ -7,6 +7,7 @@ its `model_type`, its defaults and whether it has a CLS token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, cast
@@ -17,6 +18,7 @@ from stages.models.family import Family, Geometry
 from stages.models.processing import processed
 from stages.models.shapes import exit_of, number, section, text_spec
 from stages.models.spec import ModelSpec, VisionSpec
+from stages.models.truncation import DiskCut
 
 if TYPE_CHECKING:
     import torch
@@ -25,15 +27,19 @@ if TYPE_CHECKING:
     from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
 _DEFAULT_EXIT: Final = -2  # transformers' LlavaConfig
+# A block of the tower, or SigLIP's pooling head, which reads the last block only.
+_TOWER_PART: Final = re.compile(r"vision_tower\.(?:vision_model\.)?(?:encoder\.layers\.(?P<block>\d+)|head)\.")
 
 
 class Llava(Family):
     """What LLaVA models share, whatever their tower."""
 
     model_types = ("llava",)
+    realigns = True
     tower_type: ClassVar[str]  # vision_config.model_type
     tower_defaults: ClassVar[Mapping[str, int]]  # transformers' defaults for what vision_config leaves out
     has_cls: ClassVar[bool]
+    cut_tower_fields: ClassVar[Mapping[str, object]] = {}  # of vision_config, when the last block is gone
 
     def matches(self, config: Mapping[str, object]) -> bool:
         vision = section(config, "vision_config")
@@ -83,6 +89,9 @@ class Llava(Family):
         weight = projector.linear_1.weight
         return cast("torch.Tensor", projector(features.to(device=weight.device, dtype=weight.dtype)))
 
+    def projector_input(self, model: PreTrainedModel) -> torch.nn.Linear:
+        return cast("torch.nn.Linear", llava_of(model).model.multi_modal_projector.linear_1)
+
     def trunk(self, model: PreTrainedModel) -> torch.nn.Module:
         return cast("torch.nn.Module", llava_of(model).model.language_model)
 
@@ -102,6 +111,21 @@ class Llava(Family):
         for config in (llava.config, llava.model.config):
             config.vision_feature_layer = -1
         return model
+
+    def disk_cut(self, config: Mapping[str, object], layer: int) -> DiskCut:
+        vision = section(config, "vision_config")
+        depth = number(vision, "num_hidden_layers", self.tower_defaults)
+        if not 1 <= layer <= depth:
+            raise StageError(f"exit {layer} is outside 1..{depth}")
+        tower = {**vision, **self.cut_tower_fields, "num_hidden_layers": layer}
+
+        def keeps(name: str) -> bool:
+            found = _TOWER_PART.search(name)
+            if found is None:
+                return True
+            return found["block"] is not None and int(found["block"]) < layer
+
+        return DiskCut({**config, "vision_config": tower, "vision_feature_layer": -1}, keeps)
 
     def _cut_tower(self, tower: torch.nn.Module, config: PreTrainedConfig, layer: int) -> None:
         """Drop the blocks after `layer`, and what only reads the last one's output; may be called twice."""
@@ -123,6 +147,7 @@ class SiglipLlava(Llava):
         "patch_size": 16,
     }
     has_cls = False
+    cut_tower_fields: ClassVar[Mapping[str, object]] = {"vision_use_head": False}
 
     def _cut_tower(self, tower: torch.nn.Module, config: PreTrainedConfig, layer: int) -> None:
         """The pooling head goes too. `post_layernorm` stays: no exit reads it, but stock transformers always builds
