@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
+    from stages.models.truncation import DiskCut
+
 Geometry = tuple[int, ...]
 """What a family must know of an image beside its features: its size or its grid of tiles; () where nothing."""
 
@@ -97,6 +99,14 @@ class Family(ABC):
     @abstractmethod
     def truncate(self, model: PreTrainedModel, layer: int) -> PreTrainedModel:
         """Cut the tower to `layer` blocks in place, make that the default exit, drop what is no longer needed."""
+
+    def disk_cut(self, config: Mapping[str, object], layer: int) -> DiskCut | None:
+        """The same cut for `stages.models.truncation`, which never loads the model; None: only `truncate` can.
+
+        Raises:
+            StageError: the tower has no such exit.
+        """
+        return None
 
 
 _BUILT_IN: tuple[str, ...] = (
