@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, cast
 from artifacts.errors import SourceError
 from stages.models.llava import Llava
 from stages.models.spec import ModelSpec
+from stages.models.truncation import DiskCut
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,9 @@ class ClipLlava(Llava):
                 way_out="use a model whose strategy is 'default'",
             )
         return super().spec(_completed(config))
+
+    def disk_cut(self, config: Mapping[str, object], layer: int) -> DiskCut:
+        return super().disk_cut(_completed(config), layer)
 
     def _cut_tower(self, tower: torch.nn.Module, config: PreTrainedConfig, layer: int) -> None:
         """`post_layernorm` stays: only the pooled CLS goes through it, but stock transformers always builds it, and
