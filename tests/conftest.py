@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llava")
     build_tiny_llava(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model by kind, see `tests.tiny_families`; each is built once. Read only."""
+    from tests.tiny_families import build
+
+    @cache
+    def built(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        build(kind, folder, tiny_llava)
+        return folder
+
+    return built
 
 
 @pytest.fixture(scope="session")

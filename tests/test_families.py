@@ -79,18 +79,21 @@ def test_trunk_and_head_together_give_the_logits_of_the_model(tiny_llava: Path) 
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "words", "nearest"),
     [
-        ({"model_type": "mllama", "vision_config": {"model_type": "mllama_vision_model"}}, "mllama"),
-        ({"model_type": "llava", "vision_config": {"model_type": "clip_vision_model"}}, "clip_vision_model"),
-        ({}, "without model_type"),
+        ({"model_type": "llava", "vision_config": {"model_type": "siglip2_vision_model"}}, "siglip2", "siglip"),
+        ({"model_type": "idefics2", "vision_config": {"model_type": "idefics2"}}, "idefics2", "idefics3"),
+        ({"model_type": "qwen2_moe"}, "qwen2_moe", "llama, mistral, qwen2"),
+        ({}, "without model_type", ""),
     ],
 )
-def test_an_unknown_family_is_refused_with_the_nearest_known_one(config: dict[str, object], words: str) -> None:
+def test_an_unknown_family_is_refused_with_the_nearest_known_one(
+    config: dict[str, object], words: str, nearest: str
+) -> None:
     with pytest.raises(SourceError) as refused:
         family_of(config, where="here")
     assert words in refused.value.what
-    assert "llava with a siglip_vision_model tower" in (refused.value.way_out or "")
+    assert f"the nearest family that works is {nearest}" in (refused.value.way_out or "").replace("llava with a ", "")
 
 
 def _damaged(tiny_llava: Path, tmp_path: Path) -> Path:

@@ -177,20 +177,23 @@ def dtype_of(config: Mapping[str, object]) -> DType:
     return cast("DType", name) if name in ("float32", "bfloat16", "float16") else "float32"
 
 
-def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
-    """Load an image-text-to-text checkpoint in eval mode, gradients off; safetensors only, no remote code, no network.
+def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", *, images: bool = True) -> PreTrainedModel:
+    """Load a checkpoint in eval mode, gradients off; safetensors only, no remote code, no network.
+
+    Args:
+        images: image-text-to-text; else a causal language model.
 
     Raises:
         SourceError: a weight file is missing or damaged, or tensors are missing or have other shapes.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
     read_config(folder)
     weight_files(folder)
     logging.disable_progress_bar()  # progress belongs to events, not to stderr
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        model, info = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
             folder,
             dtype=torch_dtype(dtype),
             use_safetensors=True,

@@ -112,6 +112,9 @@ class Family(ABC):
 _BUILT_IN: tuple[str, ...] = (
     "stages.models.llava:SiglipLlava",
     "stages.models.llava_clip:ClipLlava",
+    "stages.models.llava_next:LlavaNext",
+    "stages.models.idefics3:Idefics3",
+    "stages.models.causal:Causal",
 )
 
 

@@ -92,11 +92,11 @@ class ExitFeatures:
         self._dtype = np.dtype(dtype)
         config = checkpoint.read_config(folder)
         self._family = family_of(config, where=str(folder))
-        self.encoder_digest = encoder_digest(folder)
-        self._files = (cache or cache_dir() / "features") / self.encoder_digest / dtype
         vision = self._family.spec(config).vision
         if vision is None:
             raise SourceError("the model has no image encoder", where=str(folder))
+        self.encoder_digest = encoder_digest(folder)
+        self._files = (cache or cache_dir() / "features") / self.encoder_digest / dtype
         self._exits = vision.layers + 1
         self._select: Select = partial(self._family.exit_features, config)
 

@@ -174,14 +174,17 @@ def vision_bytes(vision: VisionSpec, text_width: int, type: str = "F16") -> int:
     width, middle, hidden = vision.hidden_size, vision.intermediate_size, vision.projector_hidden or text_width
     # The patch embedding has four dimensions and is not quantized.
     patch = 3 * vision.patch_size**2 * width * (_F32 if type == "F32" else _F16)
-    matrices = vision.default_exit * (4 * width * width + 2 * width * middle) + width * hidden + hidden * text_width
-    vectors = vision.default_exit * (9 * width + middle) + vision.image_tokens * width + width + hidden + text_width
+    projector = width * hidden + hidden * text_width
+    if vision.shuffle > 1:
+        projector = vision.shuffle**2 * width * text_width
+    matrices = vision.default_exit * (4 * width * width + 2 * width * middle) + projector
+    vectors = vision.default_exit * (9 * width + middle) + vision.patches * width + width + hidden + text_width
     return patch + int(matrices * _BITS[type] / 8) + vectors * _F32
 
 
 def _encoding(vision: VisionSpec) -> int:
-    """Activations of one image in the encoder, attention scores included."""
-    tokens = vision.image_tokens
+    """Activations of one pass of the encoder, attention scores included."""
+    tokens = vision.patches
     return _F32 * (tokens * (2 * vision.intermediate_size + 6 * vision.hidden_size) + vision.heads * tokens**2)
 
 

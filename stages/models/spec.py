@@ -22,11 +22,19 @@ class VisionSpec:
     default_exit: int  # counts as in hidden_states; never negative
     has_cls: bool = False
     projector_hidden: int = 0  # width between the projector's two linear layers
+    tiles: int = 1  # passes of the tower for one image, at most
+    shuffle: int = 1  # patches a side that become one token (pixel shuffle); with it the projector is one linear layer
+    most_tokens: int = 0  # of one image, where that is not a token for each `shuffle` x `shuffle` patches
+
+    @property
+    def patches(self) -> int:
+        """What one pass of the tower sees, CLS not counted."""
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def image_tokens(self) -> int:
-        """Tokens that one image takes in the language model's context."""
-        return (self.image_size // self.patch_size) ** 2
+        """Tokens that one image takes in the language model's context, at most."""
+        return self.most_tokens or self.tiles * self.patches // self.shuffle**2
 
 
 @dataclass(frozen=True)
