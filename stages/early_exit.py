@@ -12,6 +12,8 @@ from artifacts.errors import RecipeError
 from stages.data import images
 from stages.models import checkpoint, realign
 from stages.models.family import families, family_of
+from stages.models.shards import LeftOut
+from stages.models.truncation import cut_files
 from stages.stage import Context, Planned, Stage, StageParams
 
 if TYPE_CHECKING:
@@ -79,6 +81,13 @@ class EarlyExitStage(Stage[EarlyExitParams]):
             raise RecipeError("early-exit needs a model with an image encoder", where=context.stage_id)
         _check(self.params.layer, vision.layers)
 
+        cut = None if self.params.realign else family.disk_cut(config, self.params.layer)
+        if cut is not None:  # nothing is computed: the model need not be in memory
+            context.progress(0, 1, "copying")
+            left_out = cut_files(source, context.output, cut)
+            context.progress(1, 1)
+            return self._told(family, left_out)
+
         context.progress(0, 3, "loading")
         model = family.load(source, dtype=checkpoint.dtype_of(config))
         before = dict(model.named_parameters())
@@ -95,13 +104,16 @@ class EarlyExitStage(Stage[EarlyExitParams]):
         context.progress(2, 3, "saving")
         checkpoint.save_model(model, context.output, companions_from=source)
         context.progress(3, 3)
+        left_out = LeftOut(len(removed), sum(weight.numel() for weight in removed.values()))
+        return {**self._told(family, left_out), **realigned}
+
+    def _told(self, family: Family, left_out: LeftOut) -> dict[str, object]:
         return {
             "family": family.name,
             "exits": list(range(1, self.params.layer + 1)),
             "default_exit": self.params.layer,
-            "removed_tensors": len(removed),
-            "removed_parameters": sum(weight.numel() for weight in removed.values()),
-            **realigned,
+            "removed_tensors": left_out.tensors,
+            "removed_parameters": left_out.parameters,
         }
 
     def _fit(
