@@ -60,8 +60,10 @@ class Quantizer:
         """Round again, for the adapter as it is now."""
         import torch
 
+        self._use(self._original)
+        self._rounded.clear()  # two sets of weights are enough
         with torch.no_grad(), ThreadPoolExecutor(_THREADS) as pool:
-            self._rounded = list(pool.map(self._residual, range(len(self._layers))))
+            self._rounded.extend(pool.map(self._residual, range(len(self._layers))))
         self._use(self._rounded)
 
     @contextmanager
