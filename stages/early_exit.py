@@ -1,17 +1,22 @@
-"""Stage `early-exit`: the image encoder keeps its first blocks; features leave after the last one kept."""
+"""Stage `early-exit`: the image encoder keeps its first blocks; features leave after the last one kept.
+
+With `layer: auto` every exit up to the default one answers the same validation questions, and the earliest whose share
+of right answers is within the tolerance of the default exit's is taken.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from artifacts.errors import RecipeError
-from stages.data import images
+from stages.data import easy_vqa, images
 from stages.models import checkpoint, realign
 from stages.models.family import families, family_of
+from stages.models.flops import encoder_flops
 from stages.models.shards import LeftOut
 from stages.models.truncation import cut_files
 from stages.stage import Context, Planned, Stage, StageParams
@@ -21,18 +26,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from stages.models.family import Family
+    from stages.models.spec import VisionSpec
+    from stages.runtimes.utility import Utility
 
 _HELD_OUT: Final = 12  # images that the fit is judged on
+_ASKING: Final = 0.95  # of the work of layer: auto
+
+Progress = Callable[[float, str], None]  # share done, note
 
 
 class EarlyExitParams(StageParams):
-    layer: int = Field(description="how many encoder blocks to keep; the exit (ICET-l) is after the last of them")
+    layer: int | Literal["auto"] = Field(
+        description="how many encoder blocks to keep; the exit (ICET-l) is after the last of them. auto: the earliest "
+        "exit within the tolerance; until it is known, `pipeline plan` counts with the default exit, the most that it "
+        "can be"
+    )
+    tolerance: float = Field(
+        default=0.02,
+        ge=0,
+        lt=1,
+        description="with layer: auto, how far the share of right answers may lie below the default exit's; 0.02 is "
+        "two points",
+    )
+    questions: int = Field(
+        default=200,
+        ge=20,
+        le=966,
+        description="with layer: auto, visual questions that every exit is asked: easy-VQA about pictures that nothing "
+        "trains on and no gate measures on",
+    )
+    dtype: checkpoint.DType = Field(default="float32", description="with layer: auto, of the computation")
     realign: bool = Field(
         default=False,
         description="fold into the projector the affine map from this exit's features to those it was trained on, by "
         "least squares on unlabelled images; costs nothing at run time",
     )
     realign_images: int = Field(default=300, ge=1, description="benign images of the train split to fit it on")
+
+    @model_validator(mode="after")
+    def _auto_alone(self) -> EarlyExitParams:
+        idle = sorted({"tolerance", "questions", "dtype"} & self.model_fields_set)
+        if self.layer != "auto" and idle:
+            raise ValueError(f"{', '.join(idle)} has a meaning with layer: auto only; layer is {self.layer}")
+        return self
 
 
 class EarlyExitStage(Stage[EarlyExitParams]):
@@ -41,16 +77,17 @@ class EarlyExitStage(Stage[EarlyExitParams]):
     name = "early-exit"
     summary = "keep the first blocks of the image encoder and leave it there"
     accepts = ("checkpoint",)
-    code_version = "2"
+    code_version = "3"
     output_type = "checkpoint"
     libraries = ("torch", "transformers")
     Params = EarlyExitParams
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         planned = super().plan(inputs)
+        layer = self.params.layer
         if planned.spec is None:
-            if self.params.layer < 1:
-                raise RecipeError(f"layer {self.params.layer} is not an exit", way_out="exits are counted from 1")
+            if layer != "auto" and layer < 1:
+                raise RecipeError(f"layer {layer} is not an exit", way_out="exits are counted from 1")
             return planned
         vision = planned.spec.vision
         if vision is None:
@@ -58,7 +95,9 @@ class EarlyExitStage(Stage[EarlyExitParams]):
                 f"early-exit needs a model with an image encoder; this one ({planned.spec.family}) has none",
                 way_out="leave the stage out",
             )
-        _check(self.params.layer, vision.layers)
+        # The exit that auto will find is at most the default one: what is planned is an upper bound.
+        exit = vision.default_exit if layer == "auto" else layer
+        _check(exit, vision.layers)
         if self.params.realign:
             family = next((family for family in families() if family.name == planned.spec.family), None)
             if family is not None and not family.realigns:
@@ -67,10 +106,11 @@ class EarlyExitStage(Stage[EarlyExitParams]):
                     why="an affine map can be folded into a linear layer that takes the encoder's features only",
                     way_out="leave realign out",
                 )
-        return Planned(type=self.output_type, spec=planned.spec.with_exit(self.params.layer))
+        return Planned(type=self.output_type, spec=planned.spec.with_exit(exit))
 
     def downloads(self) -> Sequence[str]:
-        return images.packages() if self.params.realign else ()
+        wheels = set(images.packages()) if self.params.realign else set()
+        return sorted(wheels.union(easy_vqa.SOURCES if self.params.layer == "auto" else ()))
 
     def run(self, context: Context) -> Mapping[str, object]:
         source = context.input("checkpoint").path
@@ -79,45 +119,78 @@ class EarlyExitStage(Stage[EarlyExitParams]):
         vision = family.spec(config).vision
         if vision is None:
             raise RecipeError("early-exit needs a model with an image encoder", where=context.stage_id)
-        _check(self.params.layer, vision.layers)
+        layer = self.params.layer
+        _check(vision.default_exit if layer == "auto" else layer, vision.layers)
+        utility: dict[int, Utility] = {}
+        begun = 0.0
+        if layer == "auto":
+            layer, utility = self._chosen(context, source, vision)
+            begun = _ASKING
 
-        cut = None if self.params.realign else family.disk_cut(config, self.params.layer)
+        def progress(done: float, note: str = "") -> None:
+            context.progress(begun + (1 - begun) * done, 1, note)
+
+        told = _told(family, vision, layer) | _measured(utility, self.params)
+
+        cut = None if self.params.realign else family.disk_cut(config, layer)
         if cut is not None:  # nothing is computed: the model need not be in memory
-            context.progress(0, 1, "copying")
+            progress(0, "copying")
             left_out = cut_files(source, context.output, cut)
-            context.progress(1, 1)
-            return self._told(family, left_out)
+            progress(1)
+            return told | _removed(left_out)
 
-        context.progress(0, 3, "loading")
+        progress(0, "loading")
         model = family.load(source, dtype=checkpoint.dtype_of(config))
         before = dict(model.named_parameters())
         realigned: dict[str, float] = {}
         affine = None
-        if self.params.realign and self.params.layer < vision.default_exit:
-            affine, realigned = self._fit(context, family, model, source, vision.default_exit)
-        context.progress(1, 3, "cutting")
-        family.truncate(model, self.params.layer)
+        if self.params.realign and layer < vision.default_exit:
+            affine, realigned = self._fit(context, family, model, source, layer, vision.default_exit, progress)
+        progress(0.4, "cutting")
+        family.truncate(model, layer)
         if affine is not None:
             realign.fold(affine, family.projector_input(model))
         kept = dict(model.named_parameters())
         removed = {name: weight for name, weight in before.items() if name not in kept}
-        context.progress(2, 3, "saving")
+        progress(0.7, "saving")
         checkpoint.save_model(model, context.output, companions_from=source)
-        context.progress(3, 3)
+        progress(1)
         left_out = LeftOut(len(removed), sum(weight.numel() for weight in removed.values()))
-        return {**self._told(family, left_out), **realigned}
+        return told | _removed(left_out) | realigned
 
-    def _told(self, family: Family, left_out: LeftOut) -> dict[str, object]:
-        return {
-            "family": family.name,
-            "exits": list(range(1, self.params.layer + 1)),
-            "default_exit": self.params.layer,
-            "removed_tensors": left_out.tensors,
-            "removed_parameters": left_out.parameters,
-        }
+    def _chosen(self, context: Context, source: Path, vision: VisionSpec) -> tuple[int, dict[int, Utility]]:
+        """The earliest exit within the tolerance, and what every exit up to the default one is worth."""
+        from stages.runtimes.utility import earliest_within, validation_utility
+
+        default = vision.default_exit
+        utility = validation_utility(
+            source,
+            range(1, default + 1),
+            self.params.questions,
+            size=vision.image_size,
+            seed=context.seed,
+            scratch=context.scratch,
+            dtype=self.params.dtype,
+            told=lambda done, total: context.progress(
+                _ASKING * done / total, 1, f"asking at exit {done + 1} of {total}"
+            ),
+        )
+        for exit, measured in utility.items():
+            context.metric("validation_utility", measured.share, exit=exit)
+        layer = earliest_within(utility, default, self.params.tolerance)
+        shares = f"{utility[layer].share:.1%} right, {utility[default].share:.1%} at the default exit {default}"
+        context.log(f"exit {layer}: {shares}")
+        return layer, utility
 
     def _fit(
-        self, context: Context, family: Family, model: PreTrainedModel, source: Path, wanted: int
+        self,
+        context: Context,
+        family: Family,
+        model: PreTrainedModel,
+        source: Path,
+        layer: int,
+        wanted: int,
+        progress: Progress,
     ) -> tuple[realign.Affine, dict[str, float]]:
         """The map from this exit to `wanted`, and how much of held-out features it explains."""
         import torch
@@ -131,13 +204,13 @@ class EarlyExitStage(Stage[EarlyExitParams]):
                 inputs = family.image_inputs(source, open_image(path))
                 with torch.inference_mode():
                     states = family.hidden_states(model, inputs).float().cpu().numpy()
-                early, late = (family.exit_features(config, states, exit) for exit in (self.params.layer, wanted))
+                early, late = (family.exit_features(config, states, exit) for exit in (layer, wanted))
                 yield torch.from_numpy(early), torch.from_numpy(late)
 
         n = self.params.realign_images
         fit: realign.AffineFit | None = None
         for done, (early, late) in enumerate(pairs(images.benign_images("train", n, seed=context.seed))):
-            context.progress(done / n, 3, "realigning")
+            progress(0.4 * done / n, "realigning")
             fit = fit or realign.AffineFit(early.shape[-1])
             fit.add(early, late)
         assert fit is not None
@@ -151,6 +224,34 @@ class EarlyExitStage(Stage[EarlyExitParams]):
         for name, value in shares.items():
             context.metric(name, value)
         return affine, shares
+
+
+def _told(family: Family, vision: VisionSpec, layer: int) -> dict[str, object]:
+    """What is left, and the operations an image takes (`stages.models.flops`), against the default exit before."""
+    before, after = encoder_flops(vision, vision.default_exit), encoder_flops(vision, layer)
+    return {
+        "family": family.name,
+        "exits": list(range(1, layer + 1)),
+        "default_exit": layer,
+        "default_exit_before": vision.default_exit,
+        "encoder_flops": after,
+        "encoder_flops_saved": before - after,
+    }
+
+
+def _removed(left_out: LeftOut) -> dict[str, object]:
+    return {"removed_tensors": left_out.tensors, "removed_parameters": left_out.parameters}
+
+
+def _measured(utility: Mapping[int, Utility], params: EarlyExitParams) -> dict[str, object]:
+    """The table that `layer: auto` chose by; nothing for a fixed layer."""
+    if not utility:
+        return {}
+    rows = {
+        str(exit): {"right": measured.right, "asked": measured.asked, "utility": round(measured.share, 6)}
+        for exit, measured in utility.items()
+    }
+    return {"utility": rows, "tolerance": params.tolerance}
 
 
 def _check(layer: int, layers: int) -> None:

@@ -1,6 +1,8 @@
 """easy-VQA (MIT): 5,000 pictures of one coloured shape and 48,248 questions with one-word answers out of 13.
 
 Read in place out of the pinned wheel. 4,000 pictures and 38,575 questions are for training, 1,000 and 9,673 for tests.
+Of the training pictures the last hundred are kept for validation: nothing trains on them and no gate measures on them
+(training reads numbers below 3,600; `stages.data.images` divides them alike).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -25,6 +28,7 @@ VqaSplit = Literal["train", "test"]
 _ROOT: Final = "package:easy-vqa==1.0!easy_vqa/data/"
 SOURCES: Final = (_ROOT + "test/questions.json",)  # what `pipeline fetch` brings: one wheel holds everything
 IMAGES: Final = {"train": 4000, "test": 1000}
+VALIDATION: Final = range(3900, 4000)  # numbers of training pictures
 ANSWERS: Final = (
     *("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle", "yellow", "triangle", "brown", "blue"),
     "no",
@@ -52,6 +56,28 @@ def load_questions(split: VqaSplit, n: int | None = None, seed: int = 0) -> list
     """
     questions = list(_questions(split))
     return questions if n is None else random.Random(seed).sample(questions, min(n, len(questions)))
+
+
+def validation_questions(n: int, seed: int = 0) -> list[VqaQuestion]:
+    """`n` questions about the pictures of `VALIDATION` (numbers in the train folder), as many a picture as needed.
+
+    Open questions and yes/no ones in turn as far as there are both: always answering "no" must not pay. The first `n`
+    of a longer list are the shorter list; there are 966.
+
+    Raises:
+        SourceError: the wheel cannot be had.
+    """
+    rng = random.Random(seed)
+    by_picture: dict[int, list[VqaQuestion]] = {number: [] for number in VALIDATION}
+    for question in _questions("train"):
+        if question.image in by_picture:
+            by_picture[question.image].append(question)
+    turns: list[list[VqaQuestion]] = []
+    for place, number in enumerate(rng.sample(VALIDATION, len(VALIDATION))):
+        asked = rng.sample(by_picture[number], len(by_picture[number]))
+        kinds = [[q for q in asked if (q.answer in TRUTH) == (closed == place % 2)] for closed in (False, True)]
+        turns.append([question for pair in zip_longest(*kinds) for question in pair if question is not None])
+    return [question for round in zip_longest(*turns) for question in round if question is not None][:n]
 
 
 @cache
