@@ -59,6 +59,18 @@ SMOLVLM_256M = {
     },
 }
 
+LLAMA_3_2_11B_VISION = {
+    "model_type": "mllama",
+    "torch_dtype": "bfloat16",
+    "text_config": {"model_type": "mllama_text_model", "hidden_size": 4096, "num_hidden_layers": 40},
+    "vision_config": {
+        "model_type": "mllama_vision_model",
+        "image_size": 560,
+        "intermediate_layers_indices": [3, 7, 15, 23, 30],
+        "max_num_tiles": 4,
+    },
+}
+
 
 def _spec(config: dict[str, object]) -> ModelSpec:
     return family_of(config).spec(config)
@@ -80,6 +92,15 @@ def test_smolvlm_has_its_last_block_as_default_exit_and_64_tokens_a_tile() -> No
     assert spec.vision is not None
     assert (spec.vision.layers, spec.vision.default_exit) == (12, 12)
     assert (spec.vision.tiles, spec.vision.image_tokens) == (17, 17 * 64)
+
+
+def test_llama_3_2_vision_has_the_32_blocks_of_its_local_encoder_as_exits() -> None:
+    spec = _spec(LLAMA_3_2_11B_VISION)
+    assert spec.family == "mllama" and spec.dtype == "bfloat16"
+    assert (spec.text.layers, spec.text.kv_heads, spec.text.vocab_size) == (40, 8, 128256)
+    assert spec.vision is not None
+    assert (spec.vision.layers, spec.vision.default_exit, spec.vision.tiles) == (32, 32, 4)
+    assert spec.vision.image_tokens == 1  # the encoder's stand beside the text
 
 
 @pytest.mark.parametrize(
@@ -133,7 +154,7 @@ def test_a_config_without_usable_shapes_is_refused_by_name() -> None:
 
 
 # What the names of the published checkpoints have where transformers 5 saves other ones.
-_PUBLISHED = {"llava-next": ("vision_tower.", "vision_tower.vision_model.")}
+_PUBLISHED = {"llava-next": ("vision_tower.", "vision_tower.vision_model."), "mllama": ("", "")}
 
 
 @pytest.mark.parametrize("kind", _PUBLISHED)

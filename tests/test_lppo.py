@@ -85,7 +85,7 @@ def test_packed_scenes_give_the_numbers_of_one_sequence_for_each_response(policy
     found, values = _drawn(policy, states(_scenes(), 3), responses)
     naive, naive_values = [], []
     for s, scene in enumerate(_scenes()):
-        image = policy.image(torch.from_numpy(features[scene.image, scene.exit].copy()), ())
+        image = policy.image(torch.from_numpy(features[scene.image, scene.exit].copy()), ()).embeddings
         for row in range(6):
             tokens = responses.tokens[s, row][responses.mask[s, row]]
             prompt = policy.after_image(scene.prompts[row // 3].text)
@@ -165,7 +165,7 @@ def test_the_merged_checkpoint_answers_like_the_policy_and_stock_transformers_lo
     checkpoint.save_model(model, tmp_path, companions_from=tiny_llava)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
     original = family.load(tiny_llava)
-    image = policy.image(torch.from_numpy(features[0, 2].copy()), ())[None]
+    image = policy.image(torch.from_numpy(features[0, 2].copy()), ()).embeddings[None]
     with torch.no_grad():
         expected = policy.trunk(inputs_embeds=image).last_hidden_state
         found = family.trunk(stock)(inputs_embeds=image).last_hidden_state

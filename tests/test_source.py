@@ -125,8 +125,8 @@ def test_what_is_wrong_with_a_folder_is_known_before_work_starts(tiny_llava: Pat
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(RecipeError, match="truncated"):
         _stage(source).plan({})
-    (source / "config.json").write_text('{"model_type": "mllama"}')
-    with pytest.raises(RecipeError, match="no known model family: mllama"):
+    (source / "config.json").write_text('{"model_type": "paligemma"}')
+    with pytest.raises(RecipeError, match="no known model family: paligemma"):
         _stage(source).plan({})
     (source / "config.json").write_text("{")
     with pytest.raises(RecipeError, match=r"config\.json cannot be read"):

@@ -44,11 +44,11 @@ def build(kind: str, folder: Path, tiny_llava: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER:
         shutil.copyfile(tiny_llava / name, folder / name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    slot = "<|image|>" if kind == "mllama" else "<image>"
+    tokenizer = AutoTokenizer.from_pretrained(folder, extra_special_tokens={"image_token": slot})
     if kind in ("idefics3", "smolvlm"):
         tokenizer.add_special_tokens({"additional_special_tokens": _IDEFICS_TOKENS})
-    if kind == "mllama":
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
+    assert tokenizer.image_token == slot and len(tokenizer(slot, add_special_tokens=False).input_ids) == 1
     template = {"smolvlm": "idefics3"}.get(kind, kind)
     tokenizer.chat_template = _TEMPLATES.get(template) or (tiny_llava / "chat_template.jinja").read_text()
     tokenizer.save_pretrained(folder)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+    from stages.models.crossing import Crossing, Placed
     from stages.models.family import Family, Geometry
 
 
@@ -81,8 +82,8 @@ class Policy:
         """Embeddings of the prompt and of all that follows up to the answer: (tokens, width)."""
         return self._prompting.embedded(self._prompting.around_image(prompt)[1])
 
-    def image(self, features: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        """Exit features (patches, vision width) as what stands in the prompt for the image: (tokens, width)."""
+    def image(self, features: torch.Tensor, geometry: Geometry) -> Placed:
+        """Exit features (patches, vision width) as what stands in the prompt for the image."""
         import torch
 
         with torch.no_grad():
@@ -99,14 +100,26 @@ class Policy:
 
         return DynamicCache()
 
-    def hidden(self, embeddings: torch.Tensor, queries: Tags, keys: Tags, cache: Cache | None = None) -> torch.Tensor:
+    def hidden(
+        self,
+        embeddings: torch.Tensor,
+        queries: Tags,
+        keys: Tags,
+        crossing: Crossing | None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
         """Last hidden states (scenes, queries, width); `keys` are the tokens in the cache, then `queries` again."""
+        beside = {}
+        if crossing is not None:
+            cached = cache is not None and cache.get_seq_length() > 0
+            beside = crossing.arguments(queries.position, cached=cached)
         out = self.trunk(
             inputs_embeds=embeddings,
             attention_mask=attention_mask(queries, keys, self.dtype),
             position_ids=queries.position,
             past_key_values=cache,
             use_cache=cache is not None,
+            **beside,
         )
         return cast("torch.Tensor", out.last_hidden_state)
 
@@ -127,7 +140,7 @@ class Policy:
 
         packed = pack_responses(prefixes, responses.tokens, responses.mask)
         embeddings = torch.cat([prefixes.embeddings, self.embed(packed.tokens)], 1)
-        hidden = self.hidden(embeddings, packed.tags, packed.tags)
+        hidden = self.hidden(embeddings, packed.tags, packed.tags, prefixes.crossing)
         scene, _, _ = responses.mask.nonzero(as_tuple=True)
         chosen = hidden[scene, packed.predictors[responses.mask]]
         return self.logprobs(chosen), self.values(chosen)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from stages.data.prompts import Prompt
+from stages.models.crossing import Crossing, Placed
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +79,14 @@ class Prefixes:
     row_segment: torch.Tensor  # (scenes, rows): the prompt that a response answers
     row_last: torch.Tensor  # (scenes, rows): index of that prompt's last token
     row_position: torch.Tensor  # (scenes, rows): position of the response's first token
+    crossing: Crossing | None = None  # the images that the language model attends to beside, where it does that
 
     def __getitem__(self, scenes: Sequence[int]) -> Self:
         chosen = list(scenes)
         tags = Tags(self.tags.segment[chosen], self.tags.row[chosen], self.tags.position[chosen])
         rows = (self.row_segment[chosen], self.row_last[chosen], self.row_position[chosen])
-        return type(self)(self.embeddings[chosen], tags, *rows)
+        crossing = None if self.crossing is None else self.crossing[chosen]
+        return type(self)(self.embeddings[chosen], tags, *rows, crossing)
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,13 @@ class Responses:
 
 
 def pack_prefixes(
-    before: torch.Tensor, images: Sequence[torch.Tensor], prompts: Sequence[Sequence[torch.Tensor]], samples: int
+    before: torch.Tensor, images: Sequence[Placed], prompts: Sequence[Sequence[torch.Tensor]], samples: int
 ) -> Prefixes:
     """Lay out scenes.
 
     Args:
         before: embeddings of the text before the image, (tokens, width).
-        images: projected exit features of each scene, (image tokens, width).
+        images: projected exit features of each scene.
         prompts: embeddings of what follows the image, by scene and prompt, (tokens, width).
         samples: responses to a prompt. Rows are prompt by prompt.
     """
@@ -115,7 +118,7 @@ def pack_prefixes(
     embeddings, segments, positions = [], [], []
     row_segment, row_last, row_position = [], [], []
     for image, asked in zip(images, prompts, strict=True):
-        start = before.shape[0] + image.shape[0]
+        start = before.shape[0] + image.embeddings.shape[0]
         segment = [_SHARED] * start
         position = list(range(start))
         of_row, last, first = [], [], []
@@ -125,7 +128,7 @@ def pack_prefixes(
             of_row += [number] * samples
             last += [len(segment) - 1] * samples
             first += [start + prompt.shape[0]] * samples
-        embeddings.append(torch.cat([before, image, *asked]))
+        embeddings.append(torch.cat([before, image.embeddings, *asked]))
         segments.append(torch.tensor(segment))
         positions.append(torch.tensor(position))
         row_segment.append(of_row)
@@ -133,11 +136,13 @@ def pack_prefixes(
         row_position.append(first)
     device = before.device
     segment_ids = pad_sequence(segments, batch_first=True, padding_value=_PAD).to(device)
-    tags = Tags(segment_ids, torch.full_like(segment_ids, -1), pad_sequence(positions, batch_first=True).to(device))
     return Prefixes(
-        pad_sequence(embeddings, batch_first=True),
-        tags,
-        *(torch.tensor(rows, device=device) for rows in (row_segment, row_last, row_position)),
+        embeddings=pad_sequence(embeddings, batch_first=True),
+        tags=Tags(segment_ids, torch.full_like(segment_ids, -1), pad_sequence(positions, batch_first=True).to(device)),
+        row_segment=torch.tensor(row_segment, device=device),
+        row_last=torch.tensor(row_last, device=device),
+        row_position=torch.tensor(row_position, device=device),
+        crossing=Crossing.of(images, start=before.shape[0]),
     )
 
 
@@ -208,7 +213,7 @@ def generate(policy: Policy, prefixes: Prefixes, max_new_tokens: int, pick: Pick
     tokens, masks, logprobs, values = [], [], [], []
     with torch.no_grad():
         cache = policy.new_cache()
-        hidden = policy.hidden(prefixes.embeddings, prefixes.tags, prefixes.tags, cache)
+        hidden = policy.hidden(prefixes.embeddings, prefixes.tags, prefixes.tags, prefixes.crossing, cache)
         width = hidden.shape[-1]
         hidden = hidden.gather(1, prefixes.row_last[:, :, None].expand(-1, -1, width))
         seen = prefixes.tags
@@ -224,7 +229,7 @@ def generate(policy: Policy, prefixes: Prefixes, max_new_tokens: int, pick: Pick
                 break
             new = Tags(prefixes.row_segment, numbers, prefixes.row_position + step)
             seen = seen.then(new)
-            hidden = policy.hidden(policy.embed(token), new, seen, cache)
+            hidden = policy.hidden(policy.embed(token), new, seen, prefixes.crossing, cache)
     stacked = torch.stack(tokens, 2)
     mask = torch.stack(masks, 2)
     spoken = mask & ~policy.ends(stacked)

@@ -11,9 +11,11 @@ Notable:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, cast
+
+from stages.models.crossing import Crossing, Placed, masks_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,17 +30,20 @@ Pick = Callable[["torch.Tensor", Sequence[int]], "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of what several prompts begin with: (layers, 2, key-value heads, length, head width)."""
+    """Keys and values of what several prompts begin with, by block: (2, key-value heads, length, head width).
 
-    states: torch.Tensor
+    `crossed`: those of the image beside, in blocks that attend to it, (2, key-value heads, image tokens, head width);
+    text behind the image sees the first `seen` of its tokens.
+    """
 
-    @property
-    def length(self) -> int:
-        return int(self.states.shape[3])
+    states: Mapping[int, torch.Tensor]
+    length: int
+    crossed: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    seen: int = 0
 
     @property
     def nbytes(self) -> int:
-        return int(self.states.nbytes)
+        return sum(int(held.nbytes) for held in (*self.states.values(), *self.crossed.values()))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Decoder:
 
     Args:
         trunk: the language backbone: takes `inputs_embeds`, `position_ids`, a 4-D `attention_mask` and
-            `past_key_values`, gives `last_hidden_state` (every Llama-like model of transformers does).
+            `past_key_values`, gives `last_hidden_state` (every Llama-like model of transformers does); with images
+            beside the text, it takes what mllama's takes for them.
         head: hidden states to logits.
         embed: token ids to embeddings.
         stop: tokens that end an answer.
@@ -71,15 +77,27 @@ class Decoder:
         self._embed = embed
         self._stop = frozenset(stop)
 
-    def prefix(self, embeddings: torch.Tensor) -> Prefix:
-        """Compute what several prompts begin with; embeddings (length, width)."""
+    def prefix(self, before: torch.Tensor, image: Placed | None = None) -> Prefix:
+        """Compute what several prompts begin with: embeddings (length, width), and behind them an image."""
         import torch
 
         with torch.inference_mode():
+            embeddings = before if image is None else torch.cat([before, image.embeddings])
+            length = embeddings.shape[0]
+            positions = torch.arange(length, device=embeddings.device)[None]
+            crossing = None if image is None else Crossing.of([image], start=before.shape[0])
             cache = _Cache()
-            self._run(cache, embeddings[None], torch.arange(embeddings.shape[0], device=embeddings.device)[None])
-            layers = [torch.stack((keys[0], values[0])) for keys, values in zip(cache.keys, cache.values, strict=True)]
-            return Prefix(torch.stack(layers)[:, :, :, : embeddings.shape[0]].contiguous())
+            self._run(cache, embeddings[None], positions, crossing)
+            held = {block: torch.stack((keys[0], cache.values[block][0])) for block, keys in cache.keys.items()}
+            if crossing is None:
+                return Prefix(held, length)
+            blocks = set(cast("Sequence[int]", self._trunk.config.cross_attention_layers))  # type: ignore[union-attr]
+            return Prefix(
+                {block: states for block, states in held.items() if block not in blocks},
+                length,
+                {block: states for block, states in held.items() if block in blocks},
+                int(crossing.seen[0]),
+            )
 
     def logits(self, embeddings: torch.Tensor, last: int, prefix: Prefix | None = None) -> torch.Tensor:
         """(last, vocabulary): next-token logits at the `last` positions of one prompt (length, width)."""
@@ -155,35 +173,51 @@ class Decoder:
             last = self._run(cache, self._embed(step)[:, None], position[:, None])[:, 0]
         return [Answer(tuple(answer), end) for answer, end in zip(answers, stopped, strict=True)]
 
-    def _run(self, cache: _Cache, embeddings: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, cache: _Cache, embeddings: torch.Tensor, positions: torch.Tensor, crossing: Crossing | None = None
+    ) -> torch.Tensor:
         import torch
 
         length = cache.length or embeddings.shape[1]
         mask = torch.arange(length, device=positions.device)[None, None, None] <= positions[:, None, :, None]
         cache.positions = positions
+        beside = cache.masks(embeddings) if crossing is None else crossing.arguments(positions, cached=False)
         out = self._trunk(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
+            **beside,
         )
         states: torch.Tensor = out.last_hidden_state
         return states
 
 
-class _Cache:
-    """Keys and values by layer, (rows, heads, length, width), each row from its own position 0.
+@dataclass
+class _Crossed:
+    """One block's keys and values of the images beside: (rows, heads, image tokens, width)."""
 
-    What transformers' attention layers ask of a cache is `update`. `length` 0: it holds what comes, for a prefix.
+    keys: torch.Tensor
+    values: torch.Tensor
+    is_initialized: bool = True  # mllama asks
+
+
+class _Cache:
+    """Keys and values by block, (rows, heads, length, width), each row from its own position 0.
+
+    What transformers' attention layers ask of a cache is `update`, and mllama's cross-attention `layers`. `length` 0:
+    it holds what comes, for a prefix.
     """
 
     def __init__(self) -> None:
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
         self.positions: torch.Tensor
         self.length = 0
+        self.layers: list[_Crossed] = []
         self._prefixes: Sequence[Prefix | None] = ()
+        self._seen: torch.Tensor  # (rows,): how much of its image a row sees; 0: it has none
 
     @classmethod
     def of(
@@ -198,26 +232,53 @@ class _Cache:
         needed = [s + len(p) + n for s, p, n in zip(starts, prompts, new_tokens, strict=True)]
         cache.length = _multiple(max(*needed, max(starts) + width), _KEYS)
         cache._prefixes = prefixes
+        cache._cross(prefixes)
         device = prompts[0].device
         return cache, torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)[None]
+
+    def _cross(self, prefixes: Sequence[Prefix | None]) -> None:
+        """Blocks that attend to images find these in `layers`; a row without one finds zeros, which add nothing."""
+        import torch
+
+        crossed = next((prefix.crossed for prefix in prefixes if prefix and prefix.crossed), None)
+        if crossed is None:
+            return
+        nothing = torch.empty(0)
+        self.layers = [_Crossed(nothing, nothing, False) for _ in range(max(crossed) + 1)]
+        for block, like in crossed.items():
+            rows = [
+                prefix.crossed[block] if prefix and prefix.crossed else like.new_zeros(like.shape)
+                for prefix in prefixes
+            ]
+            both = torch.stack(rows)
+            self.layers[block] = _Crossed(both[:, 0], both[:, 1])
+        seen = [prefix.seen if prefix else 0 for prefix in prefixes]
+        self._seen = torch.tensor(seen, device=next(iter(crossed.values())).device)
+
+    def masks(self, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the trunk takes where images stand beside; the text that is run stands behind them."""
+        n = max((layer.keys.shape[2] for layer in self.layers if layer.is_initialized), default=0)
+        if not n:
+            return {}
+        behind = (self._seen > 0)[:, None].expand(embeddings.shape[:2])
+        return masks_of(behind, self._seen, n, embeddings.dtype)
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put new keys and values, (rows, heads, new, width), at their positions; give the whole layer."""
+        """Put new keys and values, (rows, heads, new, width), at their positions; give the whole block's."""
         import torch
 
         if not self.length:
-            self.keys.append(keys)
-            self.values.append(values)
+            self.keys[layer_idx], self.values[layer_idx] = keys, values
             return keys, values
-        if layer_idx == len(self.keys):
+        if layer_idx not in self.keys:
             for held, new, part in ((self.keys, keys, 0), (self.values, values, 1)):
                 layer = new.new_zeros(new.shape[0], new.shape[1], self.length, new.shape[3])
                 for row, prefix in enumerate(self._prefixes):
                     if prefix is not None:
-                        layer[row, :, : prefix.length] = prefix.states[layer_idx, part]
-                held.append(layer)
+                        layer[row, :, : prefix.length] = prefix.states[layer_idx][part]
+                held[layer_idx] = layer
         row_index = torch.arange(keys.shape[0], device=keys.device)[:, None]
         for layer, new in ((self.keys[layer_idx], keys), (self.values[layer_idx], values)):
             layer[row_index, :, self.positions] = new.transpose(1, 2)
@@ -225,8 +286,13 @@ class _Cache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Only these rows go on."""
-        self.keys = [layer[rows] for layer in self.keys]
-        self.values = [layer[rows] for layer in self.values]
+        self.keys = {block: layer[rows] for block, layer in self.keys.items()}
+        self.values = {block: layer[rows] for block, layer in self.values.items()}
+        if self.layers:
+            self._seen = self._seen[rows]
+            for layer in self.layers:
+                if layer.is_initialized:
+                    layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
 def _multiple(number: int, of: int) -> int:

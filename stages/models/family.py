@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
+    from stages.models.crossing import Beside
     from stages.models.truncation import DiskCut
 
 Geometry = tuple[int, ...]
@@ -85,8 +86,12 @@ class Family(ABC):
         raise NotImplementedError(f"{self.name} has no such layer")
 
     def surround(self, geometry: Geometry) -> tuple[str, ...]:
-        """The texts around an image's tokens: n + 1 texts around n equal parts of them."""
+        """The texts around an image's tokens: n + 1 texts around n equal parts of them; one: they stand `beside`."""
         return ("", "")
+
+    def beside(self, tokens: torch.Tensor, geometry: Geometry) -> Beside | None:
+        """The image tokens as cross-attention reads them, in models that have it."""
+        return None
 
     @abstractmethod
     def trunk(self, model: PreTrainedModel) -> torch.nn.Module:
@@ -114,6 +119,7 @@ _BUILT_IN: tuple[str, ...] = (
     "stages.models.llava_clip:ClipLlava",
     "stages.models.llava_next:LlavaNext",
     "stages.models.idefics3:Idefics3",
+    "stages.models.mllama:Mllama",
     "stages.models.causal:Causal",
 )
 

@@ -10,6 +10,7 @@ Notable:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, cast
@@ -20,6 +21,7 @@ from stages.models.family import Family, Geometry
 from stages.models.processing import processed
 from stages.models.shapes import number, section, text_spec
 from stages.models.spec import ModelSpec, VisionSpec
+from stages.models.truncation import DiskCut
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.models.idefics3.modeling_idefics3 import Idefics3ForConditionalGeneration
 
+_BLOCK: Final = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 _TILES_A_SIDE: Final = 4  # the longest side of the image processors that ship is four tiles, unless config.json says
 
 
@@ -137,6 +140,18 @@ class Idefics3(Family):
         for config in (idefics.config.vision_config, idefics.model.config.vision_config, tower.config):
             config.num_hidden_layers = layer
         return model
+
+    def disk_cut(self, config: Mapping[str, object], layer: int) -> DiskCut:
+        vision = section(config, "vision_config")
+        depth = number(vision, "num_hidden_layers", self.tower_defaults)
+        if not 1 <= layer <= depth:
+            raise StageError(f"exit {layer} is outside 1..{depth}")
+
+        def keeps(name: str) -> bool:
+            found = _BLOCK.search(name)
+            return found is None or int(found[1]) < layer
+
+        return DiskCut({**config, "vision_config": {**vision, "num_hidden_layers": layer}}, keeps)
 
 
 def _idefics3(model: PreTrainedModel) -> Idefics3ForConditionalGeneration:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 
 from artifacts.errors import SourceError
 from stages.data.chat import render
+from stages.models.crossing import Placed
 
 if TYPE_CHECKING:
     import torch
@@ -40,13 +41,17 @@ class Prompting:
         self._family = family
         self._tokenizer = tokenizer
         self._template = template
+        self._special_tokens = {
+            name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)
+        }
         self._embed = embed
         self._bos = cast("int | None", tokenizer.bos_token_id)
         self._starts = self._bos is not None and tokenizer("").input_ids[:1] == [self._bos]
 
     def text(self, prompt: str) -> list[int]:
         """A prompt without an image."""
-        return self._started(self.ids(render(self._template, prompt, image=False).after))
+        turn = render(self._template, prompt, image=False, special_tokens=self._special_tokens)
+        return self._started(self.ids(turn.after))
 
     def around_image(self, prompt: str) -> tuple[list[int], list[int]]:
         """A prompt with an image: what stands before the image, and what stands behind it.
@@ -55,7 +60,7 @@ class Prompting:
             SourceError: the tokenizer has no token for the image.
         """
         slot = self._family.image_slot
-        turn = render(self._template, prompt, image=True, slot=slot)
+        turn = render(self._template, prompt, image=True, slot=slot, special_tokens=self._special_tokens)
         ids = self.ids(turn.before + slot + turn.after)
         token = cast("int | None", self._tokenizer.convert_tokens_to_ids(slot))
         if token is None or ids.count(token) != 1:
@@ -67,16 +72,17 @@ class Prompting:
         place = ids.index(token)
         return self._started(ids[:place]), ids[place + 1 :]
 
-    def image(self, tokens: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-        """(length, width): an image's tokens (tokens, width) with the embedded texts around them."""
+    def image(self, tokens: torch.Tensor, geometry: Geometry) -> Placed:
+        """An image's tokens (tokens, width) as they reach the language model, the texts around them embedded."""
         import torch
 
         texts = [self.embedded(self.ids(text)) for text in self._family.surround(geometry)]
-        parts = tokens.to(texts[0]).chunk(len(texts) - 1)
+        tokens = tokens.to(texts[0])
         woven = [texts[0]]
-        for part, text in zip(parts, texts[1:], strict=True):
-            woven += [part, text]
-        return torch.cat(woven)
+        if len(texts) > 1:
+            for part, text in zip(tokens.chunk(len(texts) - 1), texts[1:], strict=True):
+                woven += [part, text]
+        return Placed(torch.cat(woven), self._family.beside(tokens, geometry))
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, nothing added."""

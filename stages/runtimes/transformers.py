@@ -140,8 +140,7 @@ class TransformersRuntime:
             with torch.inference_mode():
                 tokens, geometry = self._image_tokens(exit, request.image)
                 image = self._prompting.image(tokens, geometry)
-                embeddings = torch.cat([self._prompting.embedded(before), image])
-            found = self._decoder.prefix(embeddings)
+            found = self._decoder.prefix(self._prompting.embedded(before), image)
         self._prefixes[key] = found
         while len(self._prefixes) > 1 and sum(prefix.nbytes for prefix in self._prefixes.values()) > _PREFIX_BYTES:
             self._prefixes.popitem(last=False)
