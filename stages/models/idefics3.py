@@ -39,7 +39,6 @@ class Idefics3(Family):
     name = "idefics3"
     model_types = ("idefics3", "smolvlm")
     describes = "idefics3 with a idefics3_vision tower"
-    runtimes = ("transformers",)
     tower = "vision_model."
     # transformers' Idefics3VisionConfig and SmolVLMVisionConfig, which are alike.
     tower_defaults: ClassVar[Mapping[str, int]] = {

@@ -31,7 +31,6 @@ class LlavaNext(ClipLlava):
     name = "llava-next"
     model_types = ("llava_next",)
     describes = "llava_next with a clip_vision_model tower"
-    runtimes = ("transformers",)
 
     def spec(self, config: Mapping[str, object]) -> ModelSpec:
         found = super().spec(config)

@@ -15,7 +15,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -78,14 +78,43 @@ def convert_language_model(
     Raises:
         StageError: the converter does not know this model or its tokenizer.
     """
+    file_type = "MOSTLY_F16" if dtype == "F16" else "ALL_F32"
+    described = scratch / "metadata.json"
+    scratch.mkdir(parents=True, exist_ok=True)
+    described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
+    _convert(folder, target, scratch, _architecture, file_type, name=name, described=described, mmproj=False)
+
+
+def convert_image_encoder(folder: Path, target: Path, scratch: Path, *, type: str, name: str) -> None:
+    """Write the mmproj of an Idefics3 or SmolVLM checkpoint, with all blocks that its encoder has.
+
+    Args:
+        type: F16, F32 or Q8_0. The others: as `convert_language_model`.
+
+    Raises:
+        StageError: the converter does not know this model.
+    """
+    file_type = {"F16": "MOSTLY_F16", "F32": "ALL_F32", "Q8_0": "MOSTLY_Q8_0"}[type]
+    _convert(folder, target, scratch, _own_architecture, file_type, name=f"{name} image encoder", mmproj=True)
+
+
+def _convert(
+    folder: Path,
+    target: Path,
+    scratch: Path,
+    architecture: Callable[[Mapping[str, object]], str],
+    file_type: str,
+    *,
+    name: str,
+    mmproj: bool,
+    described: Path | None = None,
+) -> None:
     links = scratch / "checkpoint"
     links.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir()):
         link = links / path.name
         if path.is_file() and path.name != "manifest.json" and not link.exists():
             link.symlink_to(path.resolve())
-    described = scratch / "metadata.json"
-    described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
     part = target.with_suffix(".part")
     logging.getLogger("hf-to-gguf").setLevel(logging.WARNING)
     try:
@@ -93,13 +122,12 @@ def convert_language_model(
         from conversion import ModelBase, get_model_class
         from gguf import LlamaFileType
 
-        architecture = _architecture(checkpoint.read_config(folder))
-        file_type = LlamaFileType.MOSTLY_F16 if dtype == "F16" else LlamaFileType.ALL_F32
+        known = get_model_class(architecture(checkpoint.read_config(folder)), mmproj=mmproj)
         # The converter's progress bar goes to stderr; progress belongs to events.
         with torch.inference_mode(), Path(os.devnull).open("w") as sink, contextlib.redirect_stderr(sink):
-            model = get_model_class(architecture)(
+            model = known(
                 links,
-                file_type,
+                LlamaFileType[file_type],
                 part,
                 metadata_override=described,
                 model_name=name,
@@ -108,7 +136,7 @@ def convert_language_model(
             model.write()
     except (NotImplementedError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
         raise StageError(
-            "llama.cpp's converter cannot convert this language model",
+            f"llama.cpp's converter cannot convert this {'image encoder' if mmproj else 'language model'}",
             where=str(folder),
             why=f"{type(error).__name__}: {error}",
             way_out="llama.cpp must know the model class and its tokenizer; `supported` lists are in its documentation",
@@ -127,6 +155,10 @@ def _architecture(config: Mapping[str, object]) -> str:
         if found is None:
             raise NotImplementedError(f"transformers has no causal language model for {kind!r}")
         return str(found)
+    return _own_architecture(config)
+
+
+def _own_architecture(config: Mapping[str, object]) -> str:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ValueError("config.json names no architecture")

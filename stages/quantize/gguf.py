@@ -23,7 +23,14 @@ from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
 from stages.models.family import families, family_of
 from stages.models.spec import ModelSpec
-from stages.quantize.convert import NEED_IMATRIX, TYPES, FloatType, convert_language_model, quantize_model
+from stages.quantize.convert import (
+    NEED_IMATRIX,
+    TYPES,
+    FloatType,
+    convert_image_encoder,
+    convert_language_model,
+    quantize_model,
+)
 from stages.quantize.mmproj import MmprojType, write_mmproj
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME, LlamaCppRuntime
@@ -119,7 +126,10 @@ class GGUFStage(Stage[GGUFParams]):
             context.progress(2, _STEPS, f"writing the image encoder up to exit {vision.default_exit}")
             kind: MmprojType = self.params.mmproj_type
             cls = cls_order() if vision.has_cls else None
-            write_mmproj(source.path, mmproj, vision, vision.default_exit, name=name, type=kind, cls=cls)
+            if spec and spec.family == "idefics3":
+                convert_image_encoder(source.path, mmproj, context.scratch, type=kind, name=name)
+            else:
+                write_mmproj(source.path, mmproj, vision, vision.default_exit, name=name, type=kind, cls=cls)
 
         context.progress(3, _STEPS, "checking the files")
         header = _check_tensors(floats, model)
@@ -140,8 +150,10 @@ class GGUFStage(Stage[GGUFParams]):
             "exits": list(range(1, vision.default_exit + 1)) if vision else [],
             "default_exit": vision.default_exit if vision else None,
             "image_tokens": vision.image_tokens if vision else None,
-            "cls_order": cls,  # where this llama.cpp puts CLS, and which image tokens that costs
-            "lost_image_tokens": image_slots(cls, vision.image_tokens).count(-1) if vision else None,
+            "cls_order": cls,  # where this llama.cpp puts CLS, and how many tokens that costs every pass of the encoder
+            "lost_image_tokens": image_slots(cls, (vision.image_size // vision.patch_size) ** 2).count(-1)
+            if vision
+            else None,
             "base": base,
             "base_digest": source.digest,
             "llama_cpp": version("llama-cpp-python"),

@@ -1,4 +1,4 @@
-"""The mmproj file of a LLaVA with a SigLIP or CLIP tower: the image encoder up to one exit, and the projector.
+"""The mmproj file of a LLaVA or LLaVA-NeXT with a SigLIP or CLIP tower: the encoder up to one exit, and the projector.
 
 llama.cpp's converter refuses LLaVA towers and its legacy script leaves the encoder one block early (issue 25817 there),
 so the file is written here with `gguf`. What makes it exit l of `hidden_states`: `block_count = l`, only the first l
@@ -42,7 +42,9 @@ _BLOCK: Final[Mapping[str, str]] = {
     "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down",
 }
+_NEWLINE: Final = "v.image_newline"  # LLaVA-NeXT's
 _OUTSIDE: Final[Mapping[str, str]] = {
+    "image_newline": _NEWLINE,
     "embeddings.class_embedding": "v.class_embd",
     "pre_layrnorm.weight": "v.pre_ln.weight",  # transformers' spelling
     "pre_layrnorm.bias": "v.pre_ln.bias",
@@ -55,7 +57,7 @@ _OUTSIDE: Final[Mapping[str, str]] = {
     "linear_2.bias": "mm.2.bias",
 }
 _NAME: Final = re.compile(
-    r"^(?:model\.)?(?:vision_tower\.(?:vision_model\.)?|multi_modal_projector\.)"
+    r"^(?:model\.)?(?:vision_tower\.(?:vision_model\.)?|multi_modal_projector\.|(?=image_newline$))"
     r"(?:encoder\.layers\.(?P<block>\d+)\.)?(?P<rest>.+)$"
 )
 _GELU: Final = {"gelu", "gelu_new", "gelu_pytorch_tanh"}  # llama.cpp's gelu; measured: embeddings agree to 1e-3
@@ -133,6 +135,10 @@ def write_mmproj(
     writer.add_array("clip.vision.feature_layer", [exit])
     _add_preprocessing(writer, folder, vision, known)
     tensors = dict(_tensors(folder, exit))
+    if config.get("model_type") == "llava_next":
+        _add_tiles(writer, folder, vision)
+    else:
+        tensors.pop(_NEWLINE, None)
     missing = [name for name in _expected(exit, vision) if name not in tensors]
     if missing:
         raise StageError(
@@ -209,6 +215,19 @@ def _add_preprocessing(writer: gguf.GGUFWriter, folder: Path, vision: VisionSpec
             f"{vision.image_size}",
             where=str(folder),
         )
+
+
+def _add_tiles(writer: gguf.GGUFWriter, folder: Path, vision: VisionSpec) -> None:
+    """What an image may be fitted into; llama.cpp then cuts it into squares of the encoder's size."""
+    pinpoints = cast("list[tuple[int, int]]", _image_processor(folder).get("image_grid_pinpoints") or [])
+    pixels = [int(side) for height, width in pinpoints for side in (width, height)]
+    if not pixels or any(side % vision.image_size for side in pixels):
+        raise StageError(
+            f"image_grid_pinpoints {pinpoints!r} are no multiples of the image encoder's {vision.image_size} pixels",
+            where=str(folder),
+        )
+    writer.add_array("clip.vision.image_grid_pinpoints", pixels)
+    writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
 
 
 def _image_processor(folder: Path) -> Mapping[str, object]:

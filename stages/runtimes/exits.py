@@ -18,7 +18,8 @@ def derive_exit(mmproj: Path, exit: int, target: Path) -> None:
 
     The first `exit` blocks and everything outside the blocks keep their bytes, whatever the tensor types are.
     `block_count` and `feature_layer` must both be written: without `feature_layer` llama.cpp runs one block fewer
-    (issue 25817 there).
+    (issue 25817 there). Idefics3's encoder runs all blocks that there are, and its norm behind them belongs to every
+    exit's projection: there only `block_count` changes.
 
     Raises:
         SourceError: `mmproj` is missing or damaged. StageError: it has no such exit.
@@ -44,8 +45,9 @@ def derive_exit(mmproj: Path, exit: int, target: Path) -> None:
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
     writer.add_uint32(_COUNT_KEY, exit)
-    writer.add_array(_FEATURE_KEY, [exit])
-    kept = [tensor for tensor in reader.tensors if _kept(tensor.name, exit)]
+    if vision.projector == "mlp":
+        writer.add_array(_FEATURE_KEY, [exit])
+    kept = [tensor for tensor in reader.tensors if _kept(tensor.name, exit, vision.projector)]
     for tensor in kept:
         writer.add_tensor_info(
             tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
@@ -58,9 +60,9 @@ def derive_exit(mmproj: Path, exit: int, target: Path) -> None:
     writer.close()
 
 
-def _kept(name: str, exit: int) -> bool:
-    # A norm after the tower would be applied before the feature is taken, which is no exit of hidden_states.
-    if name.startswith("v.post_ln."):
+def _kept(name: str, exit: int, projector: str) -> bool:
+    # LLaVA's norm after the tower would be applied before the feature is taken, which is no exit of hidden_states.
+    if projector == "mlp" and name.startswith("v.post_ln."):
         return False
     block = _BLOCK.match(name)
     return block is None or int(block.group(1)) < exit

@@ -180,7 +180,10 @@ class VisionHeader:
     image_size: int  # pixels, square
     patch_size: int  # pixels
     resample: str  # PIL's name of the filter that the checkpoint's image processor uses
-    resize: str  # "stretch" to the square, or "crop": shortest edge, then the middle
+    resize: str  # "stretch" to the square, or "crop": shortest edge, then the middle; not where llama.cpp tiles
+    projector: str  # llama.cpp's name: "mlp", "idefics3"
+    shuffle: int  # patches a side that the projector makes one token of
+    grids: tuple[tuple[int, int], ...]  # (rows, columns) of tiles that an image may be cut into beside the overview
     cls_order: ClsOrder | None  # the order that the position table was written for; None: the file does not say
 
     @property
@@ -188,8 +191,19 @@ class VisionHeader:
         return "v.class_embd" in self.header.tensors
 
     @property
+    def tiles(self) -> bool:
+        """Whether llama.cpp cuts images into tiles: then it is given the whole picture, and resizes it itself."""
+        return bool(self.grids)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Image tokens of one pass of the encoder."""
+        return (self.image_size // self.patch_size // self.shuffle) ** 2
+
+    @property
     def image_tokens(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+        """Image tokens of one image, at most."""
+        return self.pass_tokens * (1 + max((rows * columns for rows, columns in self.grids), default=0))
 
 
 RESAMPLE_KEY: Final = "icet.image.resample"  # ours: llama.cpp ignores these
@@ -232,7 +246,10 @@ def read_vision_header(path: Path) -> VisionHeader:
                 where=str(path),
                 way_out="make it again with the stage 'gguf'",
             )
+    projector = str(header.fields.get("clip.projector_type", "mlp"))
     layers = header.fields.get("clip.vision.feature_layer")
+    if layers is None and projector != "mlp":
+        layers = [blocks]  # the other graphs run all blocks there are
     # Without the key llama.cpp runs one block fewer than there are (its issue 25817).
     default = layers[-1] if isinstance(layers, list) and layers else max(blocks - 1, 1)
     if not isinstance(default, int) or not 1 <= default <= blocks:
@@ -247,8 +264,23 @@ def read_vision_header(path: Path) -> VisionHeader:
         patch_size=numbers["patch_size"],
         resample=str(header.fields.get(RESAMPLE_KEY, "bicubic")),
         resize=str(header.fields.get(RESIZE_KEY, "stretch")),
+        projector=projector,
+        shuffle=(header.integer("clip.vision.projector.scale_factor") or 1) if projector == "idefics3" else 1,
+        grids=_grids(header, projector, numbers["image_size"]),
         cls_order=cast("ClsOrder", order) if order in ("first", "last") else None,
     )
+
+
+def _grids(header: Header, projector: str, size: int) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) that an image of any shape may be cut into."""
+    if projector == "idefics3":
+        most = -(-(header.integer("clip.vision.preproc_image_size") or size) // size)
+        return tuple((rows, columns) for rows in range(1, most + 1) for columns in range(1, most + 1))
+    pinpoints = header.fields.get("clip.vision.image_grid_pinpoints")
+    if projector != "mlp" or not isinstance(pinpoints, list):
+        return ()
+    pixels = [int(value) for value in pinpoints]  # width, height, width, height, ...
+    return tuple((height // size, width // size) for width, height in zip(pixels[::2], pixels[1::2], strict=False))
 
 
 def check_pair(model: Header, vision: VisionHeader) -> None:

@@ -27,6 +27,7 @@ from stages.data.chat import Turn, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_header, read_vision_header
 from stages.runtimes.llamacpp_cls import check_cls, image_slots
 from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, Sequences, TextModel
+from stages.runtimes.llamacpp_tiles import tile_slots
 from stages.runtimes.llamacpp_vision import VisionEncoder, read_image
 from stages.runtimes.runtime import Progress, Request, Response
 
@@ -162,7 +163,9 @@ class LlamaCppRuntime:
 
     def image_slots(self, image: Path) -> tuple[int, ...] | None:
         vision = self._encoder().vision
-        return image_slots(vision.cls_order, vision.image_tokens) if vision.has_cls else None
+        if vision.projector == "mlp" and vision.tiles:
+            return tile_slots(vision, image)
+        return image_slots(vision.cls_order, vision.pass_tokens) if vision.has_cls else None
 
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """(continuation tokens, vocabulary): next-token logits at each token of `continuation` (teacher forcing).
@@ -232,7 +235,7 @@ class LlamaCppRuntime:
         before = tuple(self._model.tokenize(turn.before, start=True))
         after = tuple(self._model.tokenize(turn.after))
         key = (exit, hashlib.sha256(read_image(request.image)).hexdigest(), before)
-        return _Job(index, request, before, after, exit, key, len(before) + encoder.vision.image_tokens)
+        return _Job(index, request, before, after, exit, key, len(before) + encoder.length(exit, request.image))
 
     def _reserve(self, jobs: Sequence[_Job], extra: int | None = None) -> None:
         """Make sure that the context has room for these jobs; what it holds is kept when it is large enough."""
@@ -311,7 +314,13 @@ class LlamaCppRuntime:
                 context.read(number, 0, job.before, outputs=0)
             if job.exit is not None:
                 assert job.request.image is not None
-                context.look(number, len(job.before), self._encoder().embeddings(job.exit, job.request.image))
+                at = len(job.before)
+                for piece in self._encoder().pieces(job.exit, job.request.image):
+                    if isinstance(piece, np.ndarray):
+                        context.look(number, at, piece)
+                    elif piece:
+                        context.read(number, at, piece, outputs=0)
+                    at += len(piece)
         slot.prefix, slot.prefix_length, slot.held = job.prefix, job.prefix_length, job.prefix_length
 
     def _advance(self) -> None:

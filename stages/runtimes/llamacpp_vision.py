@@ -1,7 +1,9 @@
 """Images in llama.cpp: pixels as the checkpoint's image processor makes them, one encoder per exit, embeddings kept.
 
-llama.cpp resizes with filters of its own. So that fidelity compares encoders and not resizers, the image is resized
-here by Pillow, with the filter that the mmproj file records, and llama.cpp gets a bitmap that already has its size.
+So that fidelity compares encoders and not resizers, an image that becomes one square is resized here by Pillow, with
+the filter that the mmproj file records, and llama.cpp gets a bitmap that already has its size. Where it cuts images
+into tiles (LLaVA-NeXT, Idefics3, SmolVLM) it gets the whole picture, and does what it does for every user: its resizers
+follow Pillow's (to a rounding where a picture is resized in both directions), the texts between tiles are its own.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import io
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -27,6 +31,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _CACHE_BYTES: Final = 256 * 2**20  # of image embeddings
+_LAYOUTS: Final = 1024  # images whose pieces are remembered
+
+Piece = NDArray[np.float32] | tuple[int, ...]
+"""Image embeddings (image tokens, text width), or tokens of a text that llama.cpp puts between the tiles."""
 
 
 class VisionEncoder:
@@ -38,11 +46,20 @@ class VisionEncoder:
         self._folder = tempfile.TemporaryDirectory(prefix="icet-exits-")
         self._exit = 0
         self._context: int | None = None
-        self._kept: OrderedDict[tuple[int, str], NDArray[np.float32]] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, str], list[Piece]] = OrderedDict()
         self._size = 0  # bytes in _kept
+        self._lengths: OrderedDict[str, int] = OrderedDict()  # of images that llama.cpp cuts into tiles
 
     def embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
         """(image tokens, text width) of one image at one exit.
+
+        Raises:
+            StageError: no such exit, or the image cannot be read or encoded.
+        """
+        return _vectors(self.pieces(exit, image))
+
+    def pieces(self, exit: int, image: Path) -> list[Piece]:
+        """What the language model reads for one image at one exit, in order.
 
         Raises:
             StageError: no such exit, or the image cannot be read or encoded.
@@ -52,25 +69,47 @@ class VisionEncoder:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
-        found = self.encode(exit, prepare_image(raw, self.vision, where=image), where=image)
+        found = self._run(exit, prepare_image(raw, self.vision, where=image), image)
         self._kept[key] = found
-        self._size += found.nbytes
+        self._size += _nbytes(found)
         while self._size > _CACHE_BYTES and len(self._kept) > 1:
-            self._size -= self._kept.popitem(last=False)[1].nbytes
+            self._size -= _nbytes(self._kept.popitem(last=False)[1])
         return found
 
+    def length(self, exit: int, image: Path) -> int:
+        """Tokens of the context that one image takes, texts between its tiles included.
+
+        Raises:
+            StageError: as `pieces`; but nothing is encoded.
+        """
+        if not self.vision.tiles:
+            return self.vision.pass_tokens
+        raw = read_image(image)
+        key = hashlib.sha256(raw).hexdigest()
+        if key not in self._lengths:
+            pixels = prepare_image(raw, self.vision, where=image)
+            self._lengths[key] = sum(len(piece) for piece in self._run(exit, pixels, image, encode=False))
+            if len(self._lengths) > _LAYOUTS:
+                self._lengths.popitem(last=False)
+        return self._lengths[key]
+
     def encode(self, exit: int, pixels: NDArray[np.uint8], *, where: Path) -> NDArray[np.float32]:
-        """(image tokens, text width) of pixels (side, side, 3) at one exit; nothing is kept.
+        """(image tokens, text width) of pixels (height, width, 3) at one exit; nothing is kept.
 
         Raises:
             StageError: no such exit, or llama.cpp refuses.
         """
+        return _vectors(self._run(exit, pixels, where))
+
+    def _run(self, exit: int, pixels: NDArray[np.uint8], where: Path, *, encode: bool = True) -> list[Piece]:
+        """Every chunk that llama.cpp makes of a bitmap; without `encode`, image chunks hold zeros of no width."""
         self._load(exit)
         lib = vision_library()
-        side = self.vision.image_size
+        height, width, _ = pixels.shape
         data = np.ascontiguousarray(pixels)
-        bitmap = lib.mtmd_bitmap_init(side, side, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
+        bitmap = lib.mtmd_bitmap_init(width, height, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))
         chunks = lib.mtmd_input_chunks_init()
+        found: list[Piece] = []
         try:
             marker = lib.mtmd_default_marker()
             text = lib.mtmd_input_text(text=marker, text_len=len(marker), add_special=False, parse_special=True)
@@ -79,15 +118,23 @@ class VisionEncoder:
             for index in range(lib.mtmd_input_chunks_size(chunks) if status == 0 else 0):
                 chunk = lib.mtmd_input_chunks_get(chunks, index)
                 if lib.mtmd_input_chunk_get_type(chunk) != lib.MTMD_INPUT_CHUNK_TYPE_IMAGE:
+                    found.append(_text_of(lib, chunk))
                     continue
                 tokens = int(lib.mtmd_input_chunk_get_n_tokens(chunk))
+                if not encode:
+                    found.append(np.empty((tokens, 0), np.float32))
+                    continue
                 if lib.mtmd_encode_chunk(self._context, chunk):
+                    found.clear()
                     break
                 output = lib.mtmd_get_output_embd(self._context)
-                return np.ctypeslib.as_array(output, shape=(tokens, self._model.width)).astype(np.float32, copy=True)
+                vectors = np.ctypeslib.as_array(output, shape=(tokens, self._model.width))
+                found.append(vectors.astype(np.float32, copy=True))
         finally:
             lib.mtmd_input_chunks_free(chunks)
             lib.mtmd_bitmap_free(bitmap)
+        if any(isinstance(piece, np.ndarray) for piece in found):
+            return found
         raise StageError(f"llama.cpp could not encode the image {where.name}", where=str(where), why=log_tail())
 
     def close(self) -> None:
@@ -106,7 +153,7 @@ class VisionEncoder:
         self._unload()
         path = self.vision.header.path
         layers = self.vision.header.fields.get("clip.vision.feature_layer")
-        if not (exit == self.vision.blocks and layers == [exit]):
+        if exit != self.vision.blocks or layers != ([exit] if self.vision.projector == "mlp" else None):
             path = Path(self._folder.name) / f"exit-{exit}.gguf"
             if not path.exists():
                 derive_exit(self.vision.header.path, exit, path)
@@ -128,6 +175,21 @@ class VisionEncoder:
         self._exit = exit
 
 
+def _vectors(pieces: Sequence[Piece]) -> NDArray[np.float32]:
+    return np.concatenate([piece for piece in pieces if isinstance(piece, np.ndarray)])
+
+
+def _nbytes(pieces: Sequence[Piece]) -> int:
+    return sum(piece.nbytes for piece in pieces if isinstance(piece, np.ndarray))
+
+
+def _text_of(lib: ModuleType, chunk: object) -> tuple[int, ...]:
+    """Tokens of a text chunk, without those that the model's vocabulary lacks."""
+    count = ctypes.c_size_t()
+    tokens = lib.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(count))
+    return tuple(int(tokens[place]) for place in range(count.value) if tokens[place] >= 0)
+
+
 def read_image(path: Path) -> bytes:
     """The bytes of an image file.
 
@@ -143,7 +205,8 @@ def read_image(path: Path) -> bytes:
 
 
 def prepare_image(raw: bytes, vision: VisionHeader, *, where: Path) -> NDArray[np.uint8]:
-    """(side, side, 3): the pixels that the checkpoint's image processor would normalize.
+    """(height, width, 3): the pixels that the checkpoint's image processor would normalize; where llama.cpp tiles,
+    the whole picture.
 
     Raises:
         StageError: not an image that Pillow can read.
@@ -164,7 +227,7 @@ def _fit(picture: Image, vision: VisionHeader) -> Image:
     from PIL import Image
 
     side = vision.image_size
-    if picture.size == (side, side):
+    if vision.tiles or picture.size == (side, side):
         return picture
     filter = Image.Resampling[vision.resample.upper()]
     if vision.resize == "stretch":

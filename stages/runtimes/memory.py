@@ -99,7 +99,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
     at = 0
     if mmproj is not None:
         encoder = VisionEncoder(model, read_vision_header(mmproj))
-        side = encoder.vision.image_size
+        side = encoder.vision.image_size * (2 if encoder.vision.tiles else 1)  # a square gets the most tiles
         image = np.full((side, side, 3), 127, dtype=np.uint8)
         embeddings = encoder.encode(encoder.vision.default_exit, image, where=mmproj)
         sequences.look(0, 0, embeddings)

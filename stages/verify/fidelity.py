@@ -67,6 +67,8 @@ def fidelity_rows(one: Answers, deployed: Embeddings, reference: Embeddings, ref
         cosines = [cosine(*_kept(here, there, slots)) for here, there, slots in pairs]
         lost = max(len(there) - len(_kept(here, there, slots)[1]) for here, there, slots in pairs)
         against = f"transformers on '{reference_id}'" + (f"; without {lost} that the runtime loses" if lost else "")
+        if any(_reordered(slots) for _, _, slots in pairs):
+            against += "; they arrive in another order"
         rows += [
             row("fidelity_cosine", min(cosines), against, len(cosines)),
             row("fidelity_cosine_mean", sum(cosines) / len(cosines), against, len(cosines)),
@@ -81,6 +83,12 @@ def _comparable(here: NDArray[np.float32], there: NDArray[np.float32], slots: Se
     if slots is None:
         return here.shape == there.shape
     return len(here) == len(slots) and here.shape[1:] == there.shape[1:] and max(slots) < len(there)
+
+
+def _reordered(slots: Sequence[int] | None) -> bool:
+    """Whether the language model reads the kept tokens in another order than the reference's."""
+    kept = [slot for slot in slots or () if slot >= 0]
+    return kept != sorted(kept)
 
 
 def _kept(
