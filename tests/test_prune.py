@@ -266,7 +266,7 @@ def test_block_influence_and_angle_equal_a_direct_computation(deep: Path) -> Non
     passages = _passages(model)
     scores = score_blocks(
         trunk.layers,
-        lambda batch: trunk(inputs_embeds=batch.embeddings, use_cache=False),
+        lambda batch: batch.through(trunk),
         batches(passages, 2),
         span=2,
     )

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Literal, cast
 from artifacts.manifest import sha256_bytes
 from stages.data import articles, easy_vqa, images, prompts
 from stages.models import checkpoint
+from stages.models.crossing import Crossing, Placed
 from stages.models.features import ExitFeatures
 from stages.models.prompting import Prompting
-from stages.prune.depth import cross_attention_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -33,10 +33,30 @@ Kind = Literal["text", "question", "prompt"]
 
 @dataclass(frozen=True)
 class Passage:
-    """One sequence. `first`: the position of the first token whose prediction of the next one counts."""
+    """One sequence.
 
-    embeddings: torch.Tensor  # (length, width)
+    Attributes:
+        embeddings: (length, width).
+        first: the position of the first token whose prediction of the next one counts.
+        image: the picture in it, if there is one, and the position where it begins.
+    """
+
+    embeddings: torch.Tensor
     first: int
+    image: tuple[Placed, int] | None = None
+
+    @property
+    def order(self) -> tuple[bool, int]:
+        """In this order sequences of a kind that fits together stand together, and little is padded."""
+        return self._beside, len(self.embeddings)
+
+    @property
+    def _beside(self) -> bool:
+        return self.image is not None and self.image[0].beside is not None
+
+    def joins(self, other: Passage) -> bool:
+        """Whether both go through the model in one pass: images beside the text are all there, or none is."""
+        return self._beside == other._beside
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,7 @@ class Batch:
     embeddings: torch.Tensor  # (sequences, length, width)
     lengths: torch.Tensor  # (sequences,)
     counted: torch.Tensor  # (sequences, length), bool: predictions that count
+    crossing: Crossing | None = None  # images that the model looks at by cross-attention
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -54,18 +75,42 @@ class Batch:
 
         return torch.arange(self.embeddings.shape[1], device=self.lengths.device)[None] < self.lengths[:, None]
 
+    def through(self, trunk: torch.nn.Module) -> torch.Tensor:
+        """Last hidden states (sequences, length, width) of a language backbone, without a KV cache."""
+        import torch
+
+        rows, length, _ = self.embeddings.shape
+        beside: dict[str, torch.Tensor] = {}
+        if self.crossing is not None:
+            positions = torch.arange(length, device=self.embeddings.device).expand(rows, length)
+            beside = self.crossing.arguments(positions, cached=False)
+        out = trunk(inputs_embeds=self.embeddings, use_cache=False, **beside)
+        return cast("torch.Tensor", out.last_hidden_state)
+
 
 def batches(passages: Sequence[Passage], size: int) -> Iterator[Batch]:
-    """Passages in their order, `size` at a time."""
+    """Passages in their order, at most `size` at a time."""
+    some: list[Passage] = []
+    for passage in passages:
+        if len(some) == size or (some and not some[0].joins(passage)):
+            yield _batch(some)
+            some = []
+        some.append(passage)
+    if some:
+        yield _batch(some)
+
+
+def _batch(passages: Sequence[Passage]) -> Batch:
     import torch
 
-    for start in range(0, len(passages), size):
-        some = passages[start : start + size]
-        padded = torch.nn.utils.rnn.pad_sequence([passage.embeddings for passage in some], batch_first=True)
-        lengths = torch.tensor([len(passage.embeddings) for passage in some], device=padded.device)
-        first = torch.tensor([passage.first for passage in some], device=padded.device)
-        batch = Batch(padded, lengths, torch.arange(padded.shape[1], device=padded.device)[None] >= first[:, None])
-        yield Batch(padded, lengths, batch.counted & batch.tokens)
+    padded = torch.nn.utils.rnn.pad_sequence([passage.embeddings for passage in passages], batch_first=True)
+    lengths = torch.tensor([len(passage.embeddings) for passage in passages], device=padded.device)
+    first = torch.tensor([passage.first for passage in passages], device=padded.device)
+    images = [passage.image for passage in passages if passage.image is not None]
+    # What stands before an image is the chat template's, the same in every sequence.
+    crossing = Crossing.of([image for image, _ in images], start=images[0][1]) if images else None
+    batch = Batch(padded, lengths, torch.arange(padded.shape[1], device=padded.device)[None] >= first[:, None])
+    return Batch(padded, lengths, batch.counted & batch.tokens, crossing)
 
 
 class Calibration:
@@ -91,9 +136,7 @@ class Calibration:
     ):
         config = checkpoint.read_config(folder)
         vision = family.spec(config).vision
-        # Read by cross-attention, an image stands beside the sequence, not in it: such models are asked in text.
-        sees = vision is not None and not cross_attention_blocks(config)
-        self._exit = vision.default_exit if vision is not None and sees else None
+        self._exit = vision.default_exit if vision is not None else None
         self._family, self._folder, self._model = family, folder, model
         self._tokenizer = tokenizer
         self._side: Side = side
@@ -126,8 +169,10 @@ class Calibration:
         if self._exit is None:
             return Passage(self._embedded([*self._prompting.text(text), *answered]), first=0)
         before, after = self._prompting.around_image(text)
-        parts = [self._embedded(before), self._seen[picture % len(self._seen)], self._embedded([*after, *answered])]
-        return Passage(torch.cat(parts), first=len(parts[0]) + len(parts[1]))
+        image = self._seen[picture % len(self._seen)]
+        parts = [self._embedded(before), image.embeddings, self._embedded([*after, *answered])]
+        start = len(before)
+        return Passage(torch.cat(parts), first=start + len(image.embeddings), image=(image, start))
 
     @cached_property
     def _prompting(self) -> Prompting:
@@ -171,8 +216,8 @@ class Calibration:
         return [int(Path(member).stem) for member in shapes[: self._pictures]]
 
     @cached_property
-    def _seen(self) -> list[torch.Tensor]:
-        """Every picture as the language model receives it, (tokens, width), at the default exit."""
+    def _seen(self) -> list[Placed]:
+        """Every picture as the language model receives it at the default exit."""
         import numpy as np
         import torch
 
@@ -180,7 +225,7 @@ class Calibration:
         folder = "easy_vqa/data/train/images"
         paths = [images.extract_image("easy-vqa", f"{folder}/{number}.png") for number in self._numbers]
         features = ExitFeatures(self._folder, self._model).get(paths)
-        found: list[torch.Tensor] = []
+        found: list[Placed] = []
         with torch.no_grad():
             for place in range(len(paths)):
                 states = torch.from_numpy(np.array(features[place, self._exit]))

@@ -82,7 +82,7 @@ class Pair:
             return self._logprobs(batch)
 
     def _logprobs(self, batch: Batch) -> torch.Tensor:
-        hidden = self._trunk(inputs_embeds=batch.embeddings, use_cache=False).last_hidden_state
+        hidden = batch.through(self._trunk)
         return cast("torch.Tensor", self._head(hidden[batch.counted]).float().log_softmax(-1))
 
     def divergence(self, passages: Sequence[Passage], size: int) -> float:
@@ -122,8 +122,7 @@ def heal(
         for group in optimizer.param_groups:
             group["lr"] = rate
         passages = calibration.mixed(params.batch, start=step * params.batch)
-        # Equal lengths together: little is padded.
-        passages.sort(key=lambda passage: len(passage.embeddings))
+        passages.sort(key=lambda passage: passage.order)
         counted = sum(len(passage.embeddings) - passage.first for passage in passages)
         loss = 0.0
         for batch in batches(passages, params.micro_batch):

@@ -169,7 +169,7 @@ class PruneStage(Stage[PruneParams]):
             )
         scores = score_blocks(
             cast("torch.nn.ModuleList", trunk.layers),
-            lambda batch: trunk(inputs_embeds=batch.embeddings, use_cache=False),
+            lambda batch: batch.through(trunk),
             batches(passages, _TOGETHER),
             span=drop,
         )
