@@ -145,7 +145,7 @@ def make(folder: Path, divide: int) -> None:
         shards[-1][name] = shape
         size += nbytes
     noise = np.random.default_rng(0).standard_normal(2 * PIECE, dtype=np.float32)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(tensors, name)
@@ -325,8 +325,8 @@ def main() -> int:
         "highest_resident_bytes": highest,
         "steps": [asdict(step) for step in steps],
     }
-    name = RESULTS if arguments.divide == 1 else RESULTS.with_stem(f"{RESULTS.stem}_divided_by_{arguments.divide}")
-    name.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    divided = RESULTS.with_stem(f"{RESULTS.stem}_divided_by_{arguments.divide}")
+    (RESULTS if arguments.divide == 1 else divided).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return 0 if well and highest <= LIMIT else 1
 
 

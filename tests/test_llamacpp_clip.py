@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError, StageError
+from artifacts.errors import StageError
 from artifacts.manifest import Manifest
 from stages.models.llava_clip import ClipLlava
-from stages.models.spec import ModelSpec
 from stages.models.tiny import build_tiny_llava, tiny_llava_spec
 from stages.quantize.convert import convert_language_model
 from stages.quantize.gguf import GGUFParams, GGUFStage
@@ -245,11 +244,3 @@ def test_the_artifact_says_where_cls_is_and_what_that_costs(clip: Path, tmp_path
 def test_the_plan_lets_a_cls_tower_pass_and_ends_it_at_the_exit() -> None:
     planned = GGUFStage(GGUFParams(type="Q4_0")).plan({"exit": Planned("checkpoint", tiny_llava_spec(tower="clip"))})
     assert planned.spec is not None and planned.spec.vision is not None and planned.spec.vision.layers == 2
-
-
-def test_a_family_that_llama_cpp_does_not_run_is_refused_at_planning_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClipLlava, "runtimes", ("transformers",))
-    spec: ModelSpec = tiny_llava_spec(tower="clip")
-    with pytest.raises(RecipeError, match="cannot become GGUF files") as refused:
-        GGUFStage(GGUFParams(type="Q4_0")).plan({"exit": Planned("checkpoint", spec)})
-    assert "not llama.cpp" in str(refused.value)
