@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import tiny_families
 import torch
 from PIL import Image
 from test_prune import prune, skipped
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from artifacts.errors import StageError
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.prune.calibration import Calibration, batches
-from stages.prune.depth import cross_attention_blocks
+from stages.prune.depth import cross_attention_blocks, cut
+from stages.quantize.convert import convert_language_model
 
 _SMALL = {"texts": 2, "length": 16, "questions": 2, "prompts": 2}
 
@@ -71,3 +75,26 @@ def test_passages_side_by_side_are_what_they_are_alone(kind: str, tiny_family: C
         alone = [batch.through(family.trunk(model))[batch.counted] for batch in batches(passages, 1)]
         together = [batch.through(family.trunk(model))[batch.counted] for batch in batches(passages, 6)]
     torch.testing.assert_close(torch.cat(together), torch.cat(alone), rtol=0, atol=1e-4)
+
+
+def test_a_smollm3_that_llama_cpp_would_misread_is_not_converted(
+    tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "deep"
+    shutil.copytree(tiny_family("smollm3"), source)
+    config = checkpoint.read_config(source)
+    (source / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": 6, "no_rope_layers": None, "layer_types": None})
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source)).save_pretrained(source)
+
+    def convert(dropped: list[int]) -> None:
+        folder = tmp_path / f"without-{dropped[0]}"
+        cut(source, folder, dropped)
+        convert_language_model(folder, folder / "m.gguf", folder / "links", dtype="F32", name="s", metadata={})
+
+    with pytest.raises(StageError, match="rotary embeddings in the wrong blocks"):
+        convert([1, 2])
+    convert([4, 5])  # every fourth block is still the one without rotation
+    assert (tmp_path / "without-4" / "m.gguf").is_file()

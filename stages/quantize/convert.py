@@ -78,6 +78,7 @@ def convert_language_model(
     Raises:
         StageError: the converter does not know this model or its tokenizer.
     """
+    _check_rotation(checkpoint.read_config(folder), folder)
     file_type = "MOSTLY_F16" if dtype == "F16" else "ALL_F32"
     described = scratch / "metadata.json"
     scratch.mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,24 @@ def _convert(
             way_out="llama.cpp must know the model class and its tokenizer; `supported` lists are in its documentation",
         ) from error
     part.replace(target)
+
+
+def _check_rotation(config: Mapping[str, object], folder: Path) -> None:
+    """Refuse a SmolLM3 whose blocks without rotary embedding are not every fourth: llama.cpp takes them by number
+    (`n_no_rope_layer_step`), and its converter does not look at the list in config.json."""
+    text = config.get("text_config")
+    section = text if isinstance(text, Mapping) else config
+    rotates = section.get("no_rope_layers")
+    if section.get("model_type") != "smollm3" or not isinstance(rotates, list):
+        return
+    if [bool(flag) for flag in rotates] != [bool((block + 1) % 4) for block in range(len(rotates))]:
+        raise StageError(
+            "llama.cpp would give this SmolLM3 rotary embeddings in the wrong blocks",
+            where=str(folder),
+            why="it takes every fourth block for one without them; in this checkpoint, pruned or made otherwise, they "
+            "are others",
+            way_out="prune a SmolLM3 by its last blocks only (method: layers), or ship it with transformers",
+        )
 
 
 def _architecture(config: Mapping[str, object]) -> str:
