@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from artifacts.errors import RecipeError
 from stages.data import easy_vqa, images
@@ -63,12 +63,13 @@ class EarlyExitParams(StageParams):
     )
     realign_images: int = Field(default=300, ge=1, description="benign images of the train split to fit it on")
 
-    @model_validator(mode="after")
-    def _auto_alone(self) -> EarlyExitParams:
-        idle = sorted({"tolerance", "questions", "dtype"} & self.model_fields_set)
-        if self.layer != "auto" and idle:
-            raise ValueError(f"{', '.join(idle)} has a meaning with layer: auto only; layer is {self.layer}")
-        return self
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _number_or_auto(cls, layer: object) -> object:
+        # pydantic would complain of each of the two types in turn.
+        if layer == "auto" or (isinstance(layer, int) and not isinstance(layer, bool)):
+            return layer
+        raise ValueError(f"layer {layer!r} is no exit; write a number of encoder blocks, or auto")
 
 
 class EarlyExitStage(Stage[EarlyExitParams]):
@@ -95,7 +96,6 @@ class EarlyExitStage(Stage[EarlyExitParams]):
                 f"early-exit needs a model with an image encoder; this one ({planned.spec.family}) has none",
                 way_out="leave the stage out",
             )
-        # The exit that auto will find is at most the default one: what is planned is an upper bound.
         exit = vision.default_exit if layer == "auto" else layer
         _check(exit, vision.layers)
         if self.params.realign:
@@ -106,7 +106,9 @@ class EarlyExitStage(Stage[EarlyExitParams]):
                     why="an affine map can be folded into a linear layer that takes the encoder's features only",
                     way_out="leave realign out",
                 )
-        return Planned(type=self.output_type, spec=planned.spec.with_exit(exit))
+        # The exit that auto will find is at most the default one: what is planned is an upper bound.
+        spec = planned.spec.with_exit(exit, at_most=layer == "auto")
+        return Planned(type=self.output_type, spec=spec)
 
     def downloads(self) -> Sequence[str]:
         wheels = set(images.packages()) if self.params.realign else set()

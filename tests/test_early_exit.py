@@ -249,7 +249,10 @@ def test_a_fixed_exit_says_what_it_saves(tiny_llava: Path, tmp_path: Path) -> No
 
 def test_an_exit_that_is_not_known_yet_is_planned_as_the_default_one() -> None:
     stage = EarlyExitStage(EarlyExitParams(layer="auto"))
-    assert stage.plan({"source": Planned("checkpoint", tiny_llava_spec())}).spec == tiny_llava_spec().with_exit(2)
+    planned = stage.plan({"source": Planned("checkpoint", tiny_llava_spec())})
+    assert planned.spec == tiny_llava_spec().with_exit(2, at_most=True) != tiny_llava_spec().with_exit(2)
+    fixed = EarlyExitStage(EarlyExitParams(layer=1)).plan({"exit": planned})
+    assert fixed.spec == tiny_llava_spec().with_exit(1)
     assert stage.plan({"source": Planned("checkpoint", None)}).spec is None
     assert stage.downloads() == list(easy_vqa.SOURCES)
 
@@ -257,9 +260,8 @@ def test_an_exit_that_is_not_known_yet_is_planned_as_the_default_one() -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
-        ({"layer": 2, "tolerance": 0.1}, "tolerance has a meaning with layer: auto only"),
         ({"layer": "auto", "questions": 5000}, "less than or equal to 966"),
-        ({"layer": "earliest"}, "auto"),
+        ({"layer": "earliest"}, "layer 'earliest' is no exit; write a number of encoder blocks, or auto"),
     ],
 )
 def test_parameters_that_mean_nothing_are_refused(params: Mapping[str, object], words: str) -> None:

@@ -58,7 +58,12 @@ def test_shapes_are_known_before_any_work(tmp_path: Path) -> None:
     [
         ("  a: {uses: early-exitt, with: {layer: 2}}", 5, "unknown stage 'early-exitt'", "'early-exit'"),
         ("  a: {uses: early-exit, with: {layr: 2}}", 5, "unknown key 'layr'", "'layer'"),
-        ("  a:\n    uses: early-exit\n    with:\n      layer: two", 8, "layer: input should be a valid integer", "two"),
+        (
+            "  a:\n    uses: early-exit\n    with:\n      layer: two",
+            8,
+            "layer 'two' is no exit",
+            "auto",
+        ),
         ("  a: {uses: early-exit}", 5, "'layer' is missing", None),
         ("  a: {uses: early-exit, with: {layer: 9}}", 5, "layer 9 is not an exit", "1 to 3"),
         ("  a: {uses: early-exit, needs: bee, with: {layer: 2}}", 5, "needs 'bee'", "choose one of: source, a"),

@@ -86,7 +86,11 @@ def _memory(graph: Graph, id: str) -> tuple[int | None, str]:
 
     context = graph.recipe.device.context if graph.recipe.device else 2048
     total = predict_memory(planned.spec, planned.spec.quantization, context).total
-    return total, f"{planned.spec.quantization}, context {context}"
+    note = f"{planned.spec.quantization}, context {context}"
+    vision = planned.spec.vision
+    if vision is not None and vision.at_most:
+        note += f"; at most: the exit is chosen while running, counted here as {vision.default_exit}"
+    return total, note
 
 
 def show_plan(plan: Plan) -> str:

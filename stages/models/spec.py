@@ -24,6 +24,7 @@ class VisionSpec:
     projector_hidden: int = 0  # width between the projector's two linear layers
     tiles: int = 1  # passes of the tower for one image, at most
     shuffle: int = 1  # patches a side that become one token (pixel shuffle); with it the projector is one linear layer
+    at_most: bool = False  # `layers` is an upper bound: the exit is chosen while the recipe runs
     most_tokens: int = 0  # of one image, where that is not a token for each `shuffle` x `shuffle` patches
 
     @property
@@ -61,7 +62,8 @@ class ModelSpec:
     dtype: str = "float32"
     quantization: str | None = None
 
-    def with_exit(self, layer: int) -> Self:
-        """The same model whose tower is cut after `layer` blocks and whose default exit is there."""
+    def with_exit(self, layer: int, *, at_most: bool = False) -> Self:
+        """The same model whose tower is cut after `layer` blocks, or earlier, and whose default exit is there."""
         assert self.vision is not None
-        return replace(self, vision=replace(self.vision, layers=layer, default_exit=layer))
+        at_most = at_most or (self.vision.at_most and layer == self.vision.layers)
+        return replace(self, vision=replace(self.vision, layers=layer, default_exit=layer, at_most=at_most))
