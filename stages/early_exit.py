@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from artifacts.errors import RecipeError
 from stages.data import easy_vqa, images
@@ -70,6 +70,15 @@ class EarlyExitParams(StageParams):
         if layer == "auto" or (isinstance(layer, int) and not isinstance(layer, bool)):
             return layer
         raise ValueError(f"layer {layer!r} is no exit; write a number of encoder blocks, or auto")
+
+    @model_validator(mode="after")
+    def _auto_alone(self) -> EarlyExitParams:
+        # By value: parameters that went through a file name every field.
+        fields = type(self).model_fields
+        told = [name for name in ("tolerance", "questions", "dtype") if getattr(self, name) != fields[name].default]
+        if self.layer != "auto" and told:
+            raise ValueError(f"{', '.join(told)} has a meaning with layer: auto only; layer is {self.layer}")
+        return self
 
 
 class EarlyExitStage(Stage[EarlyExitParams]):

@@ -260,6 +260,7 @@ def test_an_exit_that_is_not_known_yet_is_planned_as_the_default_one() -> None:
 @pytest.mark.parametrize(
     ("params", "words"),
     [
+        ({"layer": 2, "tolerance": 0.1}, "tolerance has a meaning with layer: auto only"),
         ({"layer": "auto", "questions": 5000}, "less than or equal to 966"),
         ({"layer": "earliest"}, "layer 'earliest' is no exit; write a number of encoder blocks, or auto"),
     ],
@@ -267,3 +268,8 @@ def test_an_exit_that_is_not_known_yet_is_planned_as_the_default_one() -> None:
 def test_parameters_that_mean_nothing_are_refused(params: Mapping[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         EarlyExitParams.model_validate(params)
+
+
+def test_parameters_survive_being_written_down_in_full() -> None:
+    for params in (EarlyExitParams(layer=2), EarlyExitParams(layer="auto", tolerance=0.1)):
+        assert EarlyExitParams.model_validate(params.model_dump(mode="json")) == params
