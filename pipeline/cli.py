@@ -202,6 +202,26 @@ def recipes(as_json: AsJson = False) -> None:
         print(f"{name.ljust(width)}  {entry['purpose']}")
 
 
+@app.command()
+def families(
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The whole of docs/families.md.")] = False,
+) -> None:
+    """List the model families, and what each stage and runtime can do with them.
+
+    \b
+    Example: pipeline families
+             pipeline families --markdown > docs/families.md
+    """
+    from pipeline.commands.families import list_families, show_families, write_families
+
+    found = list_families()
+    if as_json:
+        _print_json([family.to_dict() for family in found])
+    else:
+        print(write_families(found) if markdown else show_families(found))
+
+
 class SchemaKind(StrEnum):
     """What `pipeline schema` can print."""
 

@@ -14,7 +14,20 @@ from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
 
-COMMANDS = ("run", "plan", "runs", "report", "recipes", "schema", "inspect", "chat", "fetch", "gc", "doctor")
+COMMANDS = (
+    "run",
+    "plan",
+    "runs",
+    "report",
+    "recipes",
+    "families",
+    "schema",
+    "inspect",
+    "chat",
+    "fetch",
+    "gc",
+    "doctor",
+)
 
 CUT = """\
 recipe: 1

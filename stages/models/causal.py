@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
+from stages.models.card import Card
 from stages.models.family import Family, Geometry
 from stages.models.shapes import text_spec
 from stages.models.spec import ModelSpec
@@ -26,6 +27,15 @@ class Causal(Family):
     """A decoder with `model`, its backbone, and `lm_head`."""
 
     name = "causal-lm"
+    card = Card(
+        models=("HuggingFaceTB/SmolLM2-135M-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        tower="-",
+        projector="-",
+        language="Llama, Mistral, Qwen2, Qwen3, SmolLM3",
+        default_exit="-",
+        features="-",
+        prompt="no image",
+    )
     model_types = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
     describes = "llama, mistral, qwen2, qwen3 or smollm3"
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from artifacts.errors import SourceError
+from stages.models.card import Card
 from stages.models.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Family(ABC):
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]  # config.json `model_type` values
     describes: ClassVar[str]  # in the words of `describe`, for error messages
+    card: ClassVar[Card]
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "llamacpp")
     realigns: ClassVar[bool] = False  # whether it has a `projector_input`
     image_slot: ClassVar[str] = "<image>"  # token that the chat template prints where the image goes

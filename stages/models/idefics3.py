@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
+from stages.models.card import Card
 from stages.models.family import Family, Geometry
 from stages.models.processing import processed
 from stages.models.shapes import number, section, text_spec
@@ -37,6 +38,15 @@ class Idefics3(Family):
     """Idefics3, SmolVLM and SmolVLM2 (images; video is not looked at)."""
 
     name = "idefics3"
+    card = Card(
+        models=("HuggingFaceTB/SmolVLM-256M-Instruct", "HuggingFaceM4/Idefics3-8B-Llama3"),
+        tower="SigLIP, on tiles and on the whole image",
+        projector="pixel shuffle and one linear layer",
+        language="Llama",
+        default_exit="the last block",
+        features="every patch, after the last layer norm (at every exit: it counts as part of the projection)",
+        prompt="at <image>, tiles row by row between markers, then the whole image",
+    )
     model_types = ("idefics3", "smolvlm")
     describes = "idefics3 with a idefics3_vision tower"
     tower = "vision_model."

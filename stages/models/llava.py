@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
+from stages.models.card import Card
 from stages.models.family import Family, Geometry
 from stages.models.processing import processed
 from stages.models.shapes import exit_of, number, section, text_spec
@@ -136,6 +137,15 @@ class SiglipLlava(Llava):
     """LLaVA with a SigLIP tower: no CLS token, every patch is a token."""
 
     name = "llava-siglip"
+    card = Card(
+        models=("demo:smol-llava",),
+        tower="SigLIP, without CLS",
+        projector="two linear layers",
+        language="any decoder that stock LlavaForConditionalGeneration takes",
+        default_exit="vision_feature_layer; -2, the last but one, where config.json says nothing",
+        features="every patch, before the last layer norm",
+        prompt="at <image>, one token a patch",
+    )
     describes = "llava with a siglip_vision_model tower"
     tower_type = "siglip_vision_model"
     tower_defaults: ClassVar[Mapping[str, int]] = {

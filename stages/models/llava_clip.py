@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 from artifacts.errors import SourceError
+from stages.models.card import Card
 from stages.models.llava import Llava
 from stages.models.spec import ModelSpec
 from stages.models.truncation import DiskCut
@@ -35,6 +36,15 @@ class ClipLlava(Llava):
     """LLaVA with a CLIP tower; LLaVA-1.5 and what was trained like it."""
 
     name = "llava-1.5"
+    card = Card(
+        models=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf"),
+        tower="CLIP ViT-L/14-336, 24 blocks",
+        projector="two linear layers",
+        language="Vicuna (Llama)",
+        default_exit="23 of 24 (vision_feature_layer: -2)",
+        features="every patch without CLS, before the last layer norm",
+        prompt="at <image>, 576 tokens",
+    )
     describes = "llava with a clip_vision_model tower"
     tower_type = "clip_vision_model"
     # transformers' CLIPVisionConfig, for a vision_config that leaves something out.

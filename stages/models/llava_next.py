@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, cast
 
+from stages.models.card import Card
 from stages.models.family import Geometry
 from stages.models.llava import llava_of
 from stages.models.llava_clip import ClipLlava
@@ -29,6 +30,15 @@ class LlavaNext(ClipLlava):
     """LLaVA-NeXT with a CLIP tower."""
 
     name = "llava-next"
+    card = Card(
+        models=("llava-hf/llava-v1.6-mistral-7b-hf", "llava-hf/llava-v1.6-vicuna-7b-hf"),
+        tower="CLIP ViT-L/14-336, 24 blocks, on an overview and on tiles",
+        projector="two linear layers",
+        language="Mistral or Vicuna (Llama)",
+        default_exit="23 of 24 (vision_feature_layer: -2)",
+        features="every patch without CLS; padding cut away, image_newline after each row",
+        prompt="at <image>, overview first, then the rows of the tiles put together",
+    )
     model_types = ("llava_next",)
     describes = "llava_next with a clip_vision_model tower"
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from artifacts.errors import SourceError, StageError
 from stages.models import checkpoint
+from stages.models.card import Card
 from stages.models.crossing import Beside
 from stages.models.family import Family, Geometry
 from stages.models.processing import processed
@@ -49,6 +50,15 @@ class Mllama(Family):
     """Llama 3.2 Vision, 11B and 90B."""
 
     name = "mllama"
+    card = Card(
+        models=("meta-llama/Llama-3.2-11B-Vision-Instruct",),
+        tower="32 local blocks, of which an exit leaves some out, and 8 global ones, which stay",
+        projector="one linear layer",
+        language="Llama 3.1 with cross-attention layers",
+        default_exit="32, the last local block",
+        features="the global blocks' output beside five intermediate outputs, all tiles",
+        prompt="beside the text, through cross-attention; <|image|> marks from where on",
+    )
     model_types = ("mllama",)
     describes = "mllama with a mllama_vision_model tower"
     runtimes = ("transformers",)
