@@ -105,11 +105,13 @@ def _per_exit(one: _Shipped, measure: str) -> list[Measure]:
     return rows
 
 
-def _whole(one: _Shipped, measure: str) -> Measure | None:
+def _whole(one: _Shipped, measure: str, role: str = "quantized") -> Measure:
     """The row about the artifact as a whole: over all its exits if there are exits."""
-    rows = [row for row in one.of(measure) if row.exit is None]
+    rows = [row for row in one.of(measure, role) if row.exit is None]
     ranked = sorted((row for row in rows if row.band in ("all", None)), key=lambda row: row.band != "all")
-    return ranked[0] if ranked else None
+    if not ranked:
+        raise _UnmeasuredError(f"the verdict has no {measure}" + (" of the source" if role == "source" else ""))
+    return ranked[0]
 
 
 def _average(measure: str, words: str, one: _Shipped) -> tuple[float, str]:
@@ -117,10 +119,7 @@ def _average(measure: str, words: str, one: _Shipped) -> tuple[float, str]:
     if rows:
         values = [_value(row) for row in rows]
         return sum(values) / len(values), f"{words} over {len(values)} exits"
-    whole = _whole(one, measure)
-    if whole is None:
-        raise _UnmeasuredError(f"the verdict has no {measure}")
-    return _value(whole), words
+    return _value(_whole(one, measure)), words
 
 
 def _worst_asr(one: _Shipped) -> tuple[float, str]:
@@ -138,6 +137,9 @@ def _fidelity(one: _Shipped) -> tuple[float, str]:
 
 
 def _over_refusal_rise(one: _Shipped) -> tuple[float, str]:
+    if not any(row.exit is not None for row in one.of("over_refusal")):  # a model that sees no images has no exits
+        now, before = (_value(_whole(one, "over_refusal", role)) for role in ("quantized", "source"))
+        return now - before, f"over-refusal went from {_fraction(before)} to {_fraction(now)}, up by"
     after = {row.exit: _value(row) for row in _per_exit(one, "over_refusal")}
     source = {row.exit: row for row in one.of("over_refusal", "source")}
     if missing := [str(exit) for exit in after if exit not in source]:

@@ -101,6 +101,15 @@ def test_over_refusal_is_compared_at_the_exits_that_ship(tmp_path: Path) -> None
     assert not unmeasured.passed and unmeasured.value is None and "source at exit 1" in unmeasured.reason
 
 
+def test_over_refusal_of_a_model_that_sees_no_images_is_compared_as_a_whole(tmp_path: Path) -> None:
+    rows = [row("source", "over_refusal", 0.2), row("gguf", "over_refusal", 0.3)]
+    (result,) = check(tmp_path, graph_of(tmp_path, "{max_over_refusal_rise: 0.05}"), rows)
+    assert not result.passed and result.value == pytest.approx(0.1) and "from 0.2 to 0.3" in result.reason
+    (tmp_path / "without").mkdir()
+    (unmeasured,) = check(tmp_path / "without", graph_of(tmp_path, "{max_over_refusal_rise: 1}"), rows[1:])
+    assert not unmeasured.passed and unmeasured.value is None and "no over_refusal of the source" in unmeasured.reason
+
+
 def test_fidelity_is_that_of_the_worst_exit(tmp_path: Path) -> None:
     rows = [row("gguf", "fidelity_cosine", 0.9999, 1), row("gguf", "fidelity_cosine", 0.98, 2)]
     (result,) = check(tmp_path, graph_of(tmp_path, "{min_fidelity: 0.99}"), rows)
