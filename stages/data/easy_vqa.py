@@ -27,7 +27,6 @@ VqaSplit = Literal["train", "test"]
 
 _ROOT: Final = "package:easy-vqa==1.0!easy_vqa/data/"
 SOURCES: Final = (_ROOT + "test/questions.json",)  # what `pipeline fetch` brings: one wheel holds everything
-IMAGES: Final = {"train": 4000, "test": 1000}
 VALIDATION: Final = range(3900, 4000)  # numbers of training pictures
 ANSWERS: Final = (
     *("circle", "green", "red", "gray", "yes", "teal", "black", "rectangle", "yellow", "triangle", "brown", "blue"),

@@ -158,16 +158,6 @@ def open_wheel(name: str) -> zipfile.ZipFile:
     return _open(fetch(name))
 
 
-def member_names(name: str, prefix: str = "") -> list[str]:
-    """The sorted names of the files of a pinned wheel that begin with `prefix`.
-
-    Raises:
-        SourceError: as `fetch`.
-    """
-    with open_wheel(name) as wheel:
-        return sorted(member for member in wheel.namelist() if member.startswith(prefix) and not member.endswith("/"))
-
-
 def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()  # PEP 503
 

@@ -1,0 +1,157 @@
+"""Stage `l-ppo` on a tiny real model: what it makes, what it tells, and that it survives being killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError
+from artifacts.manifest import Manifest, sha256_file
+from stages.lppo import checkpoint as training
+from stages.lppo.params import LPPOParams
+from stages.lppo.stage import LPPOStage
+from stages.models.tiny import tiny_llava_spec
+from stages.stage import Context, Planned
+
+
+class _Silent:
+    def __init__(self) -> None:
+        self.metrics: list[tuple[str, float, int | None, int | None]] = []
+        self.done: list[float] = []
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        self.done.append(done)
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
+        self.metrics.append((name, value, step, exit))
+
+    def log(self, message: str) -> None: ...
+
+
+_SMALL = {"steps": 3, "images": 2, "max_new_tokens": 5, "samples": 2, "validation": 1, "checkpoint_every": 1}
+
+
+def _context(folder: Path, source: Path, reporter: _Silent) -> Context:
+    for name in ("input", "output", "scratch"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        (folder / "input" / path.name).write_bytes(path.read_bytes())
+    Manifest.of_folder(folder / "input", "checkpoint", {}).write(folder / "input")
+    artifact = Artifact.open(folder / "input")
+    return Context("harden", {"source": artifact}, folder / "output", folder / "scratch", 0, reporter)
+
+
+@dataclass
+class _Hardened:
+    context: Context
+    reporter: _Silent
+    metadata: Mapping[str, object]
+    encoded: int  # calls of the image encoder
+
+
+@pytest.fixture(scope="module")
+def hardened(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> _Hardened:
+    """One undisturbed run of the stage."""
+    from transformers.models.siglip.modeling_siglip import SiglipVisionModel
+
+    encoded = []
+    forward = SiglipVisionModel.forward
+
+    def counted(self: SiglipVisionModel, *args: object, **kwargs: object) -> object:
+        encoded.append(1)
+        return forward(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    reporter = _Silent()
+    context = _context(tmp_path_factory.mktemp("hardened"), tiny_llava, reporter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SiglipVisionModel, "forward", counted)
+        metadata = LPPOStage(LPPOParams.model_validate(_SMALL)).run(context)
+    return _Hardened(context, reporter, metadata, len(encoded))
+
+
+def test_the_stage_hardens_a_checkpoint_and_tells_its_curves(hardened: _Hardened, tiny_llava: Path) -> None:
+    reporter, metadata, output = hardened.reporter, hardened.metadata, hardened.context.output
+    assert metadata["exits"] == [1, 2, 3] and metadata["default_exit"] == 2
+    json.dumps(metadata)
+    named = {name for name, *_ in reporter.metrics}
+    assert {"reward", "kl", "clip_fraction", "value_loss", "over_refusal", "lr", "refusal"} <= named
+    assert {exit for name, _, _, exit in reporter.metrics if name == "validation_refusal"} == {1, 2, 3}
+    assert reporter.done == sorted(reporter.done)
+    assert (output / "chat_template.jinja").is_file()
+    assert sha256_file(output / "model.safetensors") != sha256_file(tiny_llava / "model.safetensors")
+    # Two training images and four validation images: each once, however many steps there are.
+    assert hardened.encoded <= 6
+
+
+_KILLED = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    from test_lppo import _SMALL, LPPOParams, LPPOStage, _context, _Silent
+
+    class Loud(_Silent):
+        def progress(self, done, total, note=""):
+            print(done, flush=True)
+
+    LPPOStage(LPPOParams.model_validate(_SMALL)).run(_context(Path({folder!r}), Path({source!r}), Loud()))
+"""
+
+
+def test_a_process_killed_in_the_middle_and_started_again_writes_the_same_weights(
+    hardened: _Hardened, tiny_llava: Path, tmp_path: Path
+) -> None:
+    code = textwrap.dedent(_KILLED).format(
+        tests=str(Path(__file__).parent), folder=str(tmp_path), source=str(tiny_llava)
+    )
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+
+    killed = start()
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if float(line) >= 2:
+            break
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert training.load(tmp_path / "scratch") is not None
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+    assert start().wait() == 0
+    digests = [sha256_file(folder / "model.safetensors") for folder in (hardened.context.output, tmp_path / "output")]
+    assert digests[0] == digests[1]
+
+
+def test_exits_that_the_model_does_not_have_are_refused_before_any_work() -> None:
+    planned = {"source": Planned("checkpoint", tiny_llava_spec())}
+    with pytest.raises(RecipeError, match="7 is not among the exits") as refusal:
+        LPPOStage(LPPOParams(exits=(1, 7))).plan(planned)
+    assert "1 to 3" in str(refusal.value)
+    with pytest.raises(RecipeError):
+        LPPOStage(LPPOParams(exits=())).plan(planned)
+    assert LPPOStage(LPPOParams(exits=(3, 1))).plan(planned).spec == tiny_llava_spec()
+
+
+def test_an_unknown_prompt_set_is_refused_before_any_work() -> None:
+    params = LPPOParams.model_validate({"prompts": {"harmful": ["advbench", "advbnech"]}})
+    with pytest.raises(RecipeError, match="advbnech"):
+        LPPOStage(params).plan({})
+
+
+def test_prompts_that_do_not_fill_their_scenes_are_refused() -> None:
+    with pytest.raises(ValueError, match="not a multiple"):
+        LPPOParams(prompts_per_step=7, prompts_per_scene=2)
+    with pytest.raises(ValueError, match="kinds of prompts"):
+        LPPOParams(prompts_per_step=2)
+
+
+def test_every_parameter_is_described() -> None:
+    assert all(field.description for field in LPPOParams.model_fields.values())
