@@ -116,6 +116,7 @@ def main() -> int:
             home = Path(folder) / f"run-{number}"
             killed = kill_once(arguments.recipe, home, moments.uniform(0, length), expected, arguments.settings)
             results.append(killed)
+            write(arguments, length, expected, results)
             verdict = "same digests" if killed.same_digests else "DIFFERENT DIGESTS"
             print(
                 f"{number + 1:3}: killed after {killed.moment:6.2f} s during {killed.during or 'no stage':10}, "
@@ -125,19 +126,25 @@ def main() -> int:
             subprocess.run(["chmod", "-R", "u+w", str(home)], check=False)  # stored objects are read-only
     same = sum(result.same_digests for result in results)
     print(f"{same} of {len(results)} with the digests of the undisturbed run")
+    return 0 if same == len(results) else 1
+
+
+def write(arguments: argparse.Namespace, length: float, expected: dict[str, str], results: list[Killed]) -> None:
+    """Everything so far, after every run, so that stopping loses nothing."""
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     summary = {
+        "command": f"python benchmarks/kill_test.py {arguments.recipe} --runs {arguments.runs} --seed {arguments.seed}",
         "recipe": Path(arguments.recipe).name,
         "settings": arguments.settings,
         "seed": arguments.seed,
+        "cores": os.cpu_count(),
         "runs": len(results),
-        "same_digests": same,
+        "same_digests": sum(result.same_digests for result in results),
         "undisturbed_seconds": round(length, 1),
         "artifacts": expected,
         "killed": [asdict(result) for result in results],
     }
     RESULTS.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    return 0 if same == len(results) else 1
 
 
 if __name__ == "__main__":
