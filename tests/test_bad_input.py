@@ -56,7 +56,7 @@ def run(folder: Path, text: str = GOOD, *more: str) -> Result:
         ("name:", "nam:", 2, ("unknown key 'nam'", "did you mean 'name'?")),
         ("early-exit,", "early-exitt,", 6, ("unknown stage 'early-exitt'", "did you mean 'early-exit'?")),
         ("layer:", "layr:", 6, ("unknown key 'layr'", "did you mean 'layer'?")),
-        ("layer: 1", "layer: one", 6, ("layer", "valid integer", "'one'")),
+        ("layer: 1", "layer: one", 6, ("layer 'one' is no exit", "number of encoder blocks, or auto")),
         ("{memory: 1GiB, context: 512}", "laptop-2g", 4, ("unknown device 'laptop-2g'", "'laptop-2gb'")),
         ("needs: exit", "needs: exits", 7, ("needs 'exits'", "did you mean 'exit'?")),
         ("early-exit, with", "early-exit, needs: exit, with", 6, ("circle", "exit needs exit")),
