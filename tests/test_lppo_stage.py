@@ -96,7 +96,7 @@ _KILLED = """
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from test_lppo import _SMALL, LPPOParams, LPPOStage, _context, _Silent
+    from test_lppo_stage import _SMALL, LPPOParams, LPPOStage, _context, _Silent
 
     class Loud(_Silent):
         def progress(self, done, total, note=""):
