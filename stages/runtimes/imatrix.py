@@ -1,0 +1,123 @@
+"""llama.cpp's importance matrix: how strongly each column of a weight matrix is used.
+
+Format (llama.cpp, tools/imatrix): a GGUF file with `general.type = imatrix`, the keys `imatrix.datasets`,
+`imatrix.chunk_count` and `imatrix.chunk_size`, and for each weight two F32 tensors: `<name>.in_sum2`, the sum of
+squared inputs of each column, and `<name>.counts`, the tokens that were summed; one row of both for each expert. The
+quantizer weighs columns by sum / count, and by 1 where nothing was counted (tools/quantize).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from artifacts.errors import SourceError
+from stages.runtimes.gguf_header import read_header
+
+Importance = Mapping[str, NDArray[np.float32]]
+"""Mean squared input of each column, (columns,) or for experts (experts * columns,), by the weight's name in GGUF."""
+
+_SUMS: Final = ".in_sum2"
+_COUNTS: Final = ".counts"
+_KEYS: Final = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was summed for one weight."""
+
+    sums: NDArray[np.float32]  # (experts, columns) of squared inputs; one row where there are no experts
+    counts: NDArray[np.float32]  # (experts,) tokens
+
+
+def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
+    """The importance of the columns of every weight that the file knows.
+
+    Raises:
+        SourceError: no importance matrix, or a damaged one.
+    """
+    header = read_header(path)
+    if header.fields.get("general.type") != "imatrix" or any(key not in header.fields for key in _KEYS):
+        raise SourceError(
+            f"{path.name} is not an importance matrix",
+            where=str(path),
+            why=f"its general.type is {header.fields.get('general.type')!r}",
+            way_out="give a file that llama.cpp's imatrix program wrote, in its GGUF format",
+        )
+    found = {}
+    for name in sorted({tensor.removesuffix(_SUMS) for tensor in header.tensors if tensor.endswith(_SUMS)}):
+        sums, counts = (header.tensors.get(name + suffix) for suffix in (_SUMS, _COUNTS))
+        if sums is None or counts is None or {sums.type, counts.type} != {"F32"}:
+            raise _damaged(path, name, "sums or counts are missing, or are not F32")
+        total, tokens = (
+            np.fromfile(path, np.float32, tensor.nbytes // 4, offset=tensor.offset) for tensor in (sums, counts)
+        )
+        if not tokens.size or total.size % tokens.size or not np.isfinite(total).all() or not np.isfinite(tokens).all():
+            raise _damaged(path, name, f"{total.size} sums and {tokens.size} counts, or numbers that are not finite")
+        found[name] = _importance(total.reshape(tokens.size, -1), np.rint(tokens))
+    if not found:
+        raise _damaged(path, "every weight", "the file holds none")
+    return found
+
+
+def write_imatrix(
+    path: Path, collected: Mapping[str, Collected], *, datasets: Sequence[str], chunks: int, chunk_size: int
+) -> None:
+    """Write what was summed, by the names of the weights in GGUF; the file appears whole or not at all.
+
+    Args:
+        datasets: what the inputs were made of, one at least. chunks: how many texts. chunk_size: tokens in one.
+    """
+    import gguf
+
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(part, "")
+    writer.kv_data[0].clear()  # no architecture: the file holds no model
+    writer.add_type("imatrix")
+    writer.add_array(_KEYS[0], list(datasets))
+    writer.add_uint32(_KEYS[1], chunks)
+    writer.add_uint32(_KEYS[2], chunk_size)
+    for name, entry in sorted(collected.items()):
+        rows = len(entry.counts)
+        writer.add_tensor(name + _SUMS, np.ascontiguousarray(entry.sums.reshape(rows, -1), dtype=np.float32))
+        writer.add_tensor(name + _COUNTS, np.ascontiguousarray(entry.counts.reshape(rows, 1), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    part.replace(path)
+
+
+def native_importance(lib: ModuleType, importance: Importance) -> ctypes.Array[ctypes.Structure]:
+    """What `llama_model_quantize_params.imatrix` points to; it must outlive the call."""
+    structure: type[ctypes.Structure] = lib.llama_model_imatrix_data
+    entries = (structure * (len(importance) + 1))()  # the last one is empty and ends the list
+    kept: list[NDArray[np.float32]] = []
+    for entry, (name, values) in zip(entries, importance.items(), strict=False):
+        flat = np.ascontiguousarray(values.reshape(-1), dtype=np.float32)
+        kept.append(flat)
+        entry.name = name.encode()
+        entry.data = flat.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        entry.size = flat.size
+    entries.kept = kept  # type: ignore[attr-defined]  # C holds only pointers
+    return entries
+
+
+def _importance(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    counted = counts[:, None] > 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = np.where(counted, sums / counts[:, None], np.float32(1))
+    return means.astype(np.float32).reshape(-1)
+
+
+def _damaged(path: Path, name: str, why: str) -> SourceError:
+    return SourceError(
+        f"the importance matrix is damaged at {name}", where=str(path), why=why, way_out="make the file again"
+    )

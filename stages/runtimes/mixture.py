@@ -1,0 +1,207 @@
+"""Which type llama.cpp gives each tensor: not computed here, but asked of the installed library.
+
+A file type such as Q4_K_M or Q2_K is a mixture: `llama_model_quantize` looks at a tensor's name, its block, the heads
+of the model, the length of its rows and whether there is an importance matrix. None of this depends on the weights or
+on the number of rows. So a model of the same architecture, names and row lengths, two rows a matrix, is quantized by
+the library, in milliseconds, and what is in that file is the answer for the whole one.
+
+Notable: names and architecture come from llama.cpp's own converter, run lazily, without reading a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from artifacts.errors import RecipeError, StageError
+from stages.runtimes.gguf_header import Value, read_header
+from stages.runtimes.imatrix import Importance, native_importance
+from stages.runtimes.llamacpp_library import library, log_tail
+
+if TYPE_CHECKING:
+    import gguf
+
+_ROWS: Final = 2  # a matrix with one row counts as a vector, which llama.cpp does not quantize
+_NOT_TYPES: Final = frozenset({"F16", "BF16", "MXFP4_MOE", "NVFP4"})
+# File types that hold tensors which llama.cpp does not write without an importance matrix; a test asks the library.
+NEED_IMATRIX: Final = frozenset(
+    {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS", "IQ3_XS"}
+)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What decides types: everything about a GGUF but its weights."""
+
+    architecture: str  # llama.cpp's name, e.g. "llama"
+    shapes: Mapping[str, tuple[int, ...]]  # of matrices, by GGUF name, in ggml's order: the row length comes first
+    write_keys: Callable[[gguf.GGUFWriter], None]
+
+
+def file_types() -> tuple[str, ...]:
+    """Names of all quantized file types, mixtures or not: Q4_0, Q4_K_M, IQ3_M, ..."""
+    import gguf
+
+    names = (kind.name.partition("_")[2] for kind in gguf.LlamaFileType if kind.name.startswith("MOSTLY_"))
+    return tuple(name for name in names if name not in _NOT_TYPES)
+
+
+def check_file_type(name: str, *, imatrix: bool) -> None:
+    """Raises:
+    RecipeError: the file type needs an importance matrix, and there is none.
+    """
+    if name in NEED_IMATRIX and not imatrix:
+        raise RecipeError(
+            f"weights cannot be rounded to {name!r} without an importance matrix",
+            why="llama.cpp writes no file of types this small without one",
+            way_out="give one, or use Q2_K, IQ3_S or larger",
+        )
+
+
+def tensor_types(source: Path | Outline, file_type: str, *, importance: Importance | None = None) -> dict[str, str]:
+    """The type of every matrix, by its GGUF name, in the file that `llama_model_quantize` writes.
+
+    Args:
+        source: a checkpoint (folder), a GGUF of the model in F16 or F32, or its outline.
+        file_type: e.g. "Q4_K_M".
+        importance: the importance matrix that it will be made with.
+
+    Raises:
+        StageError: llama.cpp knows no such model, or writes no such type without an importance matrix.
+    """
+    import gguf
+
+    outline = source if isinstance(source, Outline) else outline_of(source)
+    with tempfile.TemporaryDirectory() as folder:
+        small, quantized = Path(folder) / "outline.gguf", Path(folder) / "quantized.gguf"
+        writer = gguf.GGUFWriter(small, outline.architecture)
+        outline.write_keys(writer)
+        noise = np.random.default_rng(0)
+        for name, (width, _, *more) in outline.shapes.items():
+            shape = (*reversed(more), _ROWS, width)
+            writer.add_tensor(name, noise.standard_normal(shape, dtype=np.float32).astype(np.float16))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+        lib = library()
+        params = lib.llama_model_quantize_default_params()
+        params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{file_type}"])
+        params.nthread = 1
+        entries = None if importance is None else native_importance(lib, importance)
+        if entries is not None:
+            params.imatrix = entries
+        if lib.llama_model_quantize(os.fsencode(small), os.fsencode(quantized), params):
+            raise StageError(
+                f"llama.cpp makes no {file_type} file of this model",
+                where=None if isinstance(source, Outline) else str(source),
+                why=log_tail(),
+                way_out="give an importance matrix of this model, or choose another type",
+            )
+        return {name: tensor.type for name, tensor in read_header(quantized).tensors.items()}
+
+
+def outline_of(source: Path) -> Outline:
+    """The outline of a checkpoint folder or of a GGUF.
+
+    Raises:
+        StageError: llama.cpp's converter does not know the model. SourceError: no GGUF.
+    """
+    if source.is_dir():
+        return _converted(source)
+    header = read_header(source)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    # Tokenizers are long and decide nothing here.
+    keys = {key: value for key, value in header.fields.items() if not key.startswith(("tokenizer.", "general."))}
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        for key, value in keys.items():
+            _write_key(writer, key, value)
+
+    return Outline(header.architecture, shapes, write)
+
+
+def language_model_class(config: Mapping[str, object]) -> str:
+    """The class name under which llama.cpp's converter knows the language model of a checkpoint.
+
+    Raises:
+        NotImplementedError: transformers has no language model of this type. ValueError: config.json names no class.
+    """
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        kind = str(text.get("model_type") or "llama")
+        found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+        if found is None:
+            raise NotImplementedError(f"transformers has no causal language model for {kind!r}")
+        return str(found)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise ValueError("config.json names no architecture")
+    return str(architectures[0])
+
+
+def _converted(folder: Path) -> Outline:
+    from stages.models import checkpoint
+
+    logging.getLogger("hf-to-gguf").setLevel(logging.WARNING)
+    try:
+        import gguf
+        import torch
+        from conversion import ModelBase, get_model_class
+
+        with torch.inference_mode(), Path(os.devnull).open("w") as sink, contextlib.redirect_stderr(sink):
+            model = get_model_class(language_model_class(checkpoint.read_config(folder)), mmproj=False)(
+                folder,
+                gguf.LlamaFileType.MOSTLY_F16,
+                Path(os.devnull),
+                model_name="outline",
+                hparams=ModelBase.load_hparams(folder, False),
+            )
+            model.prepare_tensors()
+            model.set_gguf_parameters()
+    except (NotImplementedError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
+        raise StageError(
+            "llama.cpp's converter does not know this language model",
+            where=str(folder),
+            why=f"{type(error).__name__}: {error}",
+            way_out="llama.cpp must know the model class; `supported` lists are in its documentation",
+        ) from error
+    writer = model.gguf_writer
+    shapes = {
+        name: tuple(int(size) for size in reversed(info.shape))
+        for part in writer.tensors
+        for name, info in part.items()
+        if len(info.shape) > 1
+    }
+
+    def write(target: gguf.GGUFWriter) -> None:
+        for part in writer.kv_data:
+            for key, item in part.items():
+                if not key.startswith("general."):
+                    target.add_key_value(key, item.value, item.type, item.sub_type)
+
+    return Outline(str(writer.arch), shapes, write)
+
+
+def _write_key(writer: gguf.GGUFWriter, key: str, value: Value) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
