@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats  # noqa: F401 - imported here, or the first example would exceed its deadline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.judges.statistics import average_over_exits, mcnemar, wilson
 from stages.verify.bands import BANDS, band_of, exits_of
-from stages.verify.statistics import average_over_exits, mcnemar, wilson
 
 
 @given(st.integers(1, 400), st.data())

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from artifacts.measures import Band, Measure
+from stages.judges.statistics import Estimate, average_over_exits, mcnemar, wilson
 from stages.verify.asking import Answer, Subject
 from stages.verify.bands import BANDS, exits_of
-from stages.verify.statistics import Estimate, average_over_exits, mcnemar, wilson
 
 
 @dataclass(frozen=True)

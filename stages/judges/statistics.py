@@ -1,4 +1,4 @@
-"""The statistics of verification: intervals of rates, averages over exits, and paired comparison.
+"""The statistics of judging: intervals of rates, averages over exits, and paired comparison.
 
 - Rate of one exit: Wilson score interval (scipy). It holds at 0 of n and n of n, where the normal interval is a point.
 - Average over exits: the exits share their prompts, so they are no independent samples. Prompts are drawn with
