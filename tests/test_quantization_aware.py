@@ -43,7 +43,7 @@ _NAMES = {
 }
 
 
-def _stored(path: Path, heads: int, kv_heads: int) -> dict[str, tuple[str, NDArray[np.float32]]]:
+def stored_layers(path: Path, heads: int, kv_heads: int) -> dict[str, tuple[str, NDArray[np.float32]]]:
     """Type and value of every linear layer of a GGUF, by its name in transformers."""
     found = {}
     for tensor in gguf.GGUFReader(path).tensors:
@@ -104,7 +104,7 @@ def test_weights_are_rounded_to_the_bit_as_llama_cpp_quantizes_them(
 
     weights = dict(LlamaForCausalLM.from_pretrained(wide_llama).model.named_modules())
     compared = 0
-    for name, (stored_as, value) in _stored(quantized, heads=4, kv_heads=2).items():
+    for name, (stored_as, value) in stored_layers(quantized, heads=4, kv_heads=2).items():
         weight = weights[name].weight.detach().numpy()
         if stored_as == row_type(type, weight.shape[1]):  # mixtures give some tensors a larger type
             assert np.array_equal(round_weights(weight, type), value), name
@@ -188,7 +188,7 @@ def test_the_trained_policy_computes_with_the_weights_that_ship(
     checkpoint.save_model(model, folder, companions_from=tiny_llava)
     convert_language_model(folder, tmp_path / "f16.gguf", tmp_path / "links", name="tiny", metadata={})
     quantize_model(tmp_path / "f16.gguf", tmp_path / "q.gguf", "Q4_0")
-    shipped, trained = _stored(tmp_path / "q.gguf", heads=2, kv_heads=1), _effective(policy)
+    shipped, trained = stored_layers(tmp_path / "q.gguf", heads=2, kv_heads=1), _effective(policy)
     before = _effective(_policy(tiny_llava))
     assert shipped.keys() == trained.keys()
     for name, (stored_as, value) in shipped.items():
