@@ -35,12 +35,12 @@ from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import Manifest, sha256_file
 from stages.data.articles import load_articles
+from stages.data.calibration import Batch, Passage, batches
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.models.spec import ModelSpec, TextSpec
 from stages.models.tiny import build_tiny_llava, tiny_llava_spec
 from stages.prune import depth, healing
-from stages.prune.calibration import Batch, Passage, batches
 from stages.prune.healing import Pair
 from stages.prune.params import HealParams, PruneParams
 from stages.prune.scores import Scores, least_angle, least_influential, score_blocks

@@ -15,9 +15,9 @@ from test_prune import prune, skipped
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from artifacts.errors import StageError
+from stages.data.calibration import Calibration, batches
 from stages.models import checkpoint
 from stages.models.family import family_of
-from stages.prune.calibration import Calibration, batches
 from stages.prune.depth import cross_attention_blocks, cut
 from stages.quantize.convert import convert_language_model
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
 from artifacts.errors import StageError
+from stages.data.calibration import Batch, Calibration, Passage, batches
 from stages.models.adapter import with_adapter
-from stages.prune.calibration import Batch, Calibration, Passage, batches
 from stages.prune.depth import without_blocks
 from stages.prune.params import HealParams
 

@@ -18,7 +18,7 @@ from artifacts.errors import StageError
 if TYPE_CHECKING:
     import torch
 
-    from stages.prune.calibration import Batch
+    from stages.data.calibration import Batch
 
 Forward = Callable[["Batch"], object]
 """One pass of the language model over a batch, without a KV cache."""

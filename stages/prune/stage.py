@@ -18,7 +18,7 @@ from stages.stage import Context, Planned, Stage
 if TYPE_CHECKING:
     import torch
 
-    from stages.prune.calibration import Calibration, Kind, Passage, Side
+    from stages.data.calibration import Calibration, Kind, Passage, Side
     from stages.prune.scores import Scores
 
 _DIGITS: Final = 6  # of what goes into the manifest: kernels of another machine differ behind them
@@ -111,7 +111,7 @@ class PruneStage(Stage[PruneParams]):
         import torch
         from transformers import AutoTokenizer
 
-        from stages.prune.calibration import Calibration
+        from stages.data.calibration import Calibration
         from stages.prune.healing import Pair, heal
 
         params, source, seed = self.params, context.input("checkpoint").path, context.seed
@@ -155,7 +155,7 @@ class PruneStage(Stage[PruneParams]):
         return found
 
     def _chosen(self, context: Context, trunk: torch.nn.Module, material: Calibration, fixed: Collection[int]) -> Found:
-        from stages.prune.calibration import batches
+        from stages.data.calibration import batches
         from stages.prune.scores import least_angle, least_influential, score_blocks
 
         wanted, drop = self.params.calibration, self.params.amount

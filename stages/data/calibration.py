@@ -1,4 +1,4 @@
-"""What blocks are judged on, and what healing distils: passages of articles, visual questions, prompts beside pictures.
+"""What stages look at a model with: passages of articles, visual questions, prompts beside pictures.
 
 - `train` reads calibration articles, training prompts and training pictures; `validation` reads the validation sides
   of the same. Nothing of a test side is read.
