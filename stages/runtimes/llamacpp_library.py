@@ -91,11 +91,11 @@ def log_tail(lines: int = 4) -> str:
 class TextModel:
     """A loaded language model and its vocabulary."""
 
-    def __init__(self, path: Path, *, mmap: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         """Load `path`, whose header must have been checked.
 
-        Args:
-            mmap: map the file (weights are then file cache), or read it (weights are then this process's memory).
+        The file is read, not mapped: llama.cpp keeps most types in an order of its own, so a mapped file would be in
+        memory twice (7.5 instead of 4.3 GiB for 6.4 B parameters in Q4_K_M).
 
         Raises:
             StageError: llama.cpp refuses the file.
@@ -103,7 +103,7 @@ class TextModel:
         self._lib = library()
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.load_mode = self._lib.LLAMA_LOAD_MODE_MMAP if mmap else self._lib.LLAMA_LOAD_MODE_NONE
+        params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
         self.pointer = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise StageError(

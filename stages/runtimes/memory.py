@@ -94,7 +94,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
     from stages.runtimes.llamacpp_library import Sequences, TextModel
     from stages.runtimes.llamacpp_vision import VisionEncoder
 
-    model = TextModel(model_path, mmap=False)
+    model = TextModel(model_path)
     sequences = Sequences(model, sequences=1, length=context, ubatch=_UBATCH)
     at = 0
     if mmproj is not None:
