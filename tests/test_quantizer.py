@@ -19,12 +19,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from artifacts.errors import RecipeError, StageError
 from stages.lppo.quantization import Quantizer, check_quantizer
+from stages.models import checkpoint
 from stages.models.adapter import LoRA, with_adapter
-from stages.quantize.convert import TYPES, convert_language_model
+from stages.models.family import family_of
+from stages.quantize.convert import TYPES, convert_language_model, quantize_model
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.gptq_grid import Grid, round_to_grid
 from stages.runtimes.imatrix import Collected, native_importance, read_imatrix, write_imatrix
 from stages.runtimes.llamacpp_library import library
+from stages.runtimes.mixture import outline_of_text, tensor_types
 from stages.runtimes.rounding import round_weights
 
 LORA = LoRA(4, 8.0, ("q_proj", "o_proj", "down_proj"), None)
@@ -155,6 +158,38 @@ def test_every_layer_is_rounded_to_the_bit_as_in_the_mixture_that_ships(
         assert difference.max() <= (1e-6 if hasattr(module, "base_layer") else 0), name
     if file_type != "Q4_0":
         assert len(set(quantizer.types.values())) > 1  # a mixture, or replacements
+
+
+@pytest.mark.parametrize("kind", ["llava-next", "idefics3", "mistral", "qwen2", "qwen3", "smollm3"])
+def test_layers_of_every_family_get_the_types_of_the_file_that_ships(
+    kind: str, tiny_family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_family(kind)
+    config = checkpoint.read_config(folder)
+    family = family_of(config)
+    trunk = with_adapter(family.trunk(family.load(folder)), LORA)
+    types = Quantizer(trunk, "Q4_K_M", checkpoint=folder).types
+    convert_language_model(folder, tmp_path / "f16.gguf", tmp_path / "links", name="tiny", metadata={})
+    quantize_model(tmp_path / "f16.gguf", tmp_path / "q.gguf", "Q4_K_M")
+    shipped = {name: tensor.type for name, tensor in read_header(tmp_path / "q.gguf").tensors.items()}
+    matrices = {name: type for name, type in shipped.items() if name.startswith("blk.") and type != "F32"}
+    assert len(types) == len(matrices) == 14
+    assert sorted(types.values()) == sorted(matrices.values())
+    assert types["layers.1.mlp.down_proj"] == shipped["blk.1.ffn_down.weight"]
+    assert types["layers.0.self_attn.v_proj"] == shipped["blk.0.attn_v.weight"]
+    # What the plan can say before there is a checkpoint.
+    planned = tensor_types(outline_of_text(family.spec(config).text), "Q4_K_M")
+    assert {name: type for name, type in planned.items() if name.startswith("blk.")} == matrices
+
+
+def test_a_model_that_llama_cpp_does_not_run_has_no_file_types(tiny_family: Callable[[str], Path]) -> None:
+    folder = tiny_family("mllama")
+    family = family_of(checkpoint.read_config(folder))
+    trunk = with_adapter(family.trunk(family.load(folder)), LORA)
+    with pytest.raises(StageError, match="does not know"):
+        Quantizer(trunk, "Q4_0", checkpoint=folder)
+    assert set(Quantizer(trunk, "Q4_0").types.values()) == {"Q4_0"}
+    assert set(Quantizer(trunk, "gptq-4bit-32", checkpoint=folder).types.values()) == {"gptq-4bit-32"}
 
 
 def test_without_a_checkpoint_one_type_stands_for_all_layers(demo_shaped: Path, wide: Path) -> None:

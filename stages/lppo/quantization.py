@@ -157,11 +157,12 @@ class Quantizer:
         from stages.runtimes.mixture import file_types, outline_of, tensor_types
 
         importance = read_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix
-        outline = None if checkpoint is None else outline_of(checkpoint)
+        mixed = checkpoint is not None and type in file_types()
+        outline = outline_of(checkpoint) if checkpoint is not None and (mixed or importance is not None) else None
         stored = {name: name for name in self._names}
         if outline is not None or importance is not None:
             stored = _stored_names(self._names, trunk, outline)
-        if outline is not None and type in file_types():
+        if outline is not None and mixed:
             mixture = tensor_types(outline, type, importance=importance)
             if missing := [name for name in self._names if stored[name] not in mixture]:
                 raise StageError(

@@ -22,6 +22,7 @@ from typing import Final, Literal
 from artifacts.errors import StageError
 from stages.models import checkpoint
 from stages.runtimes.llamacpp_library import library, log_tail, threads
+from stages.runtimes.mixture import language_model_class
 
 # llama.cpp's type names and file-type numbers (enum llama_ftype; tools/quantize/quantize.cpp).
 TYPES: Final[Mapping[str, int]] = {
@@ -83,7 +84,7 @@ def convert_language_model(
     described = scratch / "metadata.json"
     scratch.mkdir(parents=True, exist_ok=True)
     described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
-    _convert(folder, target, scratch, _architecture, file_type, name=name, described=described, mmproj=False)
+    _convert(folder, target, scratch, language_model_class, file_type, name=name, described=described, mmproj=False)
 
 
 def convert_image_encoder(folder: Path, target: Path, scratch: Path, *, type: str, name: str) -> None:
@@ -163,25 +164,9 @@ def _check_rotation(config: Mapping[str, object], folder: Path) -> None:
         )
 
 
-def _architecture(config: Mapping[str, object]) -> str:
-    """The class name under which the converter knows the language model."""
-    text = config.get("text_config")
-    if isinstance(text, Mapping):
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        kind = str(text.get("model_type") or "llama")
-        found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-        if found is None:
-            raise NotImplementedError(f"transformers has no causal language model for {kind!r}")
-        return str(found)
-    return _own_architecture(config)
-
-
 def _own_architecture(config: Mapping[str, object]) -> str:
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise ValueError("config.json names no architecture")
-    return str(architectures[0])
+    """The class name of the whole model."""
+    return language_model_class({key: value for key, value in config.items() if key != "text_config"})
 
 
 def quantize_model(source: Path, target: Path, type: str) -> None:

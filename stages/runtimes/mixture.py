@@ -29,6 +29,8 @@ from stages.runtimes.llamacpp_library import library, log_tail
 if TYPE_CHECKING:
     import gguf
 
+    from stages.models.spec import TextSpec
+
 _ROWS: Final = 2  # a matrix with one row counts as a vector, which llama.cpp does not quantize
 _NOT_TYPES: Final = frozenset({"F16", "BF16", "MXFP4_MOE", "NVFP4"})
 # File types that hold tensors which llama.cpp does not write without an importance matrix; a test asks the library.
@@ -128,6 +130,43 @@ def outline_of(source: Path) -> Outline:
             _write_key(writer, key, value)
 
     return Outline(header.architecture, shapes, write)
+
+
+def outline_of_text(text: TextSpec) -> Outline:
+    """What is known before there is a checkpoint: a model of these shapes whose layers are called as llama's.
+
+    For the plan. The file itself may hold layers joined to one (Phi-3), and llama.cpp treats Falcon otherwise.
+    """
+    width, inner = text.hidden_size, text.intermediate_size
+    heads, kv_heads = text.heads * text.head_dim, text.kv_heads * text.head_dim
+    block = {
+        "attn_q": (width, heads),
+        "attn_k": (width, kv_heads),
+        "attn_v": (width, kv_heads),
+        "attn_output": (heads, width),
+        "ffn_gate": (width, inner),
+        "ffn_up": (width, inner),
+        "ffn_down": (inner, width),
+    }
+    shapes = {"token_embd.weight": (width, text.vocab_size)}
+    if not text.tied_embeddings:
+        shapes["output.weight"] = (width, text.vocab_size)
+    for number in range(text.layers):
+        shapes |= {f"blk.{number}.{name}.weight": shape for name, shape in block.items()}
+
+    def write(writer: gguf.GGUFWriter) -> None:
+        writer.add_block_count(text.layers)
+        writer.add_context_length(2048)
+        writer.add_embedding_length(width)
+        writer.add_feed_forward_length(inner)
+        writer.add_head_count(text.heads)
+        writer.add_head_count_kv(text.kv_heads)
+        writer.add_key_length(text.head_dim)
+        writer.add_value_length(text.head_dim)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(text.vocab_size)
+
+    return Outline("llama", shapes, write)
 
 
 def language_model_class(config: Mapping[str, object]) -> str:
