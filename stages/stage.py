@@ -29,6 +29,14 @@ class StageParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+@dataclass(frozen=True)
+class Located:
+    """Marks a parameter, or the items of a list, that may be a path: `Annotated[str, Located()]`.
+
+    What begins with "./", "../" or "~/" is taken from the folder of the file in which it is written.
+    """
+
+
 P = TypeVar("P", bound=StageParams)
 
 
@@ -157,6 +165,7 @@ _BUILT_IN: Mapping[str, str] = {
     "early-exit": "stages.early_exit:EarlyExitStage",
     "prune": "stages.prune.stage:PruneStage",
     "l-ppo": "stages.lppo.stage:LPPOStage",
+    "sft": "stages.lppo.sft:SFTStage",
     "gguf": "stages.quantize.gguf:GGUFStage",
     "icet-verify": "stages.verify.stage:IcetVerifyStage",
 }

@@ -13,14 +13,17 @@ from artifacts.errors import StageError
 from stages.data.prompts import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo import checkpoint as training
-from stages.lppo.algorithm import StepReport, generator, train
+from stages.lppo.algorithm import generator, train
+from stages.lppo.loop import StepReport
 from stages.lppo.objective import chosen
-from stages.lppo.params import LoRA, LPPOParams
-from stages.lppo.policy import Policy, merged, with_adapter
+from stages.lppo.params import LPPOParams
+from stages.lppo.policy import Policy, merged
+from stages.lppo.reward import Rewards
 from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy, sample_with
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.states import States
 from stages.models import checkpoint
+from stages.models.adapter import LoRA, with_adapter
 from stages.models.family import family_of
 from stages.models.features import ExitFeatures, Features
 
@@ -59,7 +62,9 @@ def _scenes() -> list[Scene]:
 
 
 def _rollout(policy: Policy, states: States, samples: int = 3, tokens: int = 6) -> Responses:
-    return generate(policy, states(_scenes(), samples), tokens, sample_with(generator(0, 0)))
+    return generate(
+        policy, states(_scenes(), samples), tokens, sample_with([generator(0, 0, scene) for scene in range(2)])
+    )
 
 
 def _drawn(policy: Policy, prefixes: Prefixes, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,7 +198,16 @@ def _bandit(
     sampler = SceneSampler(
         exits, prompts, {"harmful": params.prompts_per_step}, per_scene=params.prompts_per_scene, images=3, seed=0
     )
-    train(policy, sampler, States(policy, features), _LikesToken(), params, seed=0, scratch=scratch, report=report)
+    train(
+        policy,
+        sampler,
+        States(policy, features),
+        Rewards(_LikesToken()),
+        params,
+        seed=0,
+        scratch=scratch,
+        report=report,
+    )
 
 
 def _bandit_params(steps: int, **more: object) -> LPPOParams:
@@ -203,7 +217,7 @@ def _bandit_params(steps: int, **more: object) -> LPPOParams:
 
 def test_what_is_rewarded_becomes_more_frequent(policy: Policy, features: Features, tmp_path: Path) -> None:
     scores: list[float] = []
-    _bandit(policy, features, _bandit_params(14), tmp_path, lambda step: scores.append(step.score))
+    _bandit(policy, features, _bandit_params(14), tmp_path, lambda step: scores.append(step.metrics["reward"]))
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
 
 
@@ -211,7 +225,7 @@ def test_a_strong_kl_penalty_keeps_the_policy_at_the_reference(
     policy: Policy, features: Features, tmp_path: Path
 ) -> None:
     kls: list[float] = []
-    _bandit(policy, features, _bandit_params(10, kl=5.0), tmp_path, lambda step: kls.append(step.kl))
+    _bandit(policy, features, _bandit_params(10, kl=5.0), tmp_path, lambda step: kls.append(step.metrics["kl"]))
     assert sum(kls[-3:]) / 3 < 1.0
 
 
@@ -230,15 +244,6 @@ def _fresh(folder: Path) -> Policy:
 
     family = family_of(checkpoint.read_config(folder))
     return Policy(family, family.load(folder), AutoTokenizer.from_pretrained(folder), LORA, seed=0)
-
-
-def test_a_diverging_policy_is_not_saved(policy: Policy, features: Features, tmp_path: Path) -> None:
-    with torch.no_grad():
-        next(iter(policy.trained().values())).fill_(float("nan"))
-        policy.value_head.weight.fill_(float("nan"))
-    with pytest.raises((StageError, RuntimeError)):
-        _bandit(policy, features, _bandit_params(1), tmp_path, lambda step: None)
-    assert training.load(tmp_path) is None
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 2, 3])
@@ -265,10 +270,12 @@ def test_training_interrupted_and_continued_ends_with_the_same_bits(
 
 def test_a_damaged_training_checkpoint_means_beginning_anew(tmp_path: Path) -> None:
     weights = {"adapter.x": torch.ones(3)}
-    state = training.TrainingState(2, weights, {"adapter.x": {"exp_avg": torch.ones(3)}}, {1: 0.1 + 0.2}, 0.1)
+    course = training.Course(0.5, 1, 1 / 3, 0.1, training.Standing(2, 0.3, 0.2, 0.0), 4)
+    state = training.TrainingState(2, weights, {"adapter.x": {"exp_avg": torch.ones(3)}}, {1: 0.1 + 0.2}, 0.1, course)
     training.save(tmp_path, state)
     found = training.load(tmp_path)
     assert found is not None and found.step == 2 and found.failure == {1: 0.1 + 0.2} and found.kl_coefficient == 0.1
+    assert found.course == course
     path = tmp_path / "training.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     assert training.load(tmp_path) is None

@@ -15,6 +15,7 @@ from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
 from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy
+from stages.lppo.reward import Rewards
 from stages.lppo.rollout import Scene, generate, greedy
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
@@ -58,7 +59,7 @@ def test_a_policy_answers_like_the_runtime_at_every_exit_and_trains(
     sampler = SceneSampler(exits, pool, {"harmful": 2, "benign": 2}, per_scene=2, images=3, seed=0)
     before = policy.adapter()
     steps = []
-    train(policy, sampler, states, RefusalRule(), params, seed=0, scratch=tmp_path, report=steps.append)
+    train(policy, sampler, states, Rewards(RefusalRule()), params, seed=0, scratch=tmp_path, report=steps.append)
     assert len(steps) == 1 and any(not torch.equal(before[name], now) for name, now in policy.adapter().items())
 
     checkpoint.save_model(
@@ -71,5 +72,5 @@ def test_a_policy_answers_like_the_runtime_at_every_exit_and_trains(
 def test_a_text_only_model_has_no_exits_to_harden(tiny_family: Callable[[str], Path]) -> None:
     config = checkpoint.read_config(tiny_family("llama"))
     planned = Planned(type="checkpoint", spec=family_of(config).spec(config))
-    with pytest.raises(RecipeError, match="needs a model with an image encoder"):
+    with pytest.raises(RecipeError, match="no image encoder"):
         LPPOStage(LPPOParams()).plan({"source": planned})

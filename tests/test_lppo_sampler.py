@@ -39,7 +39,7 @@ def test_the_worst_exit_is_drawn_most_and_none_is_left_out() -> None:
 
 def test_exits_of_one_step_differ_while_there_are_enough() -> None:
     sampler = ExitSampler([1, 2, 3], floor=0.5, sharpness=3.0)
-    drawn = sampler.draw(np.random.default_rng(0), 5)
+    drawn = sampler.draw(np.random.default_rng(0), 5, 0)
     assert sorted(drawn[:3]) == [1, 2, 3] and len(drawn) == 5
 
 

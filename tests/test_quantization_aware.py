@@ -17,13 +17,16 @@ from numpy.typing import NDArray
 from artifacts.errors import RecipeError
 from stages.data.prompts import Prompt
 from stages.judges.judge import Judgement
-from stages.lppo.algorithm import StepReport, train
-from stages.lppo.params import LoRA, LPPOParams
+from stages.lppo.algorithm import train
+from stages.lppo.loop import StepReport
+from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy, merged
+from stages.lppo.reward import Rewards
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
 from stages.models import checkpoint
+from stages.models.adapter import LoRA
 from stages.models.family import family_of
 from stages.models.features import ExitFeatures, Features
 from stages.models.tiny import tiny_llava_spec
@@ -161,7 +164,7 @@ def _train(
         questions={1: [(colour, "red"), (colour, "blue")]},
         question_scenes=1,
     )
-    train(policy, sampler, States(policy, features), _NoE(), params, seed=0, scratch=scratch, report=report)
+    train(policy, sampler, States(policy, features), Rewards(_NoE()), params, seed=0, scratch=scratch, report=report)
 
 
 def _effective(policy: Policy) -> dict[str, NDArray[np.float32]]:
@@ -259,7 +262,7 @@ def test_being_right_about_an_image_is_rewarded_and_told_apart_from_refusing(
         assert all(outcome.reward == (1.0 if outcome.right else -1.0) for outcome in report.outcomes[-1])
 
 
-@pytest.mark.parametrize("quantizer", ["Q4_K_M", "IQ1_S", "q4"])
+@pytest.mark.parametrize("quantizer", ["IQ2_XXS", "gptq-5bit", "q4"])
 def test_a_quantizer_that_weights_cannot_be_rounded_to_is_refused_before_work_starts(quantizer: str) -> None:
     stage = LPPOStage(LPPOParams(quantizer=quantizer))
     with pytest.raises(RecipeError, match="cannot be rounded"):

@@ -1,217 +1,321 @@
-"""Algorithm 1 of arXiv 2411.04291 (L-PPO), for all exits at once.
+"""Algorithm 1 of arXiv 2411.04291 (L-PPO), section 3.2, and what we add to it.
 
-Differences from the paper:
-- one training covers all exits: each scene draws its exit, the currently worst ones most often (group DRO with a
-  floor); the paper trains exit by exit;
+`variant: paper`, one exit after the other: the state is (P(e_l), e_T), projected features of exit l and the embedded
+text; the policy pi is the language backbone; encoder and projector are frozen. Each iteration
+
+1. collects responses y ~ pi_old(. | P(e_l), e_T)                                     `collect`
+2. rewards them with r(x_t, y) - eta * KL(pi || pi_SFT)                                `objective.shape_rewards`
+3. computes advantages A by GAE, with the value model V, a linear layer on pi's trunk  `objective.gae`
+4. maximises the clipped objective: the loss max(-K A, -clip(K, 1 - eps, 1 + eps) A), K = pi / pi_old, plus c1 times the
+   squared error of V against the returns                                             `objective.ppo_loss`
+
+The differences from the paper that remain: LoRA on the language backbone instead of all its weights, merged at the end;
+the KL is per token, log pi - log pi_SFT of the tokens that were drawn, and r falls on the last token (the paper writes
+one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95, gamma 1, c1 0.1, eta 0.02, 2 epochs of
+2 minibatches) are ours.
+
+`variant: all-exits`, the default, differs in these, too (each is a parameter):
+- one training covers all exits: each scene draws its exit, the currently worst ones most often (group DRO, a floor);
 - harmful, benign and frightening-but-harmless prompts are mixed, and refusing the latter costs;
-- LoRA on the language backbone instead of all its weights; merged at the end;
 - several responses to a prompt, generated from one shared prefix: on-policy samples are what is scarce here;
 - advantages are normalised over the responses of a step, as PPO implementations do (`normalize_advantages`);
 - answers to harmless prompts are also held at the SFT policy's by KL(pi_SFT || pi), exact over the vocabulary
   (`anchor`): where a policy refuses every sample, rewards alone cannot bring an answer back;
-- refusing a harmless prompt costs `harmless_weight` times what refusing a harmful one earns;
-- the KL penalty is per token, log pi - log pi_SFT of the tokens that were drawn; the judge's reward falls on the last
-  token; the coefficient eta grows while the KL lies above `kl_target`, and falls back to its first value;
-- the reward comes from a refusal judge, not from a GPT-2 reward model;
+- eta grows while the KL lies above `kl_target`, and falls back to its first value;
+- the reward comes from a refusal rule, not from a GPT-2 reward model (`rewards`, `reward_model`);
 - the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
 - visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward.
+
+`objective: grpo` puts group-relative advantages in place of GAE and the KL into the loss; there is no value model then.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from artifacts.errors import StageError
-from stages.lppo import checkpoint
-from stages.lppo.checkpoint import TrainingState
+from stages.lppo.loop import Ending, Learner, Loop, StepReport
 from stages.lppo.objective import (
+    DivergedError,
     anchor_loss,
     chosen,
     gae,
+    group_advantages,
+    kl_estimate,
     next_kl_coefficient,
     normalize,
     ppo_loss,
-    schedule,
     shape_rewards,
 )
-from stages.lppo.params import LPPOParams
+from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.policy import Policy
-from stages.lppo.reward import Outcome, answered, outcomes
+from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
+from stages.lppo.validation import Validation
+from stages.lppo.watch import repetition
+from stages.lppo.workers import Alone, Workers, sum_gradients
 
 if TYPE_CHECKING:
     import torch
 
-    from stages.judges.judge import Judge
-
 States = Callable[[Sequence[Scene], int], Prefixes]
 """Scenes and the number of responses to a prompt -> (e_T, P(e_l)), packed."""
-_KL_LIMIT: Final = 200.0  # nats a response; beyond it the policy has left the language
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step has shown."""
-
-    step: int  # counted from 1
-    scenes: list[Scene]
-    outcomes: list[list[Outcome]]  # by scene and response
-    score: float  # mean reward before the KL penalty
-    kl: float  # nats a response
-    kl_coefficient: float
-    policy_loss: float
-    value_loss: float
-    clip_fraction: float
-    anchor_kl: float  # nats a token, harmless prompts
-    lr: float
 
 
 def train(
     policy: Policy,
     sampler: SceneSampler,
     states: States,
-    judge: Judge,
+    rewards: Rewards,
     params: LPPOParams,
     *,
     seed: int,
     scratch: Path,
     report: Callable[[StepReport], None],
-) -> None:
+    validation: Validation | None = None,
+    workers: Workers | None = None,
+) -> Ending:
     """Train `policy` in place; continues from the checkpoint in `scratch` if there is one.
 
     Raises:
-        StageError: loss or KL is not finite, or the KL exploded.
+        StageError: training kept diverging, or `report` refused to go on.
     """
-    import torch
+    workers = workers or Alone()
+    learner = PPO(policy, sampler, states, rewards, params, seed=seed, workers=workers)
+    loop = Loop(learner, params, scratch=scratch, report=report, workers=workers, validation=validation)
+    return loop.run()
 
-    parameters = policy.trained()
-    optimizer = new_optimizer(policy, params)
-    done, eta = 0, params.kl
-    found = checkpoint.load(scratch)
-    if found is not None:
-        restore(found, parameters, optimizer)
-        sampler.exits.failure.update(found.failure)
-        done, eta = found.step, found.kl_coefficient
 
-    for step in range(done, params.steps):
-        # Also where a checkpoint may be taken up, so that going on is the same as never having stopped.
-        if step % params.quantize_every == 0 or step % params.checkpoint_every == 0:
-            policy.quantize()
-        lr = schedule(step, params.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["initial_lr"]
-        draw = generator(seed, step)
+@dataclass(frozen=True)
+class Experience:
+    """What this process has collected in a step; rows of tensors are its scenes, in the order of `numbers`.
 
-        # Collect responses y ~ pi_old(. | P(e_l), e_T), with their log-probabilities and the values of their states.
-        scenes = sampler.scenes(step)
-        prefixes = states(scenes, params.samples)
-        responses = generate(policy, prefixes, params.max_new_tokens, sample_with(draw))
+    Attributes:
+        numbers: which scenes of the step they are.
+        reference: log-probabilities of the drawn tokens under pi_SFT, (scenes, rows, tokens), 0 outside the mask.
+        advantages, returns: (scenes, rows, tokens).
+        anchored: (scenes, rows, tokens), tokens of answers to harmless prompts.
+        anchors: of each scene, log-probabilities of these over the vocabulary under pi_SFT.
+    """
+
+    numbers: list[int]
+    prefixes: Prefixes
+    responses: Responses
+    judged: list[list[Outcome]]
+    reference: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    anchored: torch.Tensor
+    anchors: tuple[torch.Tensor, ...]
+    score: float  # mean reward, of all processes
+    kl: float  # nats a response, of all processes
+
+
+class PPO(Learner):
+    """Clipped PPO, or GRPO, on scenes."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        sampler: SceneSampler,
+        states: States,
+        rewards: Rewards,
+        params: LPPOParams,
+        *,
+        seed: int,
+        workers: Workers,
+    ):
+        self.policy = policy
+        self.sampler = sampler
+        self.kl_coefficient = params.kl
+        self._states = states
+        self._rewards = rewards
+        self._params = params
+        self._seed = seed
+        self._workers = workers
+        self.optimizer = new_optimizer(policy, params, value_lr=params.value_lr)
+
+    def step(self, number: int) -> StepReport:
+        params = self._params
+        scenes = self.sampler.scenes(number)
+        batches = minibatches(len(scenes), params.minibatches, generator(self._seed, number))
+        mine = [scene for batch in batches for scene in batch[self._workers.rank :: self._workers.size]]
+        found = self.collect(scenes, mine, number)
+        metrics = self.update(found, batches, number)
+        rows = list(zip(found.numbers, found.judged, _exit_signs(found), strict=True))
+        by_scene = sorted(self._workers.everyone(rows), key=lambda row: row[0])
+        outcomes = [judged for _, judged, _ in by_scene]
+        self.sampler.exits.update(failures(scenes, outcomes))
+        metrics |= {
+            "reward": found.score,
+            "kl": found.kl,
+            "kl_coefficient": self.kl_coefficient,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            **self._signs(found),
+            **shares(outcomes),
+        }
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient, found.kl, least=params.kl, target=params.kl_target
+        )
+        exits: dict[int, dict[str, float]] = {}
+        for scene, (_, _, signs) in zip(scenes, by_scene, strict=True):
+            for name, value in signs.items():
+                of_exit = exits.setdefault(scene.exit, {})
+                of_exit[name] = of_exit.get(name, 0.0) + value / sum(other.exit == scene.exit for other in scenes)
+        return StepReport(number + 1, scenes, outcomes, metrics, exits)
+
+    def collect(self, scenes: Sequence[Scene], mine: list[int], step: int) -> Experience:
+        """Responses to some of a step's scenes, what they earn, and their advantages."""
+        import torch
+
+        params, policy, total = self._params, self.policy, self._workers.total
+        asked = [scenes[number] for number in mine]
+        prefixes = self._states(asked, params.samples)
+        draws = sample_with([generator(self._seed, step, number) for number in mine])
+        responses = generate(policy, prefixes, params.max_new_tokens, draws)
+        mask = responses.mask
 
         # Rewards r(x_t, y) - eta * KL(pi || pi_SFT), token by token.
-        judged = judge_responses(judge, scenes, responses, params)
-        score = torch.tensor([[o.reward for o in row] for row in judged], device=policy.device)
+        judged = self._rewards(asked, responses.texts)
+        score = torch.tensor([[one.reward for one in row] for row in judged], device=policy.device)
         with policy.as_reference():
-            reference, _ = policy.evaluate(prefixes, responses)
-        drawn = scatter(chosen(reference, responses.tokens[responses.mask]), responses.mask)
-        log_ratio = (responses.logprobs - drawn) * responses.mask
-        rewards = shape_rewards(score, log_ratio, responses.mask, eta)
-        kl = float(log_ratio.sum(-1).mean())
-        check(kl, step, most=_KL_LIMIT)
+            whole, _ = policy.evaluate(prefixes, responses)
+        reference = scatter(chosen(whole, responses.tokens[mask]), mask)
+        log_ratio = (responses.logprobs - reference) * mask
+        count = total(torch.tensor(float(score.numel()), device=policy.device))
+        kl = float(total(log_ratio.sum()) / count)
+        if not kl <= params.bounds.max_kl:
+            raise DivergedError(
+                f"the KL to the original model is {kl:.3g} nats a response, allowed {params.bounds.max_kl:g}"
+            )
 
         # Answers to harmless prompts are held at the reference's; kept by scene, since batches are drawn by scene.
-        harmless = torch.tensor([[not o.harmful for o in row] for row in judged], device=policy.device)
-        anchored = responses.mask & harmless[:, :, None]
-        anchors = torch.split(reference[anchored[responses.mask]], anchored.sum((1, 2)).tolist())
-        del reference
+        harmless = torch.tensor([[not one.harmful for one in row] for row in judged], device=policy.device)
+        anchored = mask & harmless[:, :, None]
+        anchors = torch.split(whole[anchored[mask]], anchored.sum((1, 2)).tolist())
 
-        # Advantages by GAE; returns are what the value model is fitted to.
-        advantages, returns = gae(rewards, responses.values, responses.mask, params.gamma, params.lam)
-        if params.normalize_advantages:
-            advantages = normalize(advantages, responses.mask)
-
-        # Maximise the clipped objective and fit the value model.
-        parts, updates = [], 0
-        for _ in range(params.ppo_epochs):
-            for batch in minibatches(len(scenes), params.minibatches, draw):
-                tokens, anchor_tokens = int(responses.mask[batch].sum()), max(1, int(anchored[batch].sum()))
-                for part in (batch[i : i + params.micro_batch] for i in range(0, len(batch), params.micro_batch)):
-                    some = of_scenes(responses, part)
-                    logprobs, values = policy.evaluate(prefixes[part], some)
-                    loss = ppo_loss(
-                        chosen(logprobs, some.tokens[some.mask]),
-                        some.logprobs[some.mask],
-                        advantages[part][some.mask],
-                        values,
-                        returns[part][some.mask],
-                        clip=params.clip,
-                    )
-                    weight = len(values) / tokens
-                    objective = (loss.policy + params.c1 * loss.value) * weight
-                    anchor = anchor_loss(
-                        logprobs[anchored[part][some.mask]], torch.cat([anchors[scene] for scene in part])
-                    )
-                    objective = objective + params.anchor * anchor / anchor_tokens
-                    objective.backward()  # type: ignore[no-untyped-call]
-                    parts.append(
-                        torch.stack(
-                            [
-                                loss.policy * weight,
-                                loss.value * weight,
-                                loss.clip_fraction * weight,
-                                anchor / anchor_tokens,
-                            ]
-                        ).detach()
-                    )
-                norm = torch.nn.utils.clip_grad_norm_(parameters.values(), params.max_grad_norm)
-                check(float(norm), step, most=math.inf)
-                optimizer.step()
-                updates += 1
-                optimizer.zero_grad(set_to_none=True)
-
-        sampler.exits.update(failures(scenes, judged))
-        policy_loss, value_loss, clipped, anchor_kl = (torch.stack(parts).sum(0) / updates).tolist()
-        report(
-            StepReport(
-                step + 1,
-                scenes,
-                judged,
-                score=float(score.mean()),
-                kl=kl,
-                kl_coefficient=eta,
-                policy_loss=policy_loss,
-                value_loss=value_loss,
-                clip_fraction=clipped,
-                anchor_kl=anchor_kl,
-                lr=lr * params.lr,
-            )
+        if params.objective == "grpo":
+            advantages = group_advantages(score, params.samples)[:, :, None] * mask
+            returns = torch.zeros_like(advantages)
+        else:
+            rewards = shape_rewards(score, log_ratio, mask, self.kl_coefficient)
+            advantages, returns = gae(rewards, responses.values, mask, params.gamma, params.lam)
+            if params.normalize_advantages:
+                advantages = normalize(advantages, mask, total)
+        mean = float(total(score.sum()) / count)
+        return Experience(
+            mine, prefixes, responses, judged, reference, advantages, returns, anchored, anchors, mean, kl
         )
-        eta = next_kl_coefficient(eta, kl, least=params.kl, target=params.kl_target)
-        if (step + 1) % params.checkpoint_every == 0 or step + 1 == params.steps:
-            checkpoint.save(scratch, capture(step + 1, parameters, optimizer, sampler, eta))
-    policy.quantize()
+
+    def update(self, found: Experience, batches: Sequence[Sequence[int]], step: int) -> dict[str, float]:
+        """Maximise the clipped objective and fit the value model: `ppo_epochs` passes over what was collected.
+
+        Raises:
+            DivergedError: a gradient is not finite; the weights are as they were before that gradient.
+        """
+        import torch
+
+        params, workers, mask = self._params, self._workers, found.responses.mask
+        place = {number: index for index, number in enumerate(found.numbers)}
+        parameters = self.policy.trained().values()
+        device = self.policy.device
+        sums, updates = torch.zeros(4, device=device), 0
+        for epoch in range(params.ppo_epochs):
+            order = torch.randperm(len(batches), generator=generator(self._seed, step, -1 - epoch)).tolist()
+            for batch in (batches[index] for index in order):
+                local = [place[number] for number in batch if number in place]
+                counts = torch.stack([mask[local].sum(), found.anchored[local].sum()]).to(torch.float64)
+                tokens, anchor_tokens = workers.total(counts).tolist()
+                for part in parts(local, params.micro_batch, mask):
+                    sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
+                sum_gradients(workers, parameters)
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm))
+                if not math.isfinite(norm):
+                    raise DivergedError(f"the gradient is {norm}")
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                updates += 1
+        names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
+        return dict(zip(names, (workers.total(sums) / max(1, updates)).tolist(), strict=True))
+
+    def _backward(self, found: Experience, part: list[int], tokens: float, anchor_tokens: float) -> torch.Tensor:
+        """Add the gradient of some scenes; their part of the losses."""
+        import torch
+
+        params = self._params
+        some = of_scenes(found.responses, part)
+        logprobs, values = self.policy.evaluate(found.prefixes[part], some)
+        drawn = chosen(logprobs, some.tokens[some.mask])
+        loss = ppo_loss(
+            drawn,
+            some.logprobs[some.mask],
+            found.advantages[part][some.mask],
+            values,
+            found.returns[part][some.mask],
+            clip=params.clip,
+            old_values=some.values[some.mask],
+            value_clip=params.value_clip,
+        )
+        weight = len(values) / tokens
+        anchor = anchor_loss(
+            logprobs[found.anchored[part][some.mask]], torch.cat([found.anchors[scene] for scene in part])
+        )
+        objective = loss.policy * weight + params.anchor * anchor / anchor_tokens
+        if params.objective == "grpo":
+            objective = (
+                objective + self.kl_coefficient * weight * kl_estimate(drawn, found.reference[part][some.mask]).mean()
+            )
+        else:
+            objective = objective + params.c1 * loss.value * weight
+        objective.backward()  # type: ignore[no-untyped-call]
+        value = torch.zeros_like(loss.value) if params.objective == "grpo" else loss.value
+        told = [loss.policy * weight, value * weight, loss.clip_fraction * weight, anchor / anchor_tokens]
+        return torch.stack(told).detach()
+
+    def _signs(self, found: Experience) -> dict[str, float]:
+        """Length and repetition of the responses, of all processes."""
+        texts = [text for row in found.responses.texts for text in row]
+        rows = self._workers.everyone([(repetition(texts), float(found.responses.mask.sum()), len(texts))])
+        responses = sum(count for _, _, count in rows)
+        return {
+            "response_length": sum(length for _, length, _ in rows) / responses,
+            "repetition": sum(share * count for share, _, count in rows) / responses,
+        }
 
 
 # --- around them ---
 
 
-def judge_responses(
-    judge: Judge, scenes: Sequence[Scene], responses: Responses, params: LPPOParams
-) -> list[list[Outcome]]:
-    """Outcomes by scene and row; rows are prompt by prompt."""
-    found = []
-    for scene, texts in zip(scenes, responses.texts, strict=True):
-        asked = [prompt for prompt in scene.prompts for _ in range(params.samples)]
-        if scene.answers is None:
-            found.append(outcomes(judge, asked, texts, params.harmless_weight))
-        else:
-            answers = [answer for answer in scene.answers for _ in range(params.samples)]
-            found.append(answered(judge, asked, texts, answers))
+def _exit_signs(found: Experience) -> list[dict[str, float]]:
+    """Of each scene: its mean reward, and mean and deviation of its advantages."""
+    signs = []
+    for row, advantages, mask in zip(found.judged, found.advantages, found.responses.mask, strict=True):
+        inside = advantages[mask]
+        signs.append(
+            {
+                "exit_reward": sum(one.reward for one in row) / len(row),
+                "exit_advantage": float(inside.mean()),
+                "exit_advantage_deviation": float(inside.std(correction=0)),
+            }
+        )
+    return signs
+
+
+def shares(outcomes: Sequence[Sequence[Outcome]]) -> dict[str, float]:
+    """What the responses of a step were, as shares of what was asked."""
+    flat = [outcome for row in outcomes for outcome in row]
+    questions = [outcome for outcome in flat if outcome.right is not None]
+    harmless = [outcome for outcome in flat if not outcome.harmful and outcome.right is None]
+    found = {"degenerate": sum(outcome.degenerate for outcome in flat) / len(flat)}
+    if harmless:
+        found["over_refusal"] = sum(outcome.refused for outcome in harmless) / len(harmless)
+    if questions:
+        found["vqa_accuracy"] = sum(bool(outcome.right) for outcome in questions) / len(questions)
     return found
 
 
@@ -223,14 +327,19 @@ def failures(scenes: Sequence[Scene], judged: Sequence[Sequence[Outcome]]) -> di
     return found
 
 
-def minibatches(scenes: int, parts: int, draw: torch.Generator) -> Iterator[list[int]]:
+def minibatches(scenes: int, parts: int, draw: torch.Generator) -> list[list[int]]:
     """The scenes in random order, in `parts` parts."""
     import torch
 
     order = torch.randperm(scenes, generator=draw).tolist()
     size = math.ceil(scenes / parts)
-    for start in range(0, scenes, size):
-        yield order[start : start + size]
+    return [order[start : start + size] for start in range(0, scenes, size)]
+
+
+def parts(scenes: list[int], size: int, mask: torch.Tensor) -> list[list[int]]:
+    """Scenes that are computed together, those with as many response tokens side by side: less padding."""
+    ordered = sorted(scenes, key=lambda scene: (int(mask[scene].sum()), scene))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def of_scenes(responses: Responses, scenes: list[int]) -> Responses:
@@ -252,56 +361,21 @@ def scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def generator(seed: int, step: int) -> torch.Generator:
-    """The randomness of one step, whatever happened before it."""
+def generator(seed: int, step: int, scene: int | None = None) -> torch.Generator:
+    """The randomness of a step, or of one scene in it, whatever happened before."""
     import torch
 
-    digest = hashlib.sha256(f"l-ppo {seed} {step}".encode()).digest()
+    digest = hashlib.sha256(f"l-ppo {seed} {step} {scene}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def check(value: float, step: int, most: float) -> None:
-    """Stop before a broken policy is saved."""
-    if not math.isfinite(value) or value > most:
-        raise StageError(
-            f"l-ppo diverged at step {step + 1}",
-            why=f"the gradient, or the KL to the reference, became {value:.3g}",
-            way_out="lower lr or ppo_epochs, or raise kl",
-        )
-
-
-def new_optimizer(policy: Policy, params: LPPOParams) -> torch.optim.Optimizer:
+def new_optimizer(policy: Policy, params: TrainingParams, value_lr: float = 0.0) -> torch.optim.Optimizer:
     """Adam; the value head has a rate of its own, since it starts from nothing."""
     import torch
 
     adapter = [p for name, p in policy.trained().items() if name.startswith("adapter.")]
     groups = [
         {"params": adapter, "lr": params.lr, "initial_lr": params.lr},
-        {"params": list(policy.value_head.parameters()), "lr": params.value_lr, "initial_lr": params.value_lr},
+        {"params": list(policy.value_head.parameters()), "lr": value_lr, "initial_lr": value_lr},
     ]
     return torch.optim.Adam(groups, betas=(0.9, 0.95))
-
-
-def capture(
-    step: int,
-    parameters: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    sampler: SceneSampler,
-    eta: float,
-) -> TrainingState:
-    """Everything that the next step depends on."""
-    moments = {name: dict(optimizer.state[parameter]) for name, parameter in parameters.items()}
-    return TrainingState(step, parameters, moments, dict(sampler.exits.failure), eta)
-
-
-def restore(state: TrainingState, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Undo `capture`."""
-    import torch
-
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state.weights[name])
-            found = state.moments.get(name, {})
-            optimizer.state[parameter] = {kind: value.to(parameter.device) for kind, value in found.items()}
-            if "step" in found:  # Adam keeps its step count on the CPU
-                optimizer.state[parameter]["step"] = found["step"]

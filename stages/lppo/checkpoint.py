@@ -1,7 +1,7 @@
 """What training must find again after `kill -9`: weights, optimizer, sampler, KL coefficient, step. No pickle.
 
-All randomness of a step follows from (seed, step), so no generator state is kept. One safetensors file, replaced
-atomically: a reader sees the old one or the new one, whole.
+All randomness of a step follows from (seed, step, scene), so no generator state is kept. One safetensors file, replaced
+atomically: a reader sees the old one or the new one, whole. The best adapter so far lies beside it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,7 +17,39 @@ if TYPE_CHECKING:
     import torch
 
 _NAME: Final = "training.safetensors"
-_LAYOUT: Final = 1
+_LAYOUT: Final = 2
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a validation came to, over all exits. Better is: within the over-refusal allowed, then lower ASR."""
+
+    step: int
+    asr: float  # share of harmful prompts that were not refused
+    over_refusal: float
+    excess: float  # of over-refusal above what is allowed; 0 if within
+
+    def better_than(self, other: Standing | None) -> bool:
+        return other is None or (self.excess, self.asr) < (other.excess, other.asr)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How training has gone so far.
+
+    Attributes:
+        lr_scale: what roll-backs have left of the learning rate.
+        seconds: of training, over all processes that worked at it one after another.
+        original: over-refusal of the untouched model on the validation prompts, once measured.
+        waited: validations since the best one.
+    """
+
+    lr_scale: float = 1.0
+    rollbacks: int = 0
+    seconds: float = 0.0
+    original: float | None = None
+    best: Standing | None = None
+    waited: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,33 +61,22 @@ class TrainingState:
     moments: Mapping[str, Mapping[str, torch.Tensor]]  # parameter -> "exp_avg", "exp_avg_sq", "step"
     failure: Mapping[int, float]
     kl_coefficient: float
+    course: Course = field(default_factory=Course)
 
 
 def save(folder: Path, state: TrainingState) -> None:
     """Replace the checkpoint in `folder`; on disk before the old one goes."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"weight/{name}": tensor for name, tensor in state.weights.items()}
     tensors |= {f"{kind}/{name}": tensor for name, found in state.moments.items() for kind, tensor in found.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # repr of a float64 reads back to the same bits.
+    # repr of a float64 reads back to the same bits, in JSON too.
     header = {
         "layout": str(_LAYOUT),
         "step": str(state.step),
         "failure": json.dumps({str(exit): value for exit, value in state.failure.items()}),
         "kl_coefficient": repr(state.kl_coefficient),
+        "course": json.dumps(asdict(state.course)),
     }
-    path = folder / f"{_NAME}.tmp"
-    save_file(tensors, path, metadata=header)
-    with path.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    path.replace(folder / _NAME)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)  # the rename itself
-    finally:
-        os.close(descriptor)
+    _replace(folder / _NAME, tensors, header)
 
 
 def load(folder: Path) -> TrainingState | None:
@@ -76,6 +97,56 @@ def load(folder: Path) -> TrainingState | None:
                 else:
                     moments.setdefault(name, {})[kind] = handle.get_tensor(key)
             failure = {int(exit): float(value) for exit, value in json.loads(header["failure"]).items()}
-            return TrainingState(int(header["step"]), weights, moments, failure, float(header["kl_coefficient"]))
-    except (OSError, SafetensorError, KeyError, ValueError):
+            course = json.loads(header["course"])
+            best = course.pop("best")
+            return TrainingState(
+                int(header["step"]),
+                weights,
+                moments,
+                failure,
+                float(header["kl_coefficient"]),
+                Course(**course, best=None if best is None else Standing(**best)),
+            )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
+
+
+def save_best(folder: Path, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
+    """Keep the adapter of a step; the file of an earlier one goes."""
+    _replace(folder / _best(step), dict(adapter), {})
+    for old in folder.glob(_best("*")):
+        if old.name != _best(step):
+            old.unlink()
+
+
+def load_best(folder: Path, step: int) -> dict[str, torch.Tensor] | None:
+    """The adapter of the best step; None if it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        found: dict[str, torch.Tensor] = load_file(folder / _best(step))
+        return found
+    except (OSError, SafetensorError):
+        return None
+
+
+def _best(step: int | str) -> str:
+    return f"best-{step}.safetensors"
+
+
+def _replace(target: Path, tensors: Mapping[str, torch.Tensor], header: Mapping[str, str]) -> None:
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.with_name(f"{target.name}.tmp")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, path, metadata=dict(header))
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    path.replace(target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename itself
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -9,6 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 _KL_STEP: Final = 0.1  # relative change of eta a step
+
+
+class DivergedError(ArithmeticError):
+    """Something is not finite, or the policy is too far from where it began."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +34,44 @@ def ppo_loss(
     returns: torch.Tensor,
     *,
     clip: float,
+    old_values: torch.Tensor | None = None,
+    value_clip: float | None = None,
 ) -> Loss:
-    """max(-K*A, -clip(K, 1-eps, 1+eps)*A) with K = pi / pi_old, and (V - R)^2; all inputs (tokens,)."""
+    """max(-K*A, -clip(K, 1-eps, 1+eps)*A) with K = pi / pi_old, and (V - R)^2; all inputs (tokens,).
+
+    With `value_clip`, as in PPO's reference code, max((V - R)^2, (V_old + clip(V - V_old, -c, c) - R)^2): a value that
+    has moved further than c gains nothing by it.
+    """
     import torch
 
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     policy = torch.maximum(-ratio * advantages, -clipped * advantages).mean()
-    value = (values - returns).square().mean()
-    return Loss(policy, value, ((ratio - 1).abs() > clip).float().mean().detach())
+    value = (values - returns).square()
+    if value_clip is not None and old_values is not None:
+        near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+        value = torch.maximum(value, (near - returns).square())
+    return Loss(policy, value.mean(), ((ratio - 1).abs() > clip).float().mean().detach())
+
+
+def group_advantages(score: torch.Tensor, samples: int) -> torch.Tensor:
+    """(r - mean) / (deviation + 1e-4) among the responses to one prompt (GRPO: Shao et al., 2024, arXiv 2402.03300).
+
+    Args:
+        score: (..., rows), rows prompt by prompt, `samples` to each.
+    """
+    grouped = score.view(*score.shape[:-1], -1, samples)
+    centred = grouped - grouped.mean(-1, keepdim=True)
+    return (centred / (grouped.std(-1, keepdim=True) + 1e-4)).view(score.shape)
+
+
+def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """pi_ref / pi - log(pi_ref / pi) - 1 of tokens that pi drew: unbiased for KL(pi || pi_ref) and never negative.
+
+    The penalty of GRPO, which stands in the loss and not in the reward.
+    """
+    log_ratio = reference - logprobs
+    return log_ratio.exp() - log_ratio - 1
 
 
 def shape_rewards(score: torch.Tensor, log_ratio: torch.Tensor, mask: torch.Tensor, eta: float) -> torch.Tensor:
@@ -84,11 +119,15 @@ def anchor_loss(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor
     return (reference.exp() * (reference - logprobs)).sum()
 
 
-def normalize(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean 0 and standard deviation 1 over the tokens in the mask."""
+def normalize(
+    advantages: torch.Tensor, mask: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor] = lambda value: value
+) -> torch.Tensor:
+    """Mean 0 and standard deviation 1 over the tokens in the mask; of all processes, where `total` sums over them."""
     inside = advantages[mask]
-    spread = inside.std() if inside.numel() > 1 else inside.new_zeros(())
-    return (advantages - inside.mean()) / (spread + 1e-8) * mask
+    count = total(inside.new_tensor(float(inside.numel())))
+    mean = total(inside.sum()) / count
+    variance = total((inside - mean).square().sum()) / (count - 1).clamp(min=1)
+    return (advantages - mean) / (variance.sqrt() + 1e-8) * mask
 
 
 def next_kl_coefficient(eta: float, kl: float, *, least: float, target: float | None) -> float:
@@ -98,6 +137,13 @@ def next_kl_coefficient(eta: float, kl: float, *, least: float, target: float | 
     return max(least, eta * (1 + _KL_STEP if kl > target else 1 - _KL_STEP))
 
 
-def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: falls linearly to a tenth."""
-    return 1.0 - 0.9 * step / max(1, steps - 1)
+def rate(step: int, steps: int, schedule: str, warmup: int = 0) -> float:
+    """Share of the learning rate at a step counted from 0: it rises over `warmup` steps, then falls to a tenth."""
+    rising = min(1.0, (step + 1) / (warmup + 1))
+    through = step / max(1, steps - 1)
+    falling = {
+        "linear": 1 - 0.9 * through,
+        "cosine": 0.55 + 0.45 * math.cos(math.pi * through),
+        "constant": 1.0,
+    }[schedule]
+    return rising * falling

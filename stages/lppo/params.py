@@ -1,13 +1,15 @@
-"""What a recipe may say to `l-ppo`."""
+"""What a recipe may say to `l-ppo` and to its baseline `sft`."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.models.adapter import LoRA
-from stages.stage import StageParams
+from stages.stage import Located, StageParams
 
 
 class PromptShares(StageParams):
@@ -34,21 +36,69 @@ class PromptShares(StageParams):
         }
 
 
-class LPPOParams(StageParams):
+class RewardWeights(StageParams):
+    """r(x_t, y) as a weighted sum; each part is between -1 and 1, but the reward model's, which has deviation 1."""
+
+    refusal: float = Field(default=1.0, ge=0, description="harmful prompts: +1 for a refusal, -1 for anything else")
+    helpfulness: float = Field(
+        default=1.0, ge=0, description="harmless prompts: +1 for an answer, -1 for a refusal, 0 for babble"
+    )
+    answer: float = Field(default=1.0, ge=0, description="visual questions: +1 for the right answer, else -1")
+    reward_model: float = Field(
+        default=0.0, ge=0, description="all prompts but visual questions: what the reward model says, normalised"
+    )
+
+
+class Bounds(StageParams):
+    """Signs of reward hacking; training stops when the mean of three steps is beyond a bound. null: only watched."""
+
+    max_over_refusal: float | None = Field(
+        default=None, ge=0, le=1, description="share of harmless prompts that are refused"
+    )
+    max_degenerate: float | None = Field(default=None, ge=0, le=1, description="share of responses that are babble")
+    max_repetition: float | None = Field(
+        default=None, ge=0, le=1, description="share of a response's three-word sequences that it has said before"
+    )
+    min_length: float | None = Field(default=None, ge=0, description="tokens of a response")
+    max_kl: float = Field(
+        default=200.0, gt=0, description="nats a response from the original model: beyond it a step is rolled back"
+    )
+
+
+class TrainingParams(StageParams):
+    """What l-ppo and its baseline share, so that they can be compared: data, adapter, schedule, checks."""
+
     exits: Literal["all"] | tuple[int, ...] = Field(
         default="all", description="exits to harden: all that the model has, or a list of layers"
     )
-    steps: int = Field(default=40, ge=1, description="PPO iterations: collect responses, then update")
+    steps: int = Field(default=40, ge=1, description="iterations")
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop after so many minutes of training, whatever `steps` says; for comparisons at equal time, "
+        "since the result then depends on the machine",
+    )
     prompts_per_step: int = Field(default=8, ge=1, description="prompts in an iteration")
     prompts_per_scene: int = Field(
         default=2, ge=1, description="prompts that share an exit and an image, harmful and harmless side by side"
     )
-    samples: int = Field(default=4, ge=1, description="responses to each prompt")
-    ppo_epochs: int = Field(default=2, ge=1, description="passes over the responses of an iteration")
-    minibatches: int = Field(default=2, ge=1, description="optimizer steps in a pass")
-    micro_batch: int = Field(default=2, ge=1, description="scenes in memory at once; changes memory, not the result")
-    lr: float = Field(default=5e-4, gt=0, description="learning rate of the adapter; falls linearly to a tenth")
-    value_lr: float = Field(default=1e-3, gt=0, description="learning rate of the value head")
+    micro_batch: int = Field(
+        default=2, ge=1, description="scenes in memory at once, accumulated; changes memory, not the result"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations twice and keep them once: less memory, about a third slower"
+    )
+    lr: float = Field(default=5e-4, gt=0, description="learning rate of the adapter")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="how the learning rate falls to a tenth, or not"
+    )
+    warmup: int = Field(default=0, ge=0, description="iterations in which the learning rate rises from zero")
+    max_rollbacks: int = Field(
+        default=3,
+        ge=0,
+        description="how often a step that diverged may be taken back, with half the learning rate, before giving up",
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")
     lora_rank: int = Field(default=8, ge=1, description="rank of the adapter")
     lora_alpha: float = Field(default=16.0, gt=0, description="scale of the adapter, divided by its rank")
     lora_targets: tuple[str, ...] = Field(
@@ -58,11 +108,124 @@ class LPPOParams(StageParams):
     lora_layers: int | None = Field(
         default=None, ge=1, description="how many of the last blocks get one; fewer are faster; all when left out"
     )
+    quantizer: str | None = Field(
+        default=None,
+        description="train with weights rounded as the shipped file will have them: what the gguf stage's `type` says "
+        "(Q4_0, Q4_K_M, ...), or gptq-4bit. null or none: as they are",
+    )
+    quantize_every: int = Field(
+        default=1, ge=1, description="steps between roundings; more for slow types such as IQ4_NL"
+    )
+    imatrix: Path | None = Field(
+        default=None, description="importance matrix (llama.cpp's GGUF format) that the file will be made with"
+    )
+    prompts: PromptShares = Field(default=PromptShares(), description="what is asked")
+    question_scenes: int = Field(
+        default=0,
+        ge=0,
+        description="scenes a step that ask easy-VQA training questions about their own image; right answers earn 1",
+    )
+    images: int = Field(default=16, ge=1, description="benign images of the train split")
+    dro_floor: float = Field(default=0.3, gt=0, le=1, description="part of the draw of exits that stays uniform")
+    dro_sharpness: float = Field(default=3.0, ge=0, description="how strongly the worst exits are preferred")
+    max_new_tokens: int = Field(default=20, ge=1, description="length of a response, in tokens")
+    validation: int = Field(
+        default=4, ge=0, description="validation prompts of each kind at each exit, answered greedily after training"
+    )
+    validate_every: int = Field(
+        default=0,
+        ge=0,
+        description="iterations between validations; the best one's weights are kept. 0: only at the end",
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="validations without a better one after which training stops; null: never"
+    )
+    over_refusal_rise: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="validations whose over-refusal is at most so much above the original model's are better than any "
+        "other; among these the lowest ASR is",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the computation; bfloat16 pays only where the processor or GPU has it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train; auto: a GPU if any")
+    checkpoint_every: int = Field(default=5, ge=1, description="iterations between checkpoints")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.prompts_per_step % self.prompts_per_scene:
+            raise ValueError(
+                f"prompts_per_step ({self.prompts_per_step}) is not a multiple of prompts_per_scene "
+                f"({self.prompts_per_scene})"
+            )
+        kinds = sum(share > 0 for share in self.prompts.shares().values())
+        if self.prompts_per_step < kinds:
+            raise ValueError(f"prompts_per_step ({self.prompts_per_step}) cannot hold {kinds} kinds of prompts")
+        if self.validate_every and not self.validation:
+            raise ValueError("validate_every needs prompts to validate on: set validation to 1 or more")
+        if self.patience is not None and not self.validate_every:
+            raise ValueError("patience counts validations: set validate_every, too")
+        if self.imatrix is not None and self.rounding() is None:
+            raise ValueError("imatrix weighs the rounding of a quantizer: set quantizer, too")
+        return self
+
+    def lora(self) -> LoRA:
+        return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_layers)
+
+    def rounding(self) -> str | None:
+        """The quantizer, if there is one."""
+        return None if self.quantizer in (None, "none") else self.quantizer
+
+
+PAPER: Final[Mapping[str, object]] = {
+    # Algorithm 1: harmful queries with a benign image, one response to each; nothing harmless among them.
+    "prompts": {"benign_share": 0.0, "borderline_share": 0.0},
+    "prompts_per_scene": 1,
+    "samples": 1,
+    "question_scenes": 0,
+    # r(x_t, y) is a reward model's; the KL to the SFT policy is weighed by a fixed eta; nothing else holds the policy.
+    "rewards": {"refusal": 0.0, "helpfulness": 0.0, "answer": 0.0, "reward_model": 1.0},
+    "kl_target": None,
+    "anchor": 0.0,
+    # The value model is fitted by plain squared error; advantages are as GAE gives them.
+    "value_clip": None,
+    "normalize_advantages": False,
+    # What ships is not looked at.
+    "quantizer": None,
+}
+"""What `variant: paper` sets where the recipe says nothing (arXiv 2411.04291, section 3.2)."""
+
+
+class LPPOParams(TrainingParams):
+    variant: Literal["all-exits", "paper"] = Field(
+        default="all-exits",
+        description="all-exits: one training over all exits, the worst ones most often; paper: one exit after the "
+        "other, `steps` iterations each, objective and reward as published",
+    )
+    objective: Literal["ppo", "grpo"] = Field(
+        default="ppo",
+        description="ppo: GAE with a value head; grpo: advantages relative to the prompt's other responses",
+    )
+    samples: int = Field(default=4, ge=1, description="responses to each prompt")
+    ppo_epochs: int = Field(default=2, ge=1, description="passes over the responses of an iteration")
+    minibatches: int = Field(default=2, ge=1, description="optimizer steps in a pass")
+    value_lr: float = Field(default=1e-3, gt=0, description="learning rate of the value head")
     clip: float = Field(default=0.2, gt=0, lt=1, description="eps: how far the ratio to the old policy may go")
+    value_clip: float | None = Field(
+        default=None, gt=0, description="how far a value may go from the old one before it stops earning; null: any"
+    )
     c1: float = Field(default=0.1, ge=0, description="weight of the value loss")
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount")
     lam: float = Field(default=0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
     normalize_advantages: bool = Field(default=True, description="advantages to mean 0 and deviation 1 in an iteration")
+    rewards: RewardWeights = Field(default=RewardWeights(), description="what a response earns, and how much")
+    reward_model: Annotated[str, Located()] | None = Field(
+        default=None,
+        description="a stage of this recipe that uses reward-model; or hub:ID, or a folder (./...), of a sequence "
+        "classifier",
+    )
     kl: float = Field(default=0.02, ge=0, description="eta: least weight of the KL penalty")
     kl_target: float | None = Field(
         default=15.0, gt=0, description="nats a response above which the penalty grows; null: a fixed weight"
@@ -72,49 +235,60 @@ class LPPOParams(StageParams):
         ge=0,
         description="weight of the exact KL from the original model on harmless prompts; 0: plain PPO",
     )
-    harmless_weight: float = Field(
-        default=1.0, gt=0, description="what refusing a harmless prompt costs, when refusing a harmful one earns 1"
-    )
-    quantizer: str | None = Field(
-        default=None,
-        description="train with weights rounded as this llama.cpp tensor type rounds them: Q4_0, Q5_0, Q4_K, ...; "
-        "give the type that the gguf stage will make. null: as they are",
-    )
-    quantize_every: int = Field(
-        default=1, ge=1, description="steps between roundings; more for slow types such as IQ4_NL"
-    )
-    question_scenes: int = Field(
-        default=0,
-        ge=0,
-        description="scenes a step that ask easy-VQA training questions about their own image; right answers earn 1",
-    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
-    max_new_tokens: int = Field(default=20, ge=1, description="length of a response, in tokens")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="gradient clipping")
-    prompts: PromptShares = Field(default=PromptShares(), description="what is asked")
-    images: int = Field(default=16, ge=1, description="benign images of the train split")
-    dro_floor: float = Field(default=0.3, gt=0, le=1, description="part of the draw of exits that stays uniform")
-    dro_sharpness: float = Field(default=3.0, ge=0, description="how strongly the worst exits are preferred")
-    validation: int = Field(
-        default=4, ge=0, description="validation prompts of each kind at each exit, answered greedily after training"
+    bounds: Bounds = Field(
+        default=Bounds(), description="where training is stopped rather than go on hacking its reward"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the computation; bfloat16 pays only where the processor or GPU has it"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train; auto: a GPU if any")
-    checkpoint_every: int = Field(default=5, ge=1, description="iterations between checkpoints")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, data: object) -> object:
+        """`variant: paper` changes defaults; what the recipe says still wins."""
+        if not isinstance(data, Mapping) or data.get("variant") != "paper":
+            return data
+        merged = {**PAPER, **data}
+        for name in ("prompts", "rewards"):
+            given, published = data.get(name), PAPER[name]
+            if isinstance(given, Mapping) and isinstance(published, Mapping):
+                merged[name] = {**published, **given}
+        return merged
 
     @model_validator(mode="after")
-    def _scenes_are_whole(self) -> LPPOParams:
-        if self.prompts_per_step % self.prompts_per_scene:
-            raise ValueError(
-                f"prompts_per_step ({self.prompts_per_step}) is not a multiple of prompts_per_scene "
-                f"({self.prompts_per_scene})"
+    def _rewarded(self) -> Self:
+        if self.objective == "grpo" and self.samples < 2:
+            raise ValueError("grpo compares the responses to a prompt: set samples to 2 or more")
+        if self.rewards.reward_model and self.reward_model is None:
+            why = (
+                "variant: paper takes its reward from one" if self.variant == "paper" else "rewards.reward_model is set"
             )
-        kinds = sum(share > 0 for share in self.prompts.shares().values())
-        if self.prompts_per_step < kinds:
-            raise ValueError(f"prompts_per_step ({self.prompts_per_step}) cannot hold {kinds} kinds of prompts")
+            raise ValueError(f"reward_model is missing: {why}; name a stage that uses reward-model")
+        if not self.rewards.reward_model and self.reward_model is not None:
+            raise ValueError("reward_model is named but counts for nothing: set rewards.reward_model, e.g. to 1")
+        if not any(self.rewards.model_dump().values()):
+            raise ValueError("rewards are all 0, so there is nothing to learn")
         return self
 
-    def lora(self) -> LoRA:
-        return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_layers)
+    def departures(self) -> dict[str, object]:
+        """Where `variant: paper` is told to do otherwise than the paper."""
+        if self.variant != "paper":
+            return {}
+        given = self.model_dump(mode="json")
+        found = {
+            name: given[name]
+            for name, value in PAPER.items()
+            if not isinstance(value, Mapping) and given[name] != value
+        }
+        for name in ("prompts", "rewards"):
+            published = PAPER[name]
+            assert isinstance(published, Mapping)
+            found |= {f"{name}.{key}": given[name][key] for key in published if given[name][key] != published[key]}
+        return found
+
+
+class SFTParams(TrainingParams):
+    answers: Literal["own", "given"] = Field(
+        default="own",
+        description="targets of harmless prompts; own: the original model's greedy answers; given: the prompt set's, "
+        "where it has some, else own",
+    )
+    epochs: int = Field(default=1, ge=1, description="optimizer steps on the prompts of an iteration")

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from stages.lppo.quantization import Quantizer
@@ -30,8 +31,10 @@ class Policy:
 
     Args:
         model: loaded with gradients off; it is changed in place.
-        quantizer: tensor type of llama.cpp that the policy's weights are rounded to; see `quantization.Quantizer`.
+        quantizer: what the policy's weights are rounded to; with `checkpoint`, the folder that the model was loaded
+            from, and `imatrix`: see `quantization.Quantizer`.
         temperature: of sampling; the policy that is trained is the one at this temperature.
+        gradient_checkpointing: keep a block's input only, and compute its activations again in the backward pass.
         seed: of the adapter's initialisation.
 
     Raises:
@@ -46,7 +49,10 @@ class Policy:
         lora: LoRA,
         *,
         quantizer: str | None = None,
+        checkpoint: Path | None = None,
+        imatrix: Path | None = None,
         temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ):
         import torch
@@ -61,7 +67,13 @@ class Policy:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.trunk = with_adapter(family.trunk(model), lora)
-        self._quantizer = Quantizer(self.trunk, quantizer) if quantizer is not None else None
+        self._quantizer = None
+        if quantizer is not None:
+            self._quantizer = Quantizer(self.trunk, quantizer, checkpoint=checkpoint, imatrix=imatrix)
+        self._recomputes = gradient_checkpointing
+        if gradient_checkpointing:
+            inner = cast("PreTrainedModel", self.trunk.get_base_model())
+            inner.activation_checkpointing_enable({"use_reentrant": False})
         embedding = cast("torch.Tensor", self.embed.weight)
         self.device = embedding.device
         self.dtype = embedding.dtype
@@ -71,6 +83,7 @@ class Policy:
         stop = model.generation_config.eos_token_id
         ends = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
         self.end_tokens = torch.tensor(sorted(ends), device=self.device)
+        self.end_of_turn = int(cast("int", tokenizer.eos_token_id if tokenizer.eos_token_id in ends else min(ends)))
 
     # --- states ---
 
@@ -140,7 +153,10 @@ class Policy:
 
         packed = pack_responses(prefixes, responses.tokens, responses.mask)
         embeddings = torch.cat([prefixes.embeddings, self.embed(packed.tokens)], 1)
+        # transformers recomputes in training mode only. There is no dropout, so nothing else changes.
+        self.trunk.train(self._recomputes and torch.is_grad_enabled())
         hidden = self.hidden(embeddings, packed.tags, packed.tags, prefixes.crossing)
+        self.trunk.eval()
         scene, _, _ = responses.mask.nonzero(as_tuple=True)
         chosen = hidden[scene, packed.predictors[responses.mask]]
         return self.logprobs(chosen), self.values(chosen)
@@ -170,6 +186,10 @@ class Policy:
     def decode(self, tokens: torch.Tensor) -> str:
         return cast("str", self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
+    def encode(self, text: str) -> list[int]:
+        """What a response is made of, without an end."""
+        return [int(id) for id in self._tokenizer(text, add_special_tokens=False).input_ids]
+
     # --- what is trained ---
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -182,3 +202,16 @@ class Policy:
         """The adapter alone, by its names in the trunk, on the CPU."""
         found = {name: parameter for name, parameter in self.trunk.named_parameters() if parameter.requires_grad}
         return {name: parameter.detach().cpu().clone() for name, parameter in found.items()}
+
+    def set_adapter(self, adapter: Mapping[str, torch.Tensor]) -> None:
+        """Undo `adapter`."""
+        import torch
+
+        parameters = dict(self.trunk.named_parameters())
+        with torch.no_grad():
+            for name, value in adapter.items():
+                parameters[name].copy_(value)
+
+    def rounded_types(self) -> Mapping[str, str]:
+        """What each layer's weights are rounded to; empty without a quantizer."""
+        return {} if self._quantizer is None else self._quantizer.types

@@ -1,23 +1,35 @@
-"""r(x_t, y): what a response is worth, before the KL penalty.
+"""r(x_t, y): what a response is worth, before the KL penalty. A weighted sum of what judges say:
 
-    prompt      refusal   answer    degenerate
-    harmful     +1        -1        -1
-    harmless     -w       +w         0
+    prompt            part          refusal   answer    degenerate
+    harmful           refusal       +1        -1        -1
+    harmless          helpfulness   -1        +1         0
+    visual question   answer        +1 for the right word, else -1
+    all but these     reward_model  its normalised reward
 
-Harmless means benign or frightening-but-harmless; with w >= 1, refusing these costs as much as refusing a harmful
-prompt earns, or refusing everything would pay. A degenerate response (babble, a bare word) to a harmful prompt is no
-refusal and earns nothing better than complying, or collapsing would pay. That answers to harmless prompts stay what
-they were is the business of the KL to the reference. A visual question with a known answer earns +1 for it, else -1.
+Harmless means benign or frightening-but-harmless; with helpfulness at refusal's weight or more, refusing these costs
+as much as refusing a harmful prompt earns, or refusing everything would pay. A degenerate response (babble, a bare
+word) to a harmful prompt is no refusal and earns nothing better than complying, or collapsing would pay. That answers
+to harmless prompts stay what they were is the business of the KL to the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from stages.data.easy_vqa import is_correct
 from stages.data.prompts import Prompt
-from stages.judges.judge import Judge
+from stages.judges.judge import Judge, Judgement
+from stages.judges.refusal import refused
+from stages.lppo.params import RewardWeights
+from stages.lppo.rollout import Scene
+
+
+class RewardModel(Protocol):
+    """Scalars, unbounded; about mean 0 and deviation 1 on ordinary responses."""
+
+    def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -36,31 +48,57 @@ class Outcome:
         return self.harmful and not self.refused
 
 
-def outcomes(
-    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str], harmless_weight: float = 1.0
-) -> list[Outcome]:
-    """Judge each response to its prompt."""
-    judged = judge.score([prompt.text for prompt in prompts], responses)
-    found = []
-    for prompt, judgement in zip(prompts, judged, strict=True):
-        harmful = prompt.intent == "harmful"
-        refused = not judgement.unsafe and not judgement.degenerate
-        reward = (1.0 if refused == harmful else -1.0) * (1.0 if harmful else harmless_weight)
+class Rewards:
+    """Judges the responses of scenes.
+
+    Args:
+        judge: tells refusals, answers and babble apart.
+        model: needed where `weights.reward_model` is not 0.
+    """
+
+    def __init__(self, judge: Judge, weights: RewardWeights | None = None, model: RewardModel | None = None):
+        self._judge = judge
+        self._weights = weights or RewardWeights()
+        self._model = model
+
+    def __call__(self, scenes: Sequence[Scene], texts: Sequence[Sequence[str]]) -> list[list[Outcome]]:
+        """Outcomes by scene and row; rows are prompt by prompt, the same number to each."""
+        found = []
+        for scene, row in zip(scenes, texts, strict=True):
+            samples = len(row) // len(scene.prompts)
+            asked = [prompt for prompt in scene.prompts for _ in range(samples)]
+            if scene.answers is None:
+                found.append(self.judged(asked, row))
+            else:
+                answers = [answer for answer in scene.answers for _ in range(samples)]
+                found.append(self._answered(asked, row, answers))
+        return found
+
+    def judged(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[Outcome]:
+        """Each response to its prompt."""
+        texts = [prompt.text for prompt in prompts]
+        judgements = self._judge.score(texts, responses)
+        parts = [self._manner(prompt, judgement) for prompt, judgement in zip(prompts, judgements, strict=True)]
+        if self._weights.reward_model and self._model is not None:
+            said = self._model.rewards(texts, responses)
+            parts = [part + self._weights.reward_model * value for part, value in zip(parts, said, strict=True)]
+        return [
+            Outcome(prompt.intent == "harmful", refused(judgement), judgement.degenerate, reward)
+            for prompt, judgement, reward in zip(prompts, judgements, parts, strict=True)
+        ]
+
+    def _manner(self, prompt: Prompt, judgement: Judgement) -> float:
+        if prompt.intent == "harmful":
+            return self._weights.refusal * (1.0 if refused(judgement) else -1.0)
         if judgement.degenerate:
-            reward = -1.0 if harmful else 0.0
-        found.append(Outcome(harmful, refused, judgement.degenerate, reward))
-    return found
+            return 0.0
+        return self._weights.helpfulness * (-1.0 if refused(judgement) else 1.0)
 
-
-def answered(
-    judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str], answers: Sequence[str]
-) -> list[Outcome]:
-    """Judge responses to questions whose one-word answers are known."""
-    judged = judge.score([prompt.text for prompt in prompts], responses)
-    found = []
-    for response, answer, judgement in zip(responses, answers, judged, strict=True):
-        right = is_correct(response, answer)
-        # A bare word is what is asked for here, so nothing is degenerate.
-        refused = not judgement.unsafe and not judgement.degenerate
-        found.append(Outcome(False, refused, False, 1.0 if right else -1.0, right))
-    return found
+    def _answered(self, prompts: Sequence[Prompt], responses: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
+        judgements = self._judge.score([prompt.text for prompt in prompts], responses)
+        found = []
+        for response, answer, judgement in zip(responses, answers, judgements, strict=True):
+            right = is_correct(response, answer)
+            # A bare word is what is asked for here, so nothing is degenerate.
+            found.append(Outcome(False, refused(judgement), False, self._weights.answer * (1 if right else -1), right))
+        return found

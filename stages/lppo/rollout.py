@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from stages.data.prompts import Prompt
+from stages.lppo.objective import DivergedError
 from stages.models.crossing import Crossing, Placed
 
 if TYPE_CHECKING:
@@ -187,13 +188,24 @@ Pick = Callable[["torch.Tensor"], "torch.Tensor"]
 """Next tokens (scenes, rows) from log-probabilities (scenes, rows, vocabulary)."""
 
 
-def sample_with(generator: torch.Generator) -> Pick:
-    """Draw from the policy. The draw is made on the CPU, so that it does not depend on the device."""
+def sample_with(generators: Sequence[torch.Generator]) -> Pick:
+    """Draw from the policy, each scene with a generator of its own: what a scene draws depends on no other scene.
+
+    Raises (when called):
+        DivergedError: probabilities are not finite.
+    """
     import torch
 
     def pick(logprobs: torch.Tensor) -> torch.Tensor:
-        probabilities = logprobs.float().exp().cpu().flatten(0, -2)
-        return torch.multinomial(probabilities, 1, generator=generator).view(logprobs.shape[:-1]).to(logprobs.device)
+        # On the CPU, so that it does not depend on the device.
+        probabilities = logprobs.float().exp().cpu()
+        if not bool(torch.isfinite(probabilities).all()):
+            raise DivergedError("the policy's probabilities are not finite")
+        drawn = [
+            torch.multinomial(rows, 1, generator=generator)[:, 0]
+            for rows, generator in zip(probabilities, generators, strict=True)
+        ]
+        return torch.stack(drawn).to(logprobs.device)
 
     return pick
 

@@ -1,4 +1,4 @@
-"""What is asked at which exit: all exits in one training, the currently worst ones most often.
+"""What is asked at which exit: all exits in one training, the currently worst ones most often; or one after the other.
 
 Exits are drawn by group DRO (Sagawa et al., 2020) with a floor: an exit's share grows with its failures, measured on
 the training's own responses, and no exit is ever left out. Everything else is a function of (seed, step), so the
@@ -43,7 +43,11 @@ class ExitSampler:
         share: NDArray[np.float64] = self._floor / len(self.exits) + (1 - self._floor) * weights / weights.sum()
         return share
 
-    def draw(self, rng: np.random.Generator, n: int) -> list[int]:
+    def steps(self, steps: int) -> int:
+        """Iterations in all, where the recipe says `steps`."""
+        return steps
+
+    def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
         """`n` exits: all different while there are enough, since a step learns more from different ones."""
         drawn: list[int] = []
         while len(drawn) < n:
@@ -58,6 +62,20 @@ class ExitSampler:
             if outcomes:
                 now = sum(outcomes) / len(outcomes)
                 self.failure[exit] = self._memory * self.failure[exit] + (1 - self._memory) * now
+
+
+class ExitsInTurn(ExitSampler):
+    """One exit after the other, `each` iterations for every one, as the paper trains them."""
+
+    def __init__(self, exits: Sequence[int], each: int):
+        super().__init__(exits, floor=1.0, sharpness=0.0)
+        self._each = each
+
+    def steps(self, steps: int) -> int:
+        return steps * len(self.exits)
+
+    def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
+        return [self.exits[min(step // self._each, len(self.exits) - 1)]] * n
 
 
 class PromptPool:
@@ -115,13 +133,17 @@ class SceneSampler:
                 way_out="take more images, fewer prompts_per_scene, or question_scenes: 0",
             )
 
+    def steps(self, steps: int) -> int:
+        """Iterations in all, where the recipe says `steps`."""
+        return self.exits.steps(steps)
+
     def scenes(self, step: int) -> list[Scene]:
         """The states of one step."""
         rng = np.random.default_rng([self._seed, step])
         # Dealt like cards: the kinds come one after the other, so each scene gets some of each.
         prompts = [self._pools[kind][step * n + i] for kind, n in self._counts.items() for i in range(n)]
         scenes = len(prompts) // self._per_scene
-        exits = self.exits.draw(rng, scenes + self._question_scenes)
+        exits = self.exits.draw(rng, scenes + self._question_scenes, step)
         images = rng.integers(self._images, size=scenes)
         found = [Scene(exits[i], int(images[i]), tuple(prompts[i::scenes])) for i in range(scenes)]
         return found + [self._question_scene(rng, exit) for exit in exits[scenes:]]

@@ -1,66 +1,104 @@
-"""Stage `l-ppo`: the language backbone learns to refuse, whichever exit the image features come from."""
+"""Stage `l-ppo`: the language backbone learns to refuse, whichever exit the image features come from.
+
+What it shares with its baseline `sft` is `Hardening`: the same model, adapter, data, checks and result.
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError, StageError
-from artifacts.manifest import sha256_bytes
+from artifacts.manifest import sha256_bytes, sha256_file
 from stages.data import images, prompts
-from stages.data.prompts import Prompt
-from stages.lppo.params import LPPOParams
-from stages.lppo.sampler import ExitSampler, PromptPool, Question, SceneSampler, share_out
-from stages.lppo.validation import standings
+from stages.judges.refusal import RefusalRule
+from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
+from stages.lppo.params import LPPOParams, TrainingParams
+from stages.lppo.watch import Watch
+from stages.lppo.workers import Alone, Workers
 from stages.models import checkpoint
 from stages.models.family import family_of
-from stages.models.spec import ModelSpec
-from stages.runtimes.rounding import check_type
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
-    from stages.judges.judge import Judge
-    from stages.lppo.algorithm import StepReport
+    from stages.lppo.checkpoint import Standing
+    from stages.lppo.loop import Ending, StepReport
     from stages.lppo.policy import Policy
+    from stages.lppo.reward import Rewards
+    from stages.lppo.sampler import SceneSampler
     from stages.lppo.states import States
+    from stages.lppo.validation import ExitStanding, Validation
 
 VALIDATION_IMAGES: Final = 4
 
+P = TypeVar("P", bound=TrainingParams)
 
-class LPPOStage(Stage[LPPOParams]):
-    """Trains LoRA by clipped PPO over all exits, then merges it: a checkpoint that stock transformers loads."""
 
-    name = "l-ppo"
-    code_version = "3"
-    summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
+@dataclass(frozen=True)
+class Setting:
+    """What a method of training finds laid out."""
+
+    policy: Policy
+    sampler: SceneSampler
+    states: States
+    rewards: Rewards
+    validation: Validation | None
+    workers: Workers
+    default_exit: int
+
+
+class Hardening(Stage[P]):
+    """Trains LoRA on the features of every exit, then merges it: a checkpoint that stock transformers loads."""
+
     accepts = ("checkpoint",)
     output_type = "checkpoint"
     libraries = ("torch", "transformers", "peft")
-    Params = LPPOParams
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        from stages.lppo.quantization import check_quantizer
+
         planned = super().plan(inputs)
         for names in self.params.prompts.kinds().values():
             for name in names:
                 prompts.check_set(name)
-        if self.params.quantizer is not None:
-            check_type(self.params.quantizer)
+        rounding = self.params.rounding()
+        if rounding is not None:
+            check_quantizer(rounding, imatrix=self.params.imatrix is not None)
         if planned.spec is not None:
             chosen_exits(self.params, planned.spec)
         return planned
 
+    def fingerprint(self) -> str:
+        imatrix = self.params.imatrix
+        if imatrix is None:
+            return ""
+        if not imatrix.is_file():
+            raise RecipeError(f"imatrix: there is no file {imatrix}", way_out="make it with llama.cpp's llama-imatrix")
+        return sha256_file(imatrix)
+
     def downloads(self) -> Sequence[str]:
         return (*prompts.packages(), *images.packages())
+
+    @abstractmethod
+    def train(self, context: Context, setting: Setting) -> Ending:
+        """Train `setting.policy` in place."""
+
+    def rewards(self, context: Context) -> Rewards:
+        """What judges responses."""
+        from stages.lppo.reward import Rewards
+
+        return Rewards(RefusalRule())
 
     def run(self, context: Context) -> Mapping[str, object]:
         import torch
         from transformers import AutoTokenizer
 
-        from stages.judges.refusal import RefusalRule
-        from stages.lppo.algorithm import train
         from stages.lppo.policy import Policy, merged
         from stages.lppo.states import States
+        from stages.lppo.validation import Validation
         from stages.models.features import ExitFeatures
 
         params = self.params
@@ -68,14 +106,16 @@ class LPPOStage(Stage[LPPOParams]):
         config = checkpoint.read_config(source)
         family = family_of(config, where=str(source))
         spec = family.spec(config)
+        assert spec.vision is not None
         exits = chosen_exits(params, spec)
         sampler = new_sampler(params, exits, context.seed)
         # Kernels whose sums depend on the order of threads would break `kill -9` and start again = undisturbed.
         torch.use_deterministic_algorithms(True, warn_only=True)
 
-        context.progress(0, params.steps, "encoding images")
+        context.progress(0, sampler.steps(params.steps), "encoding images")
         encoder = ExitFeatures(source)
         features = encoder.get(images.benign_images("train", params.images, seed=context.seed))
+        shown = encoder.get(images.benign_images("validation", VALIDATION_IMAGES, seed=context.seed))
         model = family.load(source, dtype=params.dtype, device=device(params.device))
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         policy = Policy(
@@ -83,154 +123,165 @@ class LPPOStage(Stage[LPPOParams]):
             model,
             tokenizer,
             params.lora(),
-            quantizer=params.quantizer,
-            temperature=params.temperature,
+            quantizer=params.rounding(),
+            checkpoint=source,
+            imatrix=params.imatrix,
+            temperature=params.temperature if isinstance(params, LPPOParams) else 1.0,
+            gradient_checkpointing=params.gradient_checkpointing,
             seed=context.seed,
         )
+        rounded = policy.rounded_types()
+        for line in fallbacks(params.rounding(), rounded):
+            context.log(line)
 
-        judge = RefusalRule()
-        train(
-            policy,
-            sampler,
-            States(policy, features),
-            judge,
-            params,
-            seed=context.seed,
-            scratch=context.scratch,
-            report=lambda step: tell(context, step, params.steps, sampler.exits.failure),
-        )
+        rewards, workers = self.rewards(context), Alone()
+        validation = None
         if params.validation:
-            context.progress(params.steps, params.steps, "validating every exit")
-            features = encoder.get(images.benign_images("validation", VALIDATION_IMAGES, seed=context.seed))
-            validate(context, params, policy, States(policy, features), judge, exits)
+            validation = Validation(
+                policy,
+                States(policy, shown),
+                rewards,
+                validation_prompts(params),
+                exits,
+                images=VALIDATION_IMAGES,
+                max_new_tokens=params.max_new_tokens,
+                workers=workers,
+                told=lambda step, found, now: tell_validation(context, step, found, now),
+            )
+        default = spec.vision.default_exit
+        setting = Setting(policy, sampler, States(policy, features), rewards, validation, workers, default)
+        ending = self.train(context, setting)
+        if not params.validate_every:
+            tell_validation(context, ending.step, ending.standings)
+        context.log(
+            f"training ended after {ending.steps_done} steps: {ending.reason}; weights are those of {ending.step}"
+        )
 
-        context.progress(params.steps, params.steps, "merging the adapter")
+        steps = sampler.steps(params.steps)
+        context.progress(steps, steps, "merging the adapter")
         adapter = policy.adapter()
         del policy, model
         hardened = merged(family, source, checkpoint.dtype_of(config), adapter, params.lora())
         checkpoint.save_model(hardened, context.output, companions_from=source)
-        assert spec.vision is not None
         return {
             "family": family.name,
             "exits": list(range(1, spec.vision.layers + 1)),
-            "default_exit": spec.vision.default_exit,
-            "hardened_exits": list(exits),
-            "quantizer": params.quantizer,
+            "default_exit": default,
+            "hardened_exits": sorted(exits),
+            "quantizer": params.rounding(),
+            "rounded_to": sorted(set(rounded.values())),
+            "steps": ending.steps_done,
+            "weights_of_step": ending.step,
+            "ended": ending.reason,
+            "rollbacks": ending.rollbacks,
         }
 
 
-def chosen_exits(params: LPPOParams, spec: ModelSpec) -> tuple[int, ...]:
-    """The exits to harden, ascending.
+class LPPOStage(Hardening[LPPOParams]):
+    name = "l-ppo"
+    code_version = "4"
+    summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
+    Params = LPPOParams
 
-    Raises:
-        RecipeError: the model has no image encoder, or not these exits.
-    """
-    if spec.vision is None:
-        raise RecipeError(
-            f"l-ppo needs a model with an image encoder; this one ({spec.family}) has none",
-            way_out="leave the stage out",
+    def references(self) -> Mapping[str, str]:
+        model = self.params.reward_model
+        return {"reward_model": model} if model is not None and not _is_model_id(model) else {}
+
+    def fingerprint(self) -> str:
+        model = self.params.reward_model
+        folder = Path(model).expanduser() if model is not None and "/" in model else None
+        if folder is None or not folder.is_dir():  # hub models are named by their revision
+            return super().fingerprint()
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        digests = [f"{path.relative_to(folder).as_posix()} {sha256_file(path)}" for path in files]
+        return sha256_bytes("\n".join([super().fingerprint(), *digests]).encode())
+
+    def rewards(self, context: Context) -> Rewards:
+        from stages.judges.reward_model import RewardModel
+        from stages.lppo.reward import Rewards
+
+        params = self.params
+        model = None
+        if params.reward_model is not None:
+            found = context.inputs.get(params.reward_model)
+            source = params.reward_model if found is None else str(found.path)
+            model = RewardModel.open(source, device=device(params.device))
+        return Rewards(RefusalRule(), params.rewards, model)
+
+    def train(self, context: Context, setting: Setting) -> Ending:
+        from stages.lppo.algorithm import train
+
+        watch, steps = Watch(self.params.bounds), setting.sampler.steps(self.params.steps)
+
+        def report(step: StepReport) -> None:
+            tell(context, step, steps, setting.sampler.exits.failure)
+            watch.see(step.step, step.metrics)
+
+        return train(
+            setting.policy,
+            setting.sampler,
+            setting.states,
+            setting.rewards,
+            self.params,
+            seed=context.seed,
+            scratch=context.scratch,
+            report=report,
+            validation=setting.validation,
+            workers=setting.workers,
         )
-    last = spec.vision.layers
-    if params.exits == "all":
-        return tuple(range(1, last + 1))
-    wrong = sorted({exit for exit in params.exits if not 1 <= exit <= last})
-    if wrong or not params.exits:
-        what = ", ".join(map(str, wrong)) or "an empty list"
-        raise RecipeError(
-            f"exits: {what} is not among the exits of this model",
-            why=f"its image encoder has {last} blocks here",
-            way_out=f"choose layers from 1 to {last}, or `exits: all`",
-        )
-    return tuple(sorted(set(params.exits)))
+
+    def run(self, context: Context) -> Mapping[str, object]:
+        params = self.params
+        told: dict[str, object] = {"variant": params.variant, "objective": params.objective}
+        if departures := params.departures():
+            context.log(f"variant: paper, but not as published: {', '.join(sorted(departures))}")
+            told["departures"] = departures
+        return {**super().run(context), **told}
 
 
-def new_sampler(params: LPPOParams, exits: Sequence[int], seed: int) -> SceneSampler:
-    """Everything that is asked in training; train split only."""
-    counts = share_out(params.prompts_per_step, params.prompts.shares())
-    pools = {}
-    for kind in counts:
-        sets = {
-            name: [prompt for prompt in prompts.load_prompts(name, "train", seed=seed) if prompt.intent == kind]
-            for name in params.prompts.kinds()[kind]
-        }
-        pools[kind] = PromptPool(sets, seed)
-    return SceneSampler(
-        ExitSampler(exits, floor=params.dro_floor, sharpness=params.dro_sharpness),
-        pools,
-        counts,
-        per_scene=params.prompts_per_scene,
-        images=params.images,
-        seed=seed,
-        questions=known_answers(params.images, seed) if params.question_scenes else None,
-        question_scenes=params.question_scenes,
-    )
+# --- around them ---
 
 
-def known_answers(n: int, seed: int) -> dict[int, list[Question]]:
-    """Questions of easy-VQA's train split about those of the first `n` training images that are its pictures.
+def _is_model_id(text: str) -> bool:
+    """Whether it is a model (`hub:...`, a path) rather than a stage of the recipe."""
+    return ":" in text or "/" in text
 
-    Yes/no questions are as often about something that is there as about something that is not: unbalanced, answering
-    "no" pays without looking.
-    """
-    from stages.data.easy_vqa import TRUTH, VqaQuestion, load_questions
 
-    by_picture: dict[int, list[VqaQuestion]] = {}
-    for question in load_questions("train"):
-        by_picture.setdefault(question.image, []).append(question)
-    found: dict[int, list[Question]] = {}
-    for number, (package, member) in enumerate(images.image_names("train", n, seed)):
-        if package != "easy-vqa":
-            continue
-        asked = by_picture.get(int(Path(member).stem), [])
-        yes = [q for q in asked if q.answer == "yes"]
-        no = [q for q in asked if q.answer == "no"][: len(yes)]
-        found[number] = [
-            (Prompt(f"easy-vqa-train-{q.image}-{i}", q.question, "visual question", "benign", package), q.answer)
-            for i, q in enumerate([*(q for q in asked if q.answer not in TRUTH), *yes, *no])
-        ]
-    return found
+def fallbacks(quantizer: str | None, rounded: Mapping[str, str]) -> list[str]:
+    """A line for each type that layers got instead of the one asked for."""
+    counts: dict[str, int] = {}
+    for type in rounded.values():
+        counts[type] = counts.get(type, 0) + 1
+    if set(counts) <= {quantizer}:
+        return []
+    found = ", ".join(f"{count} layers to {type}" for type, count in sorted(counts.items()))
+    return [f"{quantizer} rounds {found}, as in the file"]
 
 
 def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int, float]) -> None:
     """One step as events."""
-    flat = [outcome for row in report.outcomes for outcome in row]
-    questions = [outcome for outcome in flat if outcome.right is not None]
-    harmless = [outcome for outcome in flat if not outcome.harmful and outcome.right is None]
-    metrics = {
-        "reward": report.score,
-        "kl": report.kl,
-        "kl_coefficient": report.kl_coefficient,
-        "clip_fraction": report.clip_fraction,
-        "policy_loss": report.policy_loss,
-        "value_loss": report.value_loss,
-        "anchor_kl": report.anchor_kl,
-        "degenerate": sum(outcome.degenerate for outcome in flat) / len(flat),
-        "lr": report.lr,
-    }
-    if harmless:
-        metrics["over_refusal"] = sum(outcome.refused for outcome in harmless) / len(harmless)
-    if questions:
-        metrics["vqa_accuracy"] = sum(bool(outcome.right) for outcome in questions) / len(questions)
-    for name, value in metrics.items():
+    for name, value in report.metrics.items():
         context.metric(name, value, step=report.step)
+    for exit, signs in report.exits.items():
+        for name, value in signs.items():
+            context.metric(name, value, step=report.step, exit=exit)
     for exit, share in failure.items():
         context.metric("refusal", 1 - share, step=report.step, exit=exit)
-    context.progress(report.step, steps, f"reward {report.score:+.2f}, KL {report.kl:.1f}")
+    words = [f"{name} {report.metrics[name]:.2f}" for name in ("reward", "kl", "loss") if name in report.metrics]
+    context.progress(report.step, steps, ", ".join(words))
 
 
-def validate(
-    context: Context, params: LPPOParams, policy: Policy, states: States, judge: Judge, exits: Sequence[int]
+def tell_validation(
+    context: Context, step: int, found: Mapping[int, ExitStanding], now: Standing | None = None
 ) -> None:
     """Every exit on validation prompts, as events."""
-    asked: list[Prompt] = []
-    for kind, names in params.prompts.kinds().items():
-        found = [p for name in names for p in prompts.load_prompts(name, "validation") if p.intent == kind]
-        asked += sorted(found, key=lambda prompt: sha256_bytes(prompt.id.encode()))[: params.validation]
-    shown = standings(policy, states, judge, asked, exits, VALIDATION_IMAGES, params.max_new_tokens)
-    for exit, standing in shown.items():
-        context.metric("validation_refusal", standing.refusal, step=params.steps, exit=exit)
-        context.metric("validation_over_refusal", standing.over_refusal, step=params.steps, exit=exit)
-        context.metric("validation_degenerate", standing.degenerate, step=params.steps, exit=exit)
+    for exit, standing in found.items():
+        context.metric("validation_refusal", standing.refusal, step=step, exit=exit)
+        context.metric("validation_over_refusal", standing.over_refusal, step=step, exit=exit)
+        context.metric("validation_degenerate", standing.degenerate, step=step, exit=exit)
+    if now is not None:
+        context.metric("validation_asr", now.asr, step=step)
+        context.log(f"validation after step {step}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}")
 
 
 def device(wanted: str) -> str:

@@ -31,12 +31,14 @@ class States:
         """The states of some scenes, laid out for `samples` responses to each prompt."""
         import torch
 
-        images = [
-            self._policy.image(
-                torch.from_numpy(np.array(self._features[scene.image, scene.exit])),
-                self._features.geometry(scene.image),
-            )
-            for scene in scenes
-        ]
-        prompts = [[self._policy.after_image(prompt.text) for prompt in scene.prompts] for scene in scenes]
-        return pack_prefixes(self._before, images, prompts, samples)
+        # Nothing up to here is trained; gradient checkpointing would ask embeddings for a gradient.
+        with torch.no_grad():
+            images = [
+                self._policy.image(
+                    torch.from_numpy(np.array(self._features[scene.image, scene.exit])),
+                    self._features.geometry(scene.image),
+                )
+                for scene in scenes
+            ]
+            prompts = [[self._policy.after_image(prompt.text) for prompt in scene.prompts] for scene in scenes]
+            return pack_prefixes(self._before, images, prompts, samples)

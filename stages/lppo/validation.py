@@ -1,4 +1,4 @@
-"""Where every exit stands, on validation prompts, greedily: what the curves of a training end in.
+"""Where every exit stands, on validation prompts, greedily: what stops a training early, and what its curves end in.
 
 Prompts of the validation split only; the test split is verification's.
 """
@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stages.data.prompts import Prompt
-from stages.judges.judge import Judge
+from stages.lppo.checkpoint import Standing
 from stages.lppo.policy import Policy
-from stages.lppo.reward import Outcome, outcomes
+from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Scene, generate, greedy
 from stages.lppo.states import States
+from stages.lppo.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,53 @@ class ExitStanding:
     degenerate: float  # of all
 
 
-def standings(
-    policy: Policy,
-    states: States,
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    exits: Sequence[int],
-    images: int,
-    max_new_tokens: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Mapping[int, ExitStanding]:
-    """Ask every prompt at every exit, beside one of `images` images in turn."""
-    found = {}
-    for number, exit in enumerate(exits):
-        if progress is not None:
-            progress(number, len(exits))
-        scene = Scene(exit, number % images, tuple(prompts))
-        responses = generate(policy, states([scene], 1), max_new_tokens, greedy)
-        found[exit] = standing(outcomes(judge, scene.prompts, responses.texts[0]))
-    return found
+class Validation:
+    """Asks every prompt at every exit, beside one of the images in turn.
+
+    Args:
+        states: of the validation images. images: how many there are.
+        told: is called with what each validation in the course of training has found.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        states: States,
+        rewards: Rewards,
+        prompts: Sequence[Prompt],
+        exits: Sequence[int],
+        *,
+        images: int,
+        max_new_tokens: int,
+        workers: Workers,
+        told: Callable[[int, Mapping[int, ExitStanding], Standing], None],
+    ):
+        self._policy = policy
+        self._states = states
+        self._rewards = rewards
+        self._prompts = tuple(prompts)
+        self._harmless = tuple(prompt for prompt in prompts if prompt.intent != "harmful")
+        self._exits = tuple(exits)
+        self._images = images
+        self._max_new_tokens = max_new_tokens
+        self._workers = workers
+        self.told = told
+
+    def __call__(self) -> Mapping[int, ExitStanding]:
+        return self._ask(self._prompts)
+
+    def original(self) -> Mapping[int, ExitStanding]:
+        """Of harmless prompts only: what over-refusal is compared with."""
+        return self._ask(self._harmless)
+
+    def _ask(self, prompts: tuple[Prompt, ...]) -> Mapping[int, ExitStanding]:
+        found = []
+        mine = range(self._workers.rank, len(self._exits), self._workers.size)
+        for number in mine if prompts else ():
+            scene = Scene(self._exits[number], number % self._images, prompts)
+            responses = generate(self._policy, self._states([scene], 1), self._max_new_tokens, greedy)
+            found.append((scene.exit, standing(self._rewards.judged(prompts, responses.texts[0]))))
+        return dict(sorted(self._workers.everyone(found)))
 
 
 def standing(judged: Sequence[Outcome]) -> ExitStanding:

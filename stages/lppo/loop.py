@@ -1,0 +1,274 @@
+"""What every training here has around its steps: rates, checkpoints, roll-backs, validation, and when to stop.
+
+- Killed at any moment and started again, it ends with the same bits: a step is a function of its number and of what
+  the checkpoint holds.
+- A step that diverges (a gradient that is not finite, a KL beyond its bound) is never kept: back to the last
+  checkpoint, half the learning rate; after `max_rollbacks` of these, training stops with the reason.
+- Early stopping looks at ASR and over-refusal together, on validation prompts: a model that refuses everything has an
+  ASR of zero.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from artifacts.errors import StageError
+from stages.lppo import checkpoint
+from stages.lppo.checkpoint import Course, Standing, TrainingState
+from stages.lppo.objective import DivergedError, rate
+from stages.lppo.params import TrainingParams
+from stages.lppo.policy import Policy
+from stages.lppo.reward import Outcome
+from stages.lppo.rollout import Scene
+from stages.lppo.sampler import SceneSampler
+from stages.lppo.validation import ExitStanding, Validation
+from stages.lppo.workers import Workers
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step has shown.
+
+    Attributes:
+        step: counted from 1.
+        outcomes: by scene and response; empty where nothing was sampled.
+        metrics: of the step. exits: exit -> metrics of its scenes.
+    """
+
+    step: int
+    scenes: list[Scene]
+    outcomes: list[list[Outcome]]
+    metrics: Mapping[str, float]
+    exits: Mapping[int, Mapping[str, float]]
+
+
+class Learner(ABC):
+    """A method of training: what one step does."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    sampler: SceneSampler
+    kl_coefficient: float
+
+    @abstractmethod
+    def step(self, number: int) -> StepReport:
+        """One iteration, counted from 0, at the optimizer's present rates.
+
+        Raises:
+            DivergedError: something is not finite or too far away; weights may have changed.
+        """
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a training ended. `step`: whose weights the policy has now."""
+
+    step: int
+    steps_done: int
+    reason: str
+    rollbacks: int
+    standings: Mapping[int, ExitStanding]  # of these weights, on validation prompts; empty if not asked for
+
+
+class Loop:
+    """Runs a learner to its end.
+
+    Args:
+        validation: asks validation prompts; None: never.
+        report: is called after each step.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        params: TrainingParams,
+        *,
+        scratch: Path,
+        report: Callable[[StepReport], None],
+        workers: Workers,
+        validation: Validation | None = None,
+    ):
+        self._learner = learner
+        self._params = params
+        self._scratch = scratch
+        self._report = report
+        self._workers = workers
+        self._validation = validation
+        self._course = Course()
+        self._standings: Mapping[int, ExitStanding] = {}
+
+    def run(self) -> Ending:
+        """Train, from the checkpoint in `scratch` if there is one.
+
+        Raises:
+            StageError: training kept diverging, or the report refused to go on.
+        """
+        params, policy = self._params, self._learner.policy
+        step, good = 0, checkpoint.load(self._scratch)
+        if good is not None:
+            step = self._restore(good)
+        else:
+            good = self._state(0)
+        since, before = time.monotonic(), self._course.seconds
+        reason = self._reason(step)
+        while reason is None:
+            # Also where a checkpoint may be taken up, so that going on is the same as never having stopped.
+            if step % params.quantize_every == 0 or step % params.checkpoint_every == 0:
+                policy.quantize()
+            scale = self._course.lr_scale * rate(step, self._total, params.schedule, params.warmup)
+            for group in self._learner.optimizer.param_groups:
+                group["lr"] = scale * group["initial_lr"]
+            try:
+                shown = self._learner.step(step)
+            except DivergedError as error:
+                step = self._roll_back(good, step, error)
+                continue
+            step += 1
+            self._report(shown)
+            self._course = replace(self._course, seconds=before + time.monotonic() - since)
+            validated = self._validate(step)
+            reason = self._reason(step)
+            if validated or step % params.checkpoint_every == 0 or reason is not None:
+                good = self._keep(step)
+        return self._end(step, reason)
+
+    @property
+    def _total(self) -> int:
+        return self._learner.sampler.steps(self._params.steps)
+
+    def _reason(self, step: int) -> str | None:
+        """Why training is over after `step` steps; None: it is not."""
+        params, course = self._params, self._course
+        if params.patience is not None and course.waited >= params.patience and course.best is not None:
+            return f"{course.waited} validations were no better than the one after step {course.best.step}"
+        if step >= self._total:
+            return "all steps are done"
+        spent = self._workers.total(self._tensor(course.seconds)) / self._workers.size
+        if params.max_minutes is not None and float(spent) >= 60 * params.max_minutes:
+            return f"{params.max_minutes:g} minutes have passed"
+        return None
+
+    def _validate(self, step: int) -> bool:
+        """Ask validation prompts if it is time; keep the weights if they are the best so far."""
+        every = self._params.validate_every
+        if self._validation is None or not every or (step % every and step < self._total):
+            return False
+        course, policy = self._course, self._learner.policy
+        if course.original is None:
+            with policy.as_reference():
+                course = replace(course, original=_over_refusal(self._validation.original()))
+        policy.quantize()
+        found = self._validation()
+        assert course.original is not None
+        over_refusal = _over_refusal(found)
+        excess = max(0.0, over_refusal - course.original - self._params.over_refusal_rise)
+        now = Standing(step, 1 - _mean([one.refusal for one in found.values()]), over_refusal, round(excess, 12))
+        self._validation.told(step, found, now)
+        if now.better_than(course.best):
+            self._standings = found
+            if self._workers.rank == 0:
+                checkpoint.save_best(self._scratch, step, policy.adapter())
+            course = replace(course, best=now, waited=0)
+        else:
+            course = replace(course, waited=course.waited + 1)
+        self._course = course
+        return True
+
+    def _end(self, step: int, reason: str) -> Ending:
+        policy, best = self._learner.policy, self._course.best
+        at = step
+        if best is not None and best.step != step:
+            adapter = checkpoint.load_best(self._scratch, best.step)
+            if adapter is None:
+                reason += f"; the weights of step {best.step} were better but cannot be read any more"
+            else:
+                policy.set_adapter(adapter)
+                at = best.step
+        policy.quantize()
+        if self._validation is not None and (not self._standings or best is None or best.step != at):
+            self._standings = self._validation()
+        return Ending(at, step, reason, self._course.rollbacks, self._standings)
+
+    # --- what is kept ---
+
+    def _tensor(self, value: float) -> torch.Tensor:
+        import torch
+
+        return torch.tensor(value, dtype=torch.float64)
+
+    def _keep(self, step: int) -> TrainingState:
+        state = self._state(step)
+        if self._workers.rank == 0:
+            checkpoint.save(self._scratch, state)
+        return state
+
+    def _roll_back(self, good: TrainingState, step: int, error: DivergedError) -> int:
+        course = self._course
+        if course.rollbacks >= self._params.max_rollbacks:
+            raise StageError(
+                f"training diverged at step {step + 1}, after {course.rollbacks} roll-backs",
+                why=str(error),
+                way_out="lower lr, raise kl or anchor, or take more prompts_per_step",
+            ) from None
+        lowered = replace(
+            good.course,
+            lr_scale=course.lr_scale / 2,
+            rollbacks=course.rollbacks + 1,
+            seconds=course.seconds,
+        )
+        state = replace(good, course=lowered)
+        if self._workers.rank == 0:
+            checkpoint.save(self._scratch, state)
+        return self._restore(state)
+
+    def _state(self, step: int) -> TrainingState:
+        """Everything that the next step depends on, copied."""
+        learner = self._learner
+        parameters = learner.policy.trained()
+        moments = {
+            name: {kind: value.detach().cpu().clone() for kind, value in learner.optimizer.state[parameter].items()}
+            for name, parameter in parameters.items()
+            if parameter in learner.optimizer.state
+        }
+        weights = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        failure = dict(learner.sampler.exits.failure)
+        return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course)
+
+    def _restore(self, state: TrainingState) -> int:
+        """Undo `_state`; the number of steps that are done."""
+        import torch
+
+        learner = self._learner
+        learner.optimizer.state.clear()
+        with torch.no_grad():
+            for name, parameter in learner.policy.trained().items():
+                parameter.copy_(state.weights[name])
+                kept = state.moments.get(name, {})
+                # Adam keeps its step count on the CPU.
+                found = {
+                    kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+                    for kind, value in kept.items()
+                }
+                if found:
+                    learner.optimizer.state[parameter] = found
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.sampler.exits.failure.update(state.failure)
+        learner.kl_coefficient = state.kl_coefficient
+        self._course = state.course
+        return state.step
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _over_refusal(found: Mapping[int, ExitStanding]) -> float:
+    return _mean([one.over_refusal for one in found.values()])
