@@ -52,6 +52,9 @@ def _fetch(source: str, report: Report) -> Fetched:
         from stages.data import hub
 
         report(source, 0, 0)
+        if "!" in rest:
+            path = hub.DataFile.parse(source).fetch()
+            return Fetched(source, str(path), path.stat().st_size)
         folder = hub.fetch(*hub.parse(source))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return Fetched(source, str(folder), size)

@@ -15,7 +15,7 @@ from pipeline.device import budget_problem
 from pipeline.explain import explain, nearest
 from pipeline.recipe import SOURCE_ID, Recipe, StageEntry
 from pipeline.yaml_source import Place
-from stages.stage import Planned, Stage, StageParams, stage_class, stage_names
+from stages.stage import Located, Planned, Stage, StageParams, stage_class, stage_names
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,33 @@ def _stage(recipe: Recipe, id: str, entry: StageEntry) -> Stage[StageParams]:
 def _located(recipe: Recipe, model: type[StageParams], key: str, value: object, place: Place) -> object:
     """A path parameter, made absolute from the folder of the file in which it is written."""
     field = next((f for name, f in model.model_fields.items() if key in (name, f.alias)), None)
-    is_path = field is not None and isinstance(value, str) and _mentions_path(field.annotation)
-    is_local = isinstance(value, str) and place == ("source", "model") and value.startswith(("./", "../", "~/"))
-    if not (is_path or is_local):
+    if field is None:
         return value
-    assert isinstance(value, str)
     file = Path(recipe.mark(place).file)
     base = file.parent if recipe.mark(place).line else Path.cwd()
-    located = (base / Path(value).expanduser()).resolve()
-    return located if is_path else str(located)
+    if isinstance(value, str) and _mentions_path(field.annotation):
+        return (base / Path(value).expanduser()).resolve()
+    if not any(isinstance(mark, Located) for mark in (*field.metadata, *_marks(field.annotation))):
+        return value
+    if isinstance(value, list):
+        return [_absolute(item, base) for item in value]
+    return _absolute(value, base)
+
+
+def _absolute(value: object, base: Path) -> object:
+    if isinstance(value, str) and value.startswith(("./", "../", "~/")):
+        return str((base / Path(value).expanduser()).resolve())
+    return value
 
 
 def _mentions_path(annotation: Any) -> bool:
     return annotation is Path or any(_mentions_path(part) for part in get_args(annotation))
+
+
+def _marks(annotation: Any) -> list[object]:
+    """What `Annotated` says anywhere in a type."""
+    own = getattr(annotation, "__metadata__", ())
+    return [*own, *(mark for part in get_args(annotation) for mark in _marks(part))]
 
 
 def _references(recipe: Recipe, id: str, stage: Stage[StageParams], stages: Mapping[str, object]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -19,7 +19,7 @@ from stages.models.family import family_of
 from stages.models.smol_llava import SOURCES, assemble, smol_llava_spec
 from stages.models.spec import ModelSpec
 from stages.models.tiny import build_tiny_llava, tiny_llava_spec
-from stages.stage import Context, Planned, Stage, StageParams
+from stages.stage import Context, Located, Planned, Stage, StageParams
 
 Kind = Literal["demo", "folder", "hub"]
 
@@ -41,7 +41,7 @@ _DEMOS: Final[Mapping[str, _Demo]] = {
 
 
 class SourceParams(StageParams):
-    model: str = Field(
+    model: Annotated[str, Located()] = Field(
         description="demo:smol-llava, a folder (./NAME or absolute), or a Hugging Face id (ORG/NAME or hub:ORG/NAME)"
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hugging Face id; pin a commit")

@@ -164,6 +164,7 @@ _BUILT_IN: Mapping[str, str] = {
     "source": "stages.source:SourceStage",
     "early-exit": "stages.early_exit:EarlyExitStage",
     "prune": "stages.prune.stage:PruneStage",
+    "reward-model": "stages.reward_model.stage:RewardModelStage",
     "l-ppo": "stages.lppo.stage:LPPOStage",
     "sft": "stages.lppo.sft:SFTStage",
     "gguf": "stages.quantize.gguf:GGUFStage",

