@@ -37,7 +37,7 @@ def content_key(
     Args:
         stage: the stage with its parameters.
         inputs: stage id -> artifact digest, in the order in which the stage sees them.
-        seed: of the recipe.
+        seed: of the stage.
         device: the device profile's numbers; counted only if the stage reads them.
     """
     named = type(stage).many or bool(stage.references())
@@ -104,7 +104,7 @@ def cached_artifacts(graph: Graph, store: Store) -> dict[str, Artifact]:
         if not all(stage_id in found for stage_id in node.inputs):
             continue
         digests = {stage_id: found[stage_id].digest for stage_id in node.inputs}
-        key = content_key(node.stage, digests, seed=graph.recipe.seed, device=device_numbers(graph))
+        key = content_key(node.stage, digests, seed=graph.recipe.seed_of(node.id), device=device_numbers(graph))
         artifact = store.peek(key)
         if artifact is not None:
             found[node.id] = artifact

@@ -26,6 +26,11 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+MatrixExpression = Annotated[str, Field(pattern=r"^\$\{\{ *matrix\..*\}\}$")]
+"""What stands for a value until the matrix is written out."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,6 +43,7 @@ class StageEntry(_Part):
         default=(SOURCE_ID,), min_length=1, description="Ids of the stages whose artifacts it takes; default: source."
     )
     with_: dict[str, object] = Field(default_factory=dict, alias="with", description="The stage's parameters.")
+    seed: Seed | MatrixExpression | None = Field(default=None, description="Its own seed; default: the recipe's.")
     matrix: dict[str, list[bool | int | float | str]] | None = Field(
         default=None, description="Axes; the stage is run once for each combination, `${{ matrix.AXIS }}` in `with`."
     )
@@ -110,7 +116,7 @@ class Recipe(_Part):
     )
     gates: Gates = Field(default=Gates(), description="Conditions for publishing.")
     publish: Publish | None = Field(default=None, description="Where to publish; nowhere when absent.")
-    seed: int = Field(default=0, ge=0, lt=1 << 32, description="Seed of every stage.")
+    seed: Seed = Field(default=0, description="Seed of every stage that has none of its own.")
     include: str | list[str] | None = Field(
         default=None, description="Recipes to start from; what is written here wins. Paths are relative to this file."
     )
@@ -135,6 +141,12 @@ class Recipe(_Part):
     def path(self) -> Path:
         """The file that the recipe was read from."""
         return self._path
+
+    def seed_of(self, stage_id: str) -> int:
+        """A stage's seed: its own, or the recipe's."""
+        entry = self.stages.get(stage_id)
+        own = entry.seed if entry is not None else None
+        return own if isinstance(own, int) else self.seed
 
     def where(self, *place: str | int) -> str:
         """`file:line` of a place such as ("stages", "exit", "with", "layer"), or of its nearest written parent."""

@@ -205,7 +205,7 @@ class _Run:
         started = time.time()
         inputs = {name: self._artifacts[name] for name in node.inputs}
         digests = {name: artifact.digest for name, artifact in inputs.items()}
-        seed, device = self._graph.recipe.seed, device_numbers(self._graph)
+        seed, device = self._graph.recipe.seed_of(node.id), device_numbers(self._graph)
         key = content_key(node.stage, digests, seed=seed, device=device)
 
         def say(damage: Damage) -> None:

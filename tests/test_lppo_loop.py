@@ -149,6 +149,13 @@ def test_training_ends_when_its_minutes_have_passed(policy: Policy, features: Fe
     assert state is not None and state.course.seconds >= 1.2
 
 
+def test_the_rate_rises_over_the_warmup_and_then_falls(policy: Policy, features: Features, tmp_path: Path) -> None:
+    rates: list[float] = []
+    given = setting.params(5, warmup=1, lr=1e-3)
+    setting.run(policy, features, given, tmp_path, lambda step: rates.append(step.metrics["lr"]))
+    assert rates == pytest.approx([0.5e-3, 0.775e-3, 0.55e-3, 0.325e-3, 0.1e-3])
+
+
 def test_gradient_checkpointing_changes_memory_and_not_the_result(
     tiny_llava: Path, features: Features, tmp_path: Path
 ) -> None:

@@ -97,13 +97,8 @@ def test_the_kl_estimate_is_unbiased_and_never_negative(a: list[float], b: list[
 @pytest.mark.parametrize(
     ("schedule", "middle", "last"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1, 1)]
 )
-def test_the_rate_rises_and_then_falls_to_a_tenth(schedule: str, middle: float, last: float) -> None:
-    assert rate(0, 11, schedule) == pytest.approx(1)
-    assert rate(5, 11, schedule) == pytest.approx(middle)
-    assert rate(10, 11, schedule) == pytest.approx(last)
-    assert rate(0, 11, schedule, warmup=3) == pytest.approx(0.25)
-    assert rate(10, 11, schedule, warmup=3) == pytest.approx(last)
-    assert rate(0, 1, schedule) == pytest.approx(1)
+def test_the_rate_falls_to_a_tenth(schedule: str, middle: float, last: float) -> None:
+    assert [rate(through, schedule) for through in (0, 0.5, 1)] == pytest.approx([1, middle, last])
 
 
 def test_beyond_the_clip_nothing_pulls_further() -> None:

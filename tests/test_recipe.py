@@ -263,6 +263,13 @@ def test_a_matrix_writes_its_stages_out_and_those_after_it_fan_in(tmp_path: Path
     assert recipe.where("stages", "gguf-1-Q4_0", "with", "type").endswith(":11")
 
 
+def test_a_stage_may_have_a_seed_of_its_own_and_a_matrix_may_give_it(tmp_path: Path) -> None:
+    text = MATRIX.replace('with: {type: "${{ matrix.type }}"}', 'seed: "${{ matrix.layer }}"') + "\nseed: 7\n"
+    recipe = load(tmp_path, text)
+    assert [recipe.seed_of(id) for id in ("source", "exit-1", "gguf-1-Q4_0", "gguf-2-Q8_0", "icet")] == [7, 7, 1, 2, 7]
+    assert "seed" in refused(tmp_path, text.replace('${{ matrix.layer }}"\n', 'twelve"\n')).what
+
+
 def test_stages_that_share_an_axis_stay_in_step(tmp_path: Path) -> None:
     text = MATRIX.replace("needs: exit-${{ matrix.layer }}", "needs: exit").replace(
         '{type: "${{ matrix.type }}"}', '{type: "${{ matrix.type }}", note: "${{ matrix.layer }} layers"}'

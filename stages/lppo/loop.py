@@ -123,7 +123,8 @@ class Loop:
             # Also where a checkpoint may be taken up, so that going on is the same as never having stopped.
             if step % params.quantize_every == 0 or step % params.checkpoint_every == 0:
                 policy.quantize()
-            scale = self._course.lr_scale * rate(step, self._total, params.schedule, params.warmup)
+            rising = min(1.0, (step + 1) / (params.warmup + 1))
+            scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
             for group in self._learner.optimizer.param_groups:
                 group["lr"] = scale * group["initial_lr"]
             try:
@@ -151,8 +152,7 @@ class Loop:
             return f"{course.waited} validations were no better than the one after step {course.best.step}"
         if step >= self._total:
             return "all steps are done"
-        spent = self._workers.total(self._tensor(course.seconds)) / self._workers.size
-        if params.max_minutes is not None and float(spent) >= 60 * params.max_minutes:
+        if params.max_minutes is not None and self._minutes() >= params.max_minutes:
             return f"{params.max_minutes:g} minutes have passed"
         return None
 
@@ -197,12 +197,20 @@ class Loop:
             self._standings = self._validation()
         return Ending(at, step, reason, self._course.rollbacks, self._standings)
 
-    # --- what is kept ---
+    def _through(self, step: int) -> float:
+        """The share of the training that has passed when a step begins."""
+        done = step / max(1, self._total - 1)
+        most = self._params.max_minutes
+        return done if most is None else min(1.0, max(done, self._minutes() / most))
 
-    def _tensor(self, value: float) -> torch.Tensor:
+    def _minutes(self) -> float:
+        """Of training, the mean over the processes, so that all of them stop together."""
         import torch
 
-        return torch.tensor(value, dtype=torch.float64)
+        spent = self._workers.total(torch.tensor(self._course.seconds, dtype=torch.float64))
+        return float(spent) / self._workers.size / 60
+
+    # --- what is kept ---
 
     def _keep(self, step: int) -> TrainingState:
         state = self._state(step)

@@ -137,13 +137,10 @@ def next_kl_coefficient(eta: float, kl: float, *, least: float, target: float | 
     return max(least, eta * (1 + _KL_STEP if kl > target else 1 - _KL_STEP))
 
 
-def rate(step: int, steps: int, schedule: str, warmup: int = 0) -> float:
-    """Share of the learning rate at a step counted from 0: it rises over `warmup` steps, then falls to a tenth."""
-    rising = min(1.0, (step + 1) / (warmup + 1))
-    through = step / max(1, steps - 1)
-    falling = {
+def rate(through: float, schedule: str) -> float:
+    """Share of the learning rate when a share `through` of the training has passed: it falls to a tenth, or not."""
+    return {
         "linear": 1 - 0.9 * through,
         "cosine": 0.55 + 0.45 * math.cos(math.pi * through),
         "constant": 1.0,
     }[schedule]
-    return rising * falling

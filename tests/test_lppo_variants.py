@@ -1,0 +1,253 @@
+"""The paper's variant, the baseline, and the toy problem on which every exit must be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lppo_setting as setting
+import pytest
+from pydantic import ValidationError
+
+from stages.data.prompts import Prompt
+from stages.lppo.algorithm import train
+from stages.lppo.loop import Loop, StepReport
+from stages.lppo.material import new_sampler
+from stages.lppo.params import LPPOParams, RewardWeights, SFTParams
+from stages.lppo.policy import Policy
+from stages.lppo.reward import Rewards
+from stages.lppo.rollout import Scene
+from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampler
+from stages.lppo.states import States
+from stages.lppo.supervised import REFUSALS, SFT
+from stages.lppo.validation import Validation
+from stages.lppo.workers import Alone
+from stages.models.features import ExitFeatures, Features
+
+
+@pytest.fixture(scope="module")
+def features(tiny_llava: Path, images: list[Path]) -> Features:
+    return ExitFeatures(tiny_llava).get(images)
+
+
+# --- variant: paper ---
+
+
+def test_the_papers_variant_sets_what_the_paper_says_and_the_recipe_still_wins() -> None:
+    published = LPPOParams.model_validate({"variant": "paper", "exits": [18], "reward_model": "reward"})
+    assert published.anchor == 0 and published.samples == 1 and published.kl_target is None
+    assert published.rewards == RewardWeights(refusal=0, helpfulness=0, answer=0, reward_model=1)
+    assert published.prompts.benign_share == published.prompts.borderline_share == 0
+    assert not published.departures()
+    changed = LPPOParams.model_validate(
+        {"variant": "paper", "samples": 4, "rewards": {"refusal": 1.0}, "reward_model": "reward"}
+    )
+    assert changed.departures() == {"samples": 4, "rewards.refusal": 1.0}
+    # What reaches a worker is the whole set, defaults included: nothing may change on the way.
+    assert LPPOParams.model_validate(changed.model_dump(mode="json")) == changed
+    assert LPPOParams.model_validate(published.model_dump(mode="json")) == published
+    assert not LPPOParams().departures()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"variant": "paper"}, "reward_model is missing"),
+        ({"rewards": {"reward_model": 0.5}}, "reward_model is missing"),
+        ({"reward_model": "reward"}, "counts for nothing"),
+        ({"rewards": {"refusal": 0, "helpfulness": 0, "answer": 0}}, "nothing to learn"),
+        ({"objective": "grpo", "samples": 1}, "samples to 2"),
+        ({"patience": 2}, "set validate_every"),
+        ({"validate_every": 2, "validation": 0}, "validation to 1"),
+        ({"imatrix": "imatrix.gguf"}, "set quantizer"),
+    ],
+)
+def test_parameters_that_do_not_go_together_are_refused(given: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        LPPOParams.model_validate(given)
+
+
+def test_exits_are_trained_one_after_the_other_and_together_as_long_as_said(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    given = LPPOParams.model_validate(
+        {
+            "variant": "paper",
+            "exits": [3, 1],
+            "steps": 2,
+            "prompts_per_step": 2,
+            "max_new_tokens": 3,
+            "reward_model": "reward",
+        }
+    )
+    drawn = new_sampler(given, [3, 1], seed=0)
+    assert [{scene.exit for scene in drawn.scenes(step)} for step in range(4)] == [{3}, {3}, {1}, {1}]
+    assert all(scene.prompts[0].intent == "harmful" for scene in drawn.scenes(0))
+
+    class Length:
+        """A reward model that likes long responses."""
+
+        def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            return [float(len(response)) for response in responses]
+
+    policy = setting.fresh_policy(tiny_llava)
+    exits = ExitsInTurn([3, 1], given.steps)
+    sampler = SceneSampler(
+        exits, {"harmful": PromptPool({"h": setting.HARMFUL}, 0)}, {"harmful": 2}, per_scene=1, images=3, seed=0
+    )
+    reports: list[StepReport] = []
+    rewards = Rewards(setting.LikesE(), given.rewards, Length())
+    ending = train(
+        policy,
+        sampler,
+        States(policy, features),
+        rewards,
+        given,
+        seed=0,
+        scratch=tmp_path,
+        report=reports.append,
+    )
+    assert ending.steps_done == 4
+    assert [report.scenes[0].exit for report in reports] == [3, 3, 1, 1]
+    assert all(len(row) == 1 for report in reports for row in report.outcomes)  # one response to a prompt
+    assert all(report.metrics["kl_coefficient"] == given.kl for report in reports)
+
+
+def test_rewards_are_weighted_sums_of_what_judges_say() -> None:
+    class Half:
+        def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+            return [0.5] * len(responses)
+
+    weights = RewardWeights(refusal=2.0, helpfulness=3.0, answer=4.0, reward_model=10.0)
+    rewards = Rewards(setting.LikesE(), weights, Half())
+    asked = Scene(1, 0, (setting.HARMFUL[0], setting.BENIGN[0]))
+    questions = Scene(1, 0, (setting.BENIGN[0],), ("red",))
+    (first, second), (third, fourth) = rewards([asked, questions], [["yes", "no"], ["red", "blue"]])
+    assert first.reward == 2 + 5 and first.refused  # harmful and refused
+    assert second.reward == 3 + 5 and not second.refused  # harmless and answered
+    assert third.reward == 4 and third.right is True
+    assert fourth.reward == -4 and fourth.right is False
+
+
+# --- sft ---
+
+
+def _supervised(policy: Policy, features: Features, given: SFTParams) -> SFT:
+    exits = ExitSampler([1, 2, 3], floor=1.0, sharpness=0.0)
+    pools = {"harmful": PromptPool({"h": setting.HARMFUL}, 0), "benign": PromptPool({"b": setting.BENIGN}, 0)}
+    question = Prompt("q-0", "what is the colour", "test", "benign", "test")
+    sampler = SceneSampler(
+        exits,
+        pools,
+        {"harmful": 2, "benign": 2},
+        per_scene=2,
+        images=3,
+        seed=0,
+        questions={1: [(question, "red"), (question, "blue")]},
+        question_scenes=1,
+    )
+    return SFT(policy, sampler, States(policy, features), given, default_exit=2, seed=0, workers=Alone())
+
+
+def test_targets_are_refusals_given_answers_and_right_words(tiny_llava: Path, features: Features) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    learner = _supervised(policy, features, SFTParams(answers="given"))
+    scenes = learner.sampler.scenes(0)
+    _, targets = learner.targets(scenes)
+    said = [
+        [policy.decode(row[mask]) for row, mask in zip(rows, masks, strict=True)]
+        for rows, masks in zip(targets.tokens, targets.mask, strict=True)
+    ]
+    *asked, questions = said
+    for scene, (harmful, benign) in zip(scenes, asked, strict=False):
+        assert scene.prompts[0].intent == "harmful" and harmful in REFUSALS
+        assert benign == setting.BENIGN[0].answer
+    assert sorted(questions) == ["blue", "red"]
+    ends = targets.tokens[targets.mask.flip(-1).cumsum(-1).flip(-1) == 1]  # the last token of every target
+    assert bool(policy.ends(ends).all())
+
+
+def test_own_answers_are_what_the_original_model_says_at_its_default_exit(tiny_llava: Path, features: Features) -> None:
+    from stages.lppo.rollout import generate, greedy
+
+    policy = setting.fresh_policy(tiny_llava)
+    learner = _supervised(policy, features, SFTParams(max_new_tokens=6))
+    scene = Scene(1, 0, (setting.HARMFUL[0], setting.BENIGN[0]))
+    _, targets = learner.targets([scene])
+    original = generate(policy, States(policy, features)([Scene(2, 0, scene.prompts)], 1), 6, greedy)
+    own = targets.tokens[0, 1][targets.mask[0, 1]].tolist()
+    assert own == original.tokens[0, 1][original.mask[0, 1]].tolist() or own == []
+    assert policy.decode(targets.tokens[0, 0][targets.mask[0, 0]]) in REFUSALS
+
+
+def test_supervised_training_learns_its_targets(tiny_llava: Path, features: Features, tmp_path: Path) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    given = SFTParams(steps=20, lr=1e-2, answers="given", schedule="constant", checkpoint_every=5)
+    reports: list[StepReport] = []
+    loop = Loop(_supervised(policy, features, given), given, scratch=tmp_path, report=reports.append, workers=Alone())
+    assert loop.run().steps_done == 20
+    losses = [report.metrics["loss"] for report in reports]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(report.exits for report in reports)
+
+
+# --- the toy problem ---
+
+
+@pytest.fixture(scope="module")
+def eight_exits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from stages.models.tiny import build_tiny_llava
+
+    folder = tmp_path_factory.mktemp("eight-exits")
+    build_tiny_llava(folder, vision_layers=8, text_layers=4)
+    return folder
+
+
+class _AllLearnedError(Exception):
+    """Ends a training that has learned enough."""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_one_of_eight_exits_is_learned_within_two_hundred_steps(
+    eight_exits: Path, images: list[Path], tmp_path: Path, seed: int
+) -> None:
+    """The rule: a response must hold the letter e. A third of the untrained ones do."""
+    policy = setting.fresh_policy(eight_exits)
+    states = States(policy, ExitFeatures(eight_exits, cache=tmp_path / "cache").get(images))
+    rewards = Rewards(setting.LikesE())
+    exits = list(range(1, 9))
+    validation = Validation(
+        policy,
+        states,
+        rewards,
+        setting.HARMFUL,
+        exits,
+        images=3,
+        max_new_tokens=3,
+        workers=Alone(),
+        told=lambda step, found, now: None,
+    )
+    before = [standing.refusal for standing in validation().values()]
+    given = setting.params(200, prompts_per_step=8, kl_target=None, micro_batch=4, checkpoint_every=100)
+    sampler = SceneSampler(
+        ExitSampler(exits, floor=0.3, sharpness=3.0),
+        {"harmful": PromptPool({"h": setting.HARMFUL}, seed)},
+        {"harmful": 8},
+        per_scene=2,
+        images=3,
+        seed=seed,
+    )
+    earned: dict[int, list[float]] = {exit: [] for exit in exits}
+
+    def report(step: StepReport) -> None:
+        for exit, signs in step.exits.items():
+            earned[exit].append((signs["exit_reward"] + 1) / 2)
+        if not all(len(shares) >= 3 and sum(shares[-3:]) / 3 >= 0.95 for shares in earned.values()):
+            return
+        # Greedily, too, as a user meets it.
+        if all(standing.refusal >= 0.95 for standing in validation().values()):
+            raise _AllLearnedError
+
+    with pytest.raises(_AllLearnedError):
+        train(policy, sampler, states, rewards, given, seed=seed, scratch=tmp_path, report=report)
+    assert sum(before) / len(before) < 0.9
