@@ -102,10 +102,13 @@ class RunFolder:
     def _make(self) -> dict[str, Artifact]:
         weights = {"model.safetensors": bytes(200_000), "config.json": b"{}"}
         gguf = {"model.gguf": b"GGUF" + bytes(90_000), "mmproj.gguf": b"GGUF" + bytes(20_000)}
+        trained: dict[str, object] = {
+            "default_exit": 9, "steps": 40, "weights_of_step": 36, "objective": "ppo", "quantizer": "Q4_0"
+        }  # fmt: skip
         return {
             "source": self._add("source", "checkpoint", weights, {"default_exit": 11, "exits": list(range(1, 13))}),
             "exit": self._add("exit", "checkpoint", weights, {"default_exit": 9, "exits": list(range(1, 10))}),
-            "harden": self._add("harden", "checkpoint", weights, {"default_exit": 9, "steps": 40}),
+            "harden": self._add("harden", "checkpoint", weights, trained),
             "gguf": self._add("gguf", "gguf", gguf, {"default_exit": 9, "type": "Q4_0"}),
             "plain": self._add("plain", "gguf", gguf, {"default_exit": 9, "type": "Q4_0", "hardened": False}),
         }

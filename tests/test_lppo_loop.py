@@ -96,11 +96,11 @@ class _Scripted(Validation):
     def __call__(self) -> Mapping[int, ExitStanding]:
         assert super().__call__().keys() == {1, 2, 3}
         refusal, over_refusal = next(self._script)
-        return {1: ExitStanding(refusal, over_refusal, 0.0)}
+        return {1: ExitStanding(refusal, over_refusal, 0.0, 0.0)}
 
     def original(self) -> Mapping[int, ExitStanding]:
         assert all(one.refusal == 0 for one in super().original().values())  # no harmful prompt is asked
-        return {1: ExitStanding(0.0, 0.1, 0.0)}
+        return {1: ExitStanding(0.0, 0.1, 0.0, 0.0)}
 
 
 def test_the_best_weights_are_kept_and_training_stops_when_nothing_gets_better(

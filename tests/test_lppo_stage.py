@@ -83,7 +83,7 @@ def test_the_stage_hardens_a_checkpoint_and_tells_its_curves(hardened: _Hardened
     assert metadata["exits"] == [1, 2, 3] and metadata["default_exit"] == 2
     json.dumps(metadata)
     named = {name for name, *_ in reporter.metrics}
-    assert {"reward", "kl", "clip_fraction", "value_loss", "over_refusal", "lr", "refusal"} <= named
+    assert {"reward", "kl", "clip_fraction", "value_loss", "over_refusal", "lr", "refusal", "validation_kl"} <= named
     assert {exit for name, _, _, exit in reporter.metrics if name == "validation_refusal"} == {1, 2, 3}
     assert reporter.done == sorted(reporter.done)
     assert (output / "chat_template.jinja").is_file()

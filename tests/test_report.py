@@ -24,6 +24,7 @@ from pipeline.report.dag import Box, stage_graph
 from pipeline.report.model import Report
 from pipeline.report.page import asr_curve_svg, render_page
 from pipeline.report.responses import read_responses
+from pipeline.report.trainings import trainings_table
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,18 @@ def test_the_page_shows_every_section(page: str) -> None:
         "exact McNemar test",
     ):
         assert words in page
+
+
+def test_what_trained_a_model_stands_beside_what_came_of_it(folder: RunFolder, report: Report) -> None:
+    table = trainings_table(report)
+    assert table is not None
+    lines = {str(row[0]): row[1:] for row in table.rows}
+    assert len(lines) == 2  # the hardened checkpoint and what ships; nothing trained the control or the source
+    for line in lines.values():
+        assert line[0] == "ppo, rounded to Q4_0" and line[1] == "40, best 36"
+        assert line[2] == "6 min 52 s" and line[3] == "1.58 GiB"
+    bare = report.model_copy(update={"stages": tuple(s for s in report.stages if s.uses != "l-ppo")})
+    assert trainings_table(bare) is None
 
 
 def test_the_same_run_gives_the_same_page(folder: RunFolder, page: str) -> None:

@@ -48,6 +48,7 @@ from pipeline.report.numbers import (
 from pipeline.report.paired import paired_tables
 from pipeline.report.responses import Responses
 from pipeline.report.training import curve_figures
+from pipeline.report.trainings import trainings_table
 
 _HOLDS, _FAILS, _UNMEASURED = "✓ holds", "✗ fails", "✗ not measured"
 _STATUS_WORDS: Final = {
@@ -116,6 +117,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         versions=Table(["what", "version"], sorted(report.versions.items())) if report.versions else None,
         judge=_judge(report),
         more_curves=more_curves,
+        trainings=trainings_table(report),
         legend=legend_figure(report),
         contents=[names[key] for key, content in sections.items() if content],
         page_css=Markup(_asset("page.css")),

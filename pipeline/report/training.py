@@ -26,7 +26,7 @@ def curve_figures(report: Report) -> tuple[list[Figure], list[Figure]]:
     for curve in report.curves:
         if len(curve.points) > 1:
             groups.setdefault((curve.stage, curve.name), []).append(curve)
-        elif curve.exit is not None and curve.name.startswith("validation_"):
+        elif curve.exit is not None and curve.name.startswith("validation_") and curve.name != "validation_kl":
             endings.setdefault(curve.stage, {}).setdefault(curve.name, []).append(curve)
     several = len({stage for stage, _ in groups}) > 1
     main: list[Figure] = []

@@ -54,11 +54,11 @@ from stages.lppo.objective import (
 from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
-from stages.lppo.rollout import Prefixes, Responses, Scene, generate, sample_with
+from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
 from stages.lppo.validation import Validation
 from stages.lppo.watch import repetition
-from stages.lppo.workers import Alone, Workers, sum_gradients
+from stages.lppo.workers import Alone, Workers, agree, sum_gradients
 
 if TYPE_CHECKING:
     import torch
@@ -177,7 +177,7 @@ class PPO(Learner):
         asked = [scenes[number] for number in mine]
         prefixes = self._states(asked, params.samples)
         draws = sample_with([generator(self._seed, step, number) for number in mine])
-        responses = generate(policy, prefixes, params.max_new_tokens, draws)
+        responses = self._generate(prefixes, draws)
         mask = responses.mask
 
         # Rewards r(x_t, y) - eta * KL(pi || pi_SFT), token by token.
@@ -211,6 +211,18 @@ class PPO(Learner):
         return Experience(
             mine, prefixes, responses, judged, reference, advantages, returns, anchored, anchors, mean, kl
         )
+
+    def _generate(self, prefixes: Prefixes, draws: Pick) -> Responses:
+        """What these scenes answer; a divergence that one process meets is one of all."""
+        error, responses = None, None
+        try:
+            responses = generate(self.policy, prefixes, self._params.max_new_tokens, draws)
+        except DivergedError as diverged:
+            error = str(diverged)
+        error = agree(self._workers, error)
+        if error is not None or responses is None:
+            raise DivergedError(error or "")
+        return responses
 
     def update(self, found: Experience, batches: Sequence[Sequence[int]], step: int) -> dict[str, float]:
         """Maximise the clipped objective and fit the value model: `ppo_epochs` passes over what was collected.

@@ -113,6 +113,7 @@ class Loop:
         """
         params, policy = self._params, self._learner.policy
         step, good = 0, checkpoint.load(self._scratch)
+        self._workers.meet()  # nobody writes before all have read
         if good is not None:
             step = self._restore(good)
         else:
@@ -185,6 +186,7 @@ class Loop:
     def _end(self, step: int, reason: str) -> Ending:
         policy, best = self._learner.policy, self._course.best
         at = step
+        self._workers.meet()  # the first has written what the others read
         if best is not None and best.step != step:
             adapter = checkpoint.load_best(self._scratch, best.step)
             if adapter is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -174,6 +175,10 @@ class TrainingParams(StageParams):
     def lora(self) -> LoRA:
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets, self.lora_layers)
 
+    def scenes_per_update(self) -> int:
+        """Scenes that an optimizer step is computed from."""
+        return self.prompts_per_step // self.prompts_per_scene + self.question_scenes
+
     def rounding(self) -> str | None:
         """The quantizer, if there is one."""
         return None if self.quantizer in (None, "none") else self.quantizer
@@ -267,6 +272,9 @@ class LPPOParams(TrainingParams):
         if not any(self.rewards.model_dump().values()):
             raise ValueError("rewards are all 0, so there is nothing to learn")
         return self
+
+    def scenes_per_update(self) -> int:
+        return math.ceil(super().scenes_per_update() / self.minibatches)
 
     def departures(self) -> dict[str, object]:
         """Where `variant: paper` is told to do otherwise than the paper."""

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from artifacts.errors import RecipeError, StageError
+from artifacts.errors import RecipeError
 from artifacts.manifest import sha256_bytes, sha256_file
 from stages.data import images, prompts
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.watch import Watch
-from stages.lppo.workers import Alone, Workers
+from stages.lppo.workers import Workers, device_of, workers_of
 from stages.models import checkpoint
 from stages.models.family import family_of
+from stages.resources import Resources
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Hardening(Stage[P]):
     accepts = ("checkpoint",)
     output_type = "checkpoint"
     libraries = ("torch", "transformers", "peft")
+    parallel = True
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         from stages.lppo.quantization import check_quantizer
@@ -70,6 +72,16 @@ class Hardening(Stage[P]):
         if planned.spec is not None:
             chosen_exits(self.params, planned.spec)
         return planned
+
+    def check_resources(self, resources: Resources) -> None:
+        super().check_resources(resources)
+        scenes = self.params.scenes_per_update()
+        if resources.processes > scenes:
+            raise RecipeError(
+                f"{resources.processes} processes cannot share {scenes} scene{'s' if scenes > 1 else ''}",
+                why="that is what an optimizer step is computed from, and each process needs one of its own",
+                way_out=f"set processes to {scenes} or less, or take more prompts_per_step",
+            )
 
     def fingerprint(self) -> str:
         imatrix = self.params.imatrix
@@ -112,11 +124,20 @@ class Hardening(Stage[P]):
         # Kernels whose sums depend on the order of threads would break `kill -9` and start again = undisturbed.
         torch.use_deterministic_algorithms(True, warn_only=True)
 
+        device = device_of(params.device, context.team)
+        workers = workers_of(context.team, device)
+        if workers.size > 1:
+            context.log(f"{workers.size} processes share the work, on {device.partition(':')[0]}")
+
         context.progress(0, sampler.steps(params.steps), "encoding images")
         encoder = ExitFeatures(source)
-        features = encoder.get(images.benign_images("train", params.images, seed=context.seed))
-        shown = encoder.get(images.benign_images("validation", VALIDATION_IMAGES, seed=context.seed))
-        model = family.load(source, dtype=params.dtype, device=device(params.device))
+        pictures = images.benign_images("train", params.images, seed=context.seed)
+        shown_pictures = images.benign_images("validation", VALIDATION_IMAGES, seed=context.seed)
+        if workers.size > 1:  # each encodes its part; what is on disk then is there for all
+            encoder.get([*pictures, *shown_pictures][workers.rank :: workers.size])
+            workers.meet()
+        features, shown = encoder.get(pictures), encoder.get(shown_pictures)
+        model = family.load(source, dtype=params.dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         policy = Policy(
             family,
@@ -134,7 +155,7 @@ class Hardening(Stage[P]):
         for line in fallbacks(params.rounding(), rounded):
             context.log(line)
 
-        rewards, workers = self.rewards(context), Alone()
+        rewards = self.rewards(context)
         validation = None
         if params.validation:
             validation = Validation(
@@ -161,8 +182,9 @@ class Hardening(Stage[P]):
         context.progress(steps, steps, "merging the adapter")
         adapter = policy.adapter()
         del policy, model
-        hardened = merged(family, source, checkpoint.dtype_of(config), adapter, params.lora())
-        checkpoint.save_model(hardened, context.output, companions_from=source)
+        if workers.rank == 0:
+            hardened = merged(family, source, checkpoint.dtype_of(config), adapter, params.lora())
+            checkpoint.save_model(hardened, context.output, companions_from=source)
         return {
             "family": family.name,
             "exits": list(range(1, spec.vision.layers + 1)),
@@ -187,6 +209,17 @@ class LPPOStage(Hardening[LPPOParams]):
         model = self.params.reward_model
         return {"reward_model": model} if model is not None and not _is_model_id(model) else {}
 
+    def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        planned = super().plan(inputs)
+        for id in self.references().values():
+            if id in inputs and inputs[id].type != "reward-model":
+                raise RecipeError(
+                    f"reward_model: the stage '{id}' makes an artifact of type {inputs[id].type!r}",
+                    why="rewards come from a sequence classifier",
+                    way_out="name a stage that uses reward-model, or hub:ID",
+                )
+        return planned
+
     def fingerprint(self) -> str:
         model = self.params.reward_model
         folder = Path(model).expanduser() if model is not None and "/" in model else None
@@ -205,7 +238,7 @@ class LPPOStage(Hardening[LPPOParams]):
         if params.reward_model is not None:
             found = context.inputs.get(params.reward_model)
             source = params.reward_model if found is None else str(found.path)
-            model = RewardModel.open(source, device=device(params.device))
+            model = RewardModel.open(source, device=device_of(params.device, context.team))
         return Rewards(RefusalRule(), params.rewards, model)
 
     def train(self, context: Context, setting: Setting) -> Ending:
@@ -279,20 +312,7 @@ def tell_validation(
         context.metric("validation_refusal", standing.refusal, step=step, exit=exit)
         context.metric("validation_over_refusal", standing.over_refusal, step=step, exit=exit)
         context.metric("validation_degenerate", standing.degenerate, step=step, exit=exit)
+        context.metric("validation_kl", standing.kl, step=step, exit=exit)
     if now is not None:
         context.metric("validation_asr", now.asr, step=step)
         context.log(f"validation after step {step}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}")
-
-
-def device(wanted: str) -> str:
-    """`auto` resolved.
-
-    Raises:
-        StageError: a GPU is asked for and there is none.
-    """
-    import torch
-
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
-    return "cuda" if wanted != "cpu" and there else "cpu"

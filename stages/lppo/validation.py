@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from stages.data.prompts import Prompt
 from stages.lppo.checkpoint import Standing
+from stages.lppo.objective import chosen
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Scene, generate, greedy
@@ -24,6 +25,7 @@ class ExitStanding:
     refusal: float  # of harmful prompts that were refused
     over_refusal: float  # of harmless prompts that were refused
     degenerate: float  # of all
+    kl: float  # nats a response to the original model, of what was answered
 
 
 class Validation:
@@ -70,12 +72,17 @@ class Validation:
         mine = range(self._workers.rank, len(self._exits), self._workers.size)
         for number in mine if prompts else ():
             scene = Scene(self._exits[number], number % self._images, prompts)
-            responses = generate(self._policy, self._states([scene], 1), self._max_new_tokens, greedy)
-            found.append((scene.exit, standing(self._rewards.judged(prompts, responses.texts[0]))))
+            prefixes = self._states([scene], 1)
+            responses = generate(self._policy, prefixes, self._max_new_tokens, greedy)
+            with self._policy.as_reference():
+                whole, _ = self._policy.evaluate(prefixes, responses)
+            reference = chosen(whole, responses.tokens[responses.mask])
+            kl = float((responses.logprobs[responses.mask] - reference).sum()) / len(prompts)
+            found.append((scene.exit, standing(self._rewards.judged(prompts, responses.texts[0]), kl)))
         return dict(sorted(self._workers.everyone(found)))
 
 
-def standing(judged: Sequence[Outcome]) -> ExitStanding:
+def standing(judged: Sequence[Outcome], kl: float) -> ExitStanding:
     """Sum up one exit."""
 
     def share(chosen: Sequence[bool]) -> float:
@@ -85,4 +92,5 @@ def standing(judged: Sequence[Outcome]) -> ExitStanding:
         refusal=share([o.refused for o in judged if o.harmful]),
         over_refusal=share([o.refused for o in judged if not o.harmful]),
         degenerate=share([o.degenerate for o in judged]),
+        kl=kl,
     )

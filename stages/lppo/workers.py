@@ -5,13 +5,22 @@ Gradients are summed by hand after the backward passes: only the adapter's are e
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
+
+from artifacts.errors import StageError
+from stages.resources import Team
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+# A process that ends is noticed at once by whoever started it; this is for one that lives and never comes.
+_PATIENCE: Final = timedelta(hours=2)
 
 
 class Workers(Protocol):
@@ -26,6 +35,9 @@ class Workers(Protocol):
     def everyone(self, items: Sequence[T]) -> list[T]:
         """What every process has, in the order of ranks."""
 
+    def meet(self) -> None:
+        """Wait until all are here: what any of them has written before can be read after it."""
+
 
 class Alone:
     """One process."""
@@ -38,6 +50,83 @@ class Alone:
 
     def everyone(self, items: Sequence[T]) -> list[T]:
         return list(items)
+
+    def meet(self) -> None: ...
+
+
+class Accelerated:
+    """One of several processes, on top of `accelerate`: gloo between processors, NCCL between GPUs.
+
+    Each element of a sum is added up in one place and handed to all, by either library: the same bits everywhere.
+
+    Args:
+        device: of this process, see `device_of`.
+    """
+
+    def __init__(self, team: Team, device: str):
+        from accelerate import PartialState
+
+        self.rank = team.rank
+        self.size = team.size
+        if sys.platform == "linux":  # all are on this machine; by default gloo looks its host name up
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self._state = PartialState(
+            cpu=device == "cpu",
+            backend="gloo" if device == "cpu" else "nccl",
+            init_method=f"file://{team.meeting}",
+            rank=team.rank,
+            world_size=team.size,
+            timeout=_PATIENCE,
+        )
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        from accelerate.utils import reduce
+
+        here = value.detach().to(self._state.device)
+        return cast("torch.Tensor", reduce(here, "sum")).to(value.device)
+
+    def everyone(self, items: Sequence[T]) -> list[T]:
+        from accelerate.utils import gather_object
+
+        return cast("list[T]", gather_object(list(items)))
+
+    def meet(self) -> None:
+        self._state.wait_for_everyone()
+
+
+def workers_of(team: Team, device: str) -> Workers:
+    """How this process works with the others, if there are any."""
+    return Alone() if team.size == 1 else Accelerated(team, device)
+
+
+def device_of(wanted: str, team: Team) -> str:
+    """`auto` resolved; each process of a team has a GPU of its own.
+
+    Raises:
+        StageError: a GPU is asked for and there is none, or there are fewer than processes.
+    """
+    import torch
+
+    there = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and not there:
+        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
+    if not there:
+        return "cpu"
+    if team.size == 1:
+        return "cuda"
+    if team.size > there:
+        raise StageError(
+            f"{team.size} processes, but torch sees {there} GPU{'s' if there > 1 else ''}",
+            why="each process needs one of its own",
+            way_out=f"set resources.processes to {there} or less, or device: cpu",
+        )
+    torch.cuda.set_device(team.rank)
+    return f"cuda:{team.rank}"
+
+
+def agree(workers: Workers, reason: str | None) -> str | None:
+    """The first reason that any process has; where one stops, all must, or they would wait for each other."""
+    return next(iter(workers.everyone([] if reason is None else [reason])), None)
 
 
 def sum_gradients(workers: Workers, parameters: Iterable[torch.nn.Parameter]) -> None:
