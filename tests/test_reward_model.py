@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.manifest import Manifest, sha256_file
 from stages.data.prompts import load_prompts
 from stages.judges.reward_model import RewardModel, dialogue, encode
+from stages.models.mllama import Mllama
 from stages.reward_model.params import RewardModelParams
 from stages.reward_model.phrases import prompt_pairs
 from stages.reward_model.preferences import load_preferences
@@ -29,7 +31,7 @@ from stages.stage import Context, Planned
 
 _SHAPES = "red blue green yellow".split()  # noqa: SIM905
 _PLACES = "city capital country weather photo picture image circle square triangle".split()  # noqa: SIM905
-_SMALL = {"steps": 24, "batch": 8, "lr": 3e-3, "held_out": 0.3, "max_length": 128, "checkpoint_every": 5}
+_SMALL = {"steps": 24, "batch": 8, "lr": 3e-3, "held_out": 0.3, "max_length": 512, "checkpoint_every": 5}
 
 
 Trained = tuple[Context, "_Told", Mapping[str, Any]]
@@ -204,27 +206,42 @@ def test_a_process_killed_in_the_middle_and_started_again_writes_the_same_weight
     assert sha256_file(tmp_path / "again" / "model.safetensors") == digests[0]
 
 
-def test_an_adapter_on_a_causal_model_from_a_folder_is_merged(
-    tiny_family: Callable[[str], Path], tiny_llava: Path, toy: str, tmp_path: Path
-) -> None:
-    model = tiny_family("qwen2")
+def test_an_adapter_on_gpt2_the_papers_model_is_merged(tiny_llava: Path, toy: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    model = tmp_path / "gpt2"
+    torch.manual_seed(0)
+    shape = transformers.GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=2, n_positions=100, eos_token_id=2)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(model)
+    shutil.copyfile(tiny_llava / "tokenizer.json", model / "tokenizer.json")
+    tokenizer = json.loads((tiny_llava / "tokenizer_config.json").read_text())
+    del tokenizer["pad_token"]  # GPT-2 has none
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     params = {**_SMALL, "data": [toy], "model": str(model), "lora_rank": 4, "steps": 4, "micro_batch": 4}
     context = _context(tmp_path, tiny_llava, _Told())
     metadata = RewardModelStage(RewardModelParams.model_validate(params)).run(context)
-    assert metadata["architecture"] == "Qwen2ForSequenceClassification"
-    assert metadata["base"] == model.name  # not where it lay
+    assert metadata["architecture"] == "GPT2ForSequenceClassification"
+    assert metadata["base"] == "gpt2"  # not where it lay
+    assert json.loads((context.output / "config.json").read_text())["reward"]["max_length"] == 100  # as many positions
+    rewards = RewardModel(context.output).rewards(["red"] * 2, ["sorry", "sure " * 500])
+    assert rewards[0] != rewards[1]
     from safetensors.torch import load_file
 
     before, after = load_file(model / "model.safetensors"), load_file(context.output / "model.safetensors")
     assert not [name for name in after if "lora" in name]
     changed = [name for name, weight in after.items() if name in before and not weight.equal(before[name])]
-    assert any("q_proj" in name for name in changed) and not any("embed" in name for name in changed)
+    assert any("attn" in name for name in changed) and not any("wte" in name for name in changed)
 
 
 def test_a_model_that_cannot_be_made_a_reward_model_is_refused(
     tiny_family: Callable[[str], Path], toy: str, tmp_path: Path
 ) -> None:
     stage = RewardModelStage(RewardModelParams.model_validate({**_SMALL, "data": [toy]}))
+    folder = tiny_family("mllama")
+    spec = Mllama().spec(json.loads((folder / "config.json").read_text()))
+    with pytest.raises(RecipeError, match="cannot be made a reward model"):
+        stage.plan({"source": Planned("checkpoint", spec)})
     with pytest.raises(StageError, match="cannot be made a reward model") as refused:
         stage.run(_context(tmp_path, tiny_family("mllama"), _Told()))
     assert "gpt2" in str(refused.value)

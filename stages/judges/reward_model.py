@@ -118,8 +118,7 @@ class RewardModel:
         if self.form == "chat" and not self._tokenizer.chat_template:
             raise SourceError("the reward model has no chat template", where=str(folder), way_out="use form hh or pair")
         self._pad = padding(self._model, self._tokenizer)
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        self._longest = min(self.scale.max_length, positions) if isinstance(positions, int) else self.scale.max_length
+        self._longest = longest(self._model, self.scale.max_length)
 
     @classmethod
     def open(
@@ -248,6 +247,12 @@ def load(folder: Path, dtype: checkpoint.DType = "float32", device: str = "cpu")
             way_out="train one with the stage reward-model, or name a sequence-classification model with one label",
         )
     return cast("PreTrainedModel", model.to(device).eval().requires_grad_(False))
+
+
+def longest(model: PreTrainedModel, wanted: int) -> int:
+    """`wanted` tokens, or as many as the model has positions for."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(wanted, positions) if isinstance(positions, int) else wanted
 
 
 def padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

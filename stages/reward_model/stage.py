@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import sha256_file
 from stages.data import hub, prompts
-from stages.judges.reward_model import RewardModel, Scale, locate, padding
+from stages.judges.reward_model import RewardModel, Scale, locate, longest, padding
 from stages.judges.statistics import wilson
 from stages.models import checkpoint
 from stages.reward_model import labels, phrases
@@ -29,6 +29,7 @@ _TOKENIZER: Final = (
     *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
 )
 _DIGITS: Final = 6
+_WITHOUT_CLASS: Final = ("mllama",)  # families; `from_checkpoint` meets others
 
 
 class RewardModelStage(Stage[RewardModelParams]):
@@ -47,10 +48,21 @@ class RewardModelStage(Stage[RewardModelParams]):
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         check_sources(self.params)
         model = self.params.model
-        if model != INPUT and not _remote(model) and not Path(model).is_dir():
-            raise RecipeError(
-                f"there is no model {model}", way_out=f"write {INPUT}, ./NAME, /PATH, or a hub id as hub:ORG/NAME"
-            )
+        if model == INPUT:
+            for planned in inputs.values():
+                if planned.spec is not None and planned.spec.family in _WITHOUT_CLASS:
+                    raise RecipeError(
+                        f"the language model of this {planned.spec.family} cannot be made a reward model",
+                        why="transformers has no sequence-classification class for it",
+                        way_out="name another one: model: hub:openai-community/gpt2, or a folder",
+                    )
+        elif not _remote(model):
+            if not Path(model).is_dir():
+                raise RecipeError(
+                    f"there is no model {model}", way_out=f"write {INPUT}, ./NAME, /PATH, or a hub id as hub:ORG/NAME"
+                )
+            checkpoint.read_config(Path(model))
+            checkpoint.weight_files(Path(model))
         return Planned(type=self.output_type)  # without shapes: nothing is quantized or budgeted by them
 
     def downloads(self) -> Sequence[str]:
@@ -90,12 +102,14 @@ class RewardModelStage(Stage[RewardModelParams]):
         model = from_checkpoint(source, context.seed) if own else from_folder(source, context.seed)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         padding(model, tokenizer)
-        rows = tokens(found.train, tokenizer, params.max_length)
-        measured = [pair for pair, _, _ in tokens(found.held_out, tokenizer, params.max_length)]
+        length = longest(model, params.max_length)
+        rows = tokens(found.train, tokenizer, length)
+        measured = [pair for pair, _, _ in tokens(found.held_out, tokenizer, length)]
         too_long = len(found.train) + len(found.held_out) - len(rows) - len(measured)
         if not rows or not measured:
             raise StageError(
-                f"every pair is longer than {params.max_length} tokens", way_out="raise max_length, or give other data"
+                f"every pair {'held out' if rows else 'to train on'} is longer than {length} tokens",
+                way_out="raise max_length, or give other data",
             )
         context.log(f"{len(rows)} pairs to train on, {len(measured)} held out, {too_long} too long")
 
@@ -109,7 +123,7 @@ class RewardModelStage(Stage[RewardModelParams]):
             model, tokenizer, rows, params, device=device, seed=context.seed, scratch=context.scratch, tell=tell
         )
         context.progress(params.steps, params.steps, "measuring accuracy on held-out pairs")
-        _write(model, Scale(max_length=params.max_length), source, context.output)
+        _write(model, Scale(max_length=length), source, context.output)
         measures, scale = _measured(context, measured, params, device)
         # The same weights again, now with their scale.
         _write(model, scale, source, context.output)
@@ -156,7 +170,7 @@ def _measured(
         "held_out_margin": round(fmean(a - b for a, b in zip(logits[::2], logits[1::2], strict=True)) / std, _DIGITS),
         "held_out_by_kind": parts,
     }
-    return measures, Scale("hh", params.max_length, round(fmean(logits), _DIGITS), _significant(std))
+    return measures, Scale("hh", judge.scale.max_length, round(fmean(logits), _DIGITS), _significant(std))
 
 
 def _significant(value: float) -> float:
