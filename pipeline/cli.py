@@ -222,6 +222,30 @@ def families(
         print(write_families(found) if markdown else show_families(found))
 
 
+@app.command()
+def stages(
+    name: Annotated[str | None, typer.Argument(help="One stage, with all its parameters.")] = None,
+    as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The whole of docs/stages.md.")] = False,
+) -> None:
+    """List what a recipe may use, or every parameter of one stage.
+
+    \b
+    Example: pipeline stages
+             pipeline stages l-ppo
+             pipeline stages --markdown > docs/stages.md
+    """
+    from pipeline.commands.stages import find_stage, list_stages, show_stage, show_stages, write_stages
+
+    found = list_stages() if name is None else [find_stage(name)]
+    if as_json:
+        _print_json([kind.to_dict() for kind in found])
+    elif markdown:
+        print(write_stages(found))
+    else:
+        print(show_stages(found) if name is None else show_stage(found[0]))
+
+
 class SchemaKind(StrEnum):
     """What `pipeline schema` can print."""
 

@@ -21,6 +21,7 @@ COMMANDS = (
     "report",
     "recipes",
     "families",
+    "stages",
     "schema",
     "inspect",
     "chat",
