@@ -97,6 +97,7 @@ def build_graph(recipe: Recipe) -> Graph:
         _check_inputs(recipe, id, stage, needs[id], nodes)
         planned = _plan(recipe, id, stage, {name: nodes[name].planned for name in inputs[id]})
         _check_budget(recipe, id, planned)
+        _check_resources(recipe, id, stage)
         nodes[id] = Node(id, entries[id].uses, stage, needs[id], inputs[id], planned)
     graph = Graph(recipe.name, tuple(nodes.values()), recipe)
     _check_ending(graph)
@@ -241,6 +242,13 @@ def _check_budget(recipe: Recipe, id: str, planned: Planned) -> None:
     if problem is not None:
         what, why, way_out = problem
         raise RecipeError(f"stage '{id}': {what}", where=recipe.where("stages", id), why=why, way_out=way_out)
+
+
+def _check_resources(recipe: Recipe, id: str, stage: Stage[StageParams]) -> None:
+    try:
+        stage.check_resources(recipe.resources_of(id))
+    except PipelineError as error:
+        raise _at(error, recipe.where("stages", id, "resources")) from error
 
 
 def _check_ending(graph: Graph) -> None:

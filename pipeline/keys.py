@@ -4,7 +4,9 @@ A key covers everything that the result may depend on: the stage and its code ve
 its inputs in order, the seed, the versions of the libraries that it declares, what it says about the outside
 (`fingerprint`), and the device profile if it declares that it reads it. It does not cover what the result must not
 depend on: where the run stands on disk, the stage's own id, and its inputs' ids as long as the stage cannot tell its
-inputs apart by id (one input and no parameter that names a stage).
+inputs apart by id (one input and no parameter that names a stage). Nor does it cover the machine and what of it a stage
+may use (cores, GPU, `resources`): sums are then taken in another order, so bits may differ where the work is the same,
+and a training that two processes began may be finished by one.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from pipeline.device import ByteSize, Device, device, device_names
 from pipeline.explain import explain, nearest
 from pipeline.matrix import expand_matrix
 from pipeline.yaml_source import Document, Mark, Place, Value, merge, parse_scalar, plain, read_yaml
+from stages.resources import Resources
 
 SOURCE_ID = "source"  # the implicit first stage
 STAGE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -44,6 +45,7 @@ class StageEntry(_Part):
     )
     with_: dict[str, object] = Field(default_factory=dict, alias="with", description="The stage's parameters.")
     seed: Seed | MatrixExpression | None = Field(default=None, description="Its own seed; default: the recipe's.")
+    resources: Resources = Field(default=Resources(), description="How many processes share its work.")
     matrix: dict[str, list[bool | int | float | str]] | None = Field(
         default=None, description="Axes; the stage is run once for each combination, `${{ matrix.AXIS }}` in `with`."
     )
@@ -147,6 +149,11 @@ class Recipe(_Part):
         entry = self.stages.get(stage_id)
         own = entry.seed if entry is not None else None
         return own if isinstance(own, int) else self.seed
+
+    def resources_of(self, stage_id: str) -> Resources:
+        """What a stage may use of the machine."""
+        entry = self.stages.get(stage_id)
+        return Resources() if entry is None else entry.resources
 
     def where(self, *place: str | int) -> str:
         """`file:line` of a place such as ("stages", "exit", "with", "layer"), or of its nearest written parent."""

@@ -261,6 +261,7 @@ class _Run:
             log=(self._folder / LOGS_NAME / f"{node.id}.log").resolve(),
             seed=seed,
             device=dict(device),
+            resources=self._graph.recipe.resources_of(node.id),
         )
         try:
             outcome = self._executor.execute(job, self._log.emit, self._stop)

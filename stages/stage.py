@@ -19,8 +19,9 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from artifacts.artifact import Artifact
-from artifacts.errors import StageError
+from artifacts.errors import RecipeError, StageError
 from stages.models.spec import ModelSpec
+from stages.resources import Resources, Team
 
 
 class StageParams(BaseModel):
@@ -61,6 +62,7 @@ class Context:
         scratch: a folder that survives a crash and is found again by the same content key; checkpoints go here.
         seed: fixed by the recipe, the same on every run.
         device: the device profile's numbers, `{"memory": bytes, "context": tokens}`; empty when the recipe names none.
+        team: the processes that share this work; alone, unless the recipe asks for more and the stage is `parallel`.
     """
 
     stage_id: str
@@ -70,6 +72,7 @@ class Context:
     seed: int
     reporter: Reporter
     device: Mapping[str, int] = field(default_factory=dict)
+    team: Team = field(default_factory=Team)
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         self.reporter.progress(done, total, note)
@@ -111,6 +114,8 @@ class Stage(ABC, Generic[P]):
         libraries: distributions whose versions are part of the content key.
         reads_device: whether `run` reads `context.device`; only then is the device profile part of the content key, and
             only then does the engine let the stage see it.
+        parallel: whether several processes may share its work (`resources: {processes: 2}`, see `Context.team`); the
+            result must be the same but for rounding, since their number is no part of the content key.
         summary: one line for `pipeline plan` and the docs.
     """
 
@@ -122,6 +127,7 @@ class Stage(ABC, Generic[P]):
     many: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
     reads_device: ClassVar[bool] = False
+    parallel: ClassVar[bool] = False
     Params: ClassVar[type[StageParams]]
 
     def __init__(self, params: P):
@@ -141,6 +147,19 @@ class Stage(ABC, Generic[P]):
         """
         spec = next((planned.spec for planned in inputs.values() if planned.spec is not None), None)
         return Planned(type=self.output_type, spec=spec)
+
+    def check_resources(self, resources: Resources) -> None:
+        """Refuse, before any work starts, what the stage cannot use with these parameters.
+
+        Raises:
+            RecipeError: more processes than can share the work, or a way of sharing that it does not know.
+        """
+        if resources.processes > 1 and not type(self).parallel:
+            raise RecipeError(
+                f"{self.name} works in one process, not {resources.processes}",
+                why="the stage does not know how to share its work",
+                way_out="leave resources out; stages that train (l-ppo, sft) can use several",
+            )
 
     def downloads(self) -> Sequence[str]:
         """The remote things that this stage will read (`package:...`, `hub:...`), for `pipeline fetch`."""

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from artifacts import errors
 from artifacts.errors import PipelineError, StageError
 from pipeline.events import StageLog, StageMemory, StageMetric, StageProgress
+from stages.resources import Resources
 
 StageEvent = StageProgress | StageMetric | StageLog | StageMemory
 Emit = Callable[[StageEvent], None]
@@ -37,6 +38,7 @@ class Job(BaseModel):
     log: Path  # what the stage writes to stdout and stderr is appended here
     seed: int
     device: dict[str, int]
+    resources: Resources = Resources()
 
 
 class Outcome(BaseModel):

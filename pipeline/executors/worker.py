@@ -2,6 +2,9 @@
 
 Messages go to file descriptor FD, one JSON object a line: events, at the end `{"outcome": ...}` or `{"error": ...}`.
 What the stage prints goes to its log. The process dies with the runner, whatever the runner dies of.
+
+If the job asks for several processes, this one starts the others and speaks for all (`pipeline.executors.ranks`). They
+are called with their rank behind PARENT, and say nothing unless they fail.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from typing import cast
+from typing import NoReturn, cast
 
 from artifacts.artifact import Artifact
 from artifacts.disk import disk_error
@@ -31,7 +34,8 @@ from artifacts.locks import FileLock
 from artifacts.manifest import canonical_json
 from pipeline.events import StageLog, StageMetric, StageProgress
 from pipeline.executors.base import Job, Outcome, StageEvent
-from stages.stage import Context, Stage, StageParams
+from pipeline.executors.ranks import Ranks, prepare, team_of
+from stages.stage import Context, Reporter, Stage, StageParams
 
 _PROGRESS_EVERY = 0.25  # seconds; progress in between is dropped, the last step never is
 _ORPHAN_PATIENCE = 60.0  # seconds to wait for a killed run's process to be gone
@@ -74,6 +78,16 @@ class _Channel:
         self._event(StageLog(stage=self._stage_id, message=message))
 
 
+class _Mute:
+    """What a rank beside the first reports through: the first says the same."""
+
+    def progress(self, done: float, total: float, note: str = "") -> None: ...
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None: ...
+
+    def log(self, message: str) -> None: ...
+
+
 class _UndeclaredDevice(Mapping[str, int]):
     """Stands in for the device profile where a stage has not declared that it reads it: its key would be untrue."""
 
@@ -98,23 +112,44 @@ class _UndeclaredDevice(Mapping[str, int]):
 
 
 def main(arguments: list[str]) -> int:
-    """Do the job on stdin; 0 when an outcome was sent, 1 when an error was."""
+    """Do the job on stdin, or a rank's part of it; 0 when that was done, 1 when an error was sent."""
     descriptor, parent = int(arguments[0]), int(arguments[1])
     _die_with(parent)
     job = Job.model_validate_json(sys.stdin.buffer.read())
     channel = _Channel(descriptor, job.stage_id)
+    return _first(job, channel) if len(arguments) == 2 else _other(job, channel, int(arguments[2]))
+
+
+def _first(job: Job, channel: _Channel) -> int:
+    def end(error: PipelineError) -> NoReturn:
+        channel.send({"error": error.to_dict()})
+        os._exit(1)
+
+    ranks = Ranks(job, end)
     try:
-        outcome = _work(job, channel)
+        outcome = _guarded(job, channel, ranks)
     except BaseException as error:
-        channel.send({"error": _for_users(error, job).to_dict()})
         with contextlib.suppress(OSError):
             traceback.print_exc()
+        ranks.settle(_for_users(error, job))
+        channel.send({"error": _for_users(error, job).to_dict()})
         return 1
     channel.send({"outcome": outcome.model_dump(mode="json")})
     return 0
 
 
-def _work(job: Job, channel: _Channel) -> Outcome:
+def _other(job: Job, channel: _Channel, rank: int) -> int:
+    try:
+        _work(job, _Mute(), rank)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        channel.send({"error": _for_users(error, job).to_dict(), "at": time.time()})
+        os._exit(1)  # at once: the others notice when the sockets close, and this must have been told by then
+    return 0
+
+
+def _guarded(job: Job, channel: _Channel, ranks: Ranks) -> Outcome:
     guard = FileLock(job.guard)
     if not guard.acquire(timeout=_ORPHAN_PATIENCE):
         raise StageError(
@@ -125,22 +160,32 @@ def _work(job: Job, channel: _Channel) -> Outcome:
         )
     guard.close_in_forked_children()
     try:
-        random.seed(job.seed)  # for what libraries draw behind a stage's back
-        cls = _load(job.stage_class)
-        stage = cls(cls.Params.model_validate_json(json.dumps(job.params)))
-        context = Context(
-            stage_id=job.stage_id,
-            inputs={stage_id: Artifact.open(path) for stage_id, path in job.inputs.items()},
-            output=job.output,
-            scratch=job.scratch,
-            seed=job.seed,
-            reporter=channel,
-            device=job.device if cls.reads_device else _UndeclaredDevice(cls),
-        )
-        metadata = stage.run(context)
+        ranks.start()
+        metadata = _work(job, channel, 0)
+        ranks.join()
         return Outcome(metadata=_as_json(metadata, job), peak_rss=peak_rss())
     finally:
         guard.release(remove=True)
+
+
+def _work(job: Job, reporter: Reporter, rank: int) -> Mapping[str, object]:
+    team = team_of(job, rank)
+    if team.size > 1:
+        prepare(team)
+    random.seed(job.seed)  # for what libraries draw behind a stage's back
+    cls = _load(job.stage_class)
+    stage = cls(cls.Params.model_validate_json(json.dumps(job.params)))
+    context = Context(
+        stage_id=job.stage_id,
+        inputs={stage_id: Artifact.open(path) for stage_id, path in job.inputs.items()},
+        output=job.output,
+        scratch=job.scratch,
+        seed=job.seed,
+        reporter=reporter,
+        device=job.device if cls.reads_device else _UndeclaredDevice(cls),
+        team=team,
+    )
+    return stage.run(context)
 
 
 def _load(name: str) -> type[Stage[StageParams]]:
