@@ -31,7 +31,7 @@ What differs, and how it was decided:
 
 Memory: before each step a process's high-water mark is set back (/proc/PID/clear_refs), after it VmHWM is read: the
 kernel's own peak of all resident memory, libraries and weights included, loading left out. RssAnon, memory that is the
-process's own, is looked at fifty times a second.
+process's own, is looked at fifty times a second. CPU time is told beside wall time: a busy machine changes it less.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Turn:
     """One step of one side."""
 
     seconds: float
+    cpu_seconds: float  # of all its threads
     resident: int  # bytes, peak
     anonymous: int  # bytes, peak
     parts: dict[str, float] = field(default_factory=dict)  # seconds; only ours
@@ -121,6 +122,7 @@ class Side:
         assert self._process.stdin is not None
         proc = Path("/proc") / str(self._process.pid)
         (proc / "clear_refs").write_text("5")
+        before = cpu_seconds(proc)
         peaks, done = [0], threading.Event()
 
         def look() -> None:
@@ -136,7 +138,8 @@ class Side:
         finally:
             done.set()
             looking.join()
-        return Turn(told["seconds"], memory(proc, "VmHWM"), max(peaks), told.get("parts", {}))
+        spent = cpu_seconds(proc) - before
+        return Turn(told["seconds"], spent, memory(proc, "VmHWM"), max(peaks), told.get("parts", {}))
 
     def _told(self) -> Told:
         assert self._process.stdout is not None
@@ -150,6 +153,12 @@ def memory(proc: Path, name: str) -> int:
     """Bytes, from /proc/PID/status."""
     lines = (proc / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def cpu_seconds(proc: Path) -> float:
+    """User and system time so far, from /proc/PID/stat."""
+    fields = (proc / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def trl_environment(folder: Path) -> Path:
@@ -231,6 +240,7 @@ def told_of(side: Side) -> dict[str, object]:
     whole = sum(middle.values())
     return {
         "median_seconds": round(statistics.median(seconds), 3),
+        "median_cpu_seconds": round(median_cpu(side), 3),
         "step_seconds": [round(value, 3) for value in seconds],
         "peak_resident_mib": round(max(turn.resident for turn in side.turns) / 2**20),
         "peak_anonymous_mib": round(max(turn.anonymous for turn in side.turns) / 2**20),
@@ -250,12 +260,17 @@ def compared(ours: Side, theirs: Side) -> dict[str, float]:
         "round_by_round_least": min(each),
         "round_by_round_median": statistics.median(each),
         "round_by_round_most": max(each),
+        "times_less_cpu": median_cpu(theirs) / median_cpu(ours),
     }
     return {name: round(value, 3) for name, value in (found | shares_of_memory(ours, theirs)).items()}
 
 
 def median_seconds(side: Side) -> float:
     return statistics.median(turn.seconds for turn in side.turns)
+
+
+def median_cpu(side: Side) -> float:
+    return statistics.median(turn.cpu_seconds for turn in side.turns)
 
 
 def peak(side: Side) -> int:
