@@ -13,7 +13,8 @@ from artifacts.errors import StageError
 from stages.data.prompts import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo import checkpoint as training
-from stages.lppo.algorithm import generator, train
+from stages.lppo.algorithm import train
+from stages.lppo.batches import generator
 from stages.lppo.loop import StepReport
 from stages.lppo.objective import chosen
 from stages.lppo.params import LPPOParams

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import lppo_setting as setting
 import pytest
+import torch
 from pydantic import ValidationError
 
 from stages.data.prompts import Prompt
+from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
 from stages.lppo.loop import Loop, StepReport
 from stages.lppo.material import new_sampler
@@ -19,7 +21,8 @@ from stages.lppo.reward import Rewards
 from stages.lppo.rollout import Scene
 from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampler
 from stages.lppo.states import States
-from stages.lppo.supervised import REFUSALS, SFT
+from stages.lppo.supervised import SFT
+from stages.lppo.targets import REFUSALS, Targets, cross_entropy
 from stages.lppo.validation import Validation
 from stages.lppo.workers import Alone
 from stages.models.features import ExitFeatures, Features
@@ -189,6 +192,38 @@ def test_supervised_training_learns_its_targets(tiny_llava: Path, features: Feat
     losses = [report.metrics["loss"] for report in reports]
     assert losses[-1] < 0.5 * losses[0]
     assert all(report.exits for report in reports)
+
+
+def test_demonstrations_teach_what_rewards_are_too_rare_for(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    """No sample of the untrained model refuses, so nothing but the demonstrations can teach it to."""
+    losses, likelihood = [], []
+    for weight in (0.0, 1.0):
+        policy = setting.fresh_policy(tiny_llava)
+        states = States(policy, features)
+        targets = Targets(policy, states, default_exit=2, max_new_tokens=6)
+        given = setting.params(8, demonstrations=weight, anchor=0.0, lr=1e-2, rewards={"refusal": 1.0})
+        reports: list[StepReport] = []
+        train(
+            policy,
+            setting.sampler(given),
+            states,
+            Rewards(RefusalRule()),
+            given,
+            seed=0,
+            scratch=tmp_path / str(weight),
+            report=reports.append,
+            targets=targets,
+        )
+        losses.append([report.metrics.get("demonstration_loss") for report in reports])
+        prefixes, said = targets([Scene(1, 0, (setting.HARMFUL[0],))])
+        with torch.no_grad():
+            likelihood.append(float(-cross_entropy(policy, prefixes, said).sum()))
+    assert losses[0] == [None] * 8
+    first, last = losses[1][0], losses[1][-1]
+    assert first is not None and last is not None and last < 0.8 * first
+    assert likelihood[1] > likelihood[0] + 10
 
 
 # --- the toy problem ---

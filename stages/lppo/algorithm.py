@@ -24,6 +24,8 @@ one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95
 - eta grows while the KL lies above `kl_target`, and falls back to its first value;
 - the reward comes from a refusal rule, not from a GPT-2 reward model (`rewards`, `reward_model`);
 - the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
+- what should have been said may be shown beside what was (`demonstrations`, as InstructGPT mixes in supervised
+  gradients), where rewards are too rare to learn from in few steps;
 - visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward.
 
 `objective: grpo` puts group-relative advantages in place of GAE and the KL into the loss; there is no value model then.
@@ -31,13 +33,13 @@ one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stages.lppo.batches import generator, minibatches, of_scenes, parts, scatter
 from stages.lppo.loop import Ending, Learner, Loop, StepReport
 from stages.lppo.objective import (
     DivergedError,
@@ -56,15 +58,13 @@ from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
+from stages.lppo.targets import States, Targets, cross_entropy
 from stages.lppo.validation import Validation
 from stages.lppo.watch import repetition
 from stages.lppo.workers import Alone, Workers, agree, sum_gradients
 
 if TYPE_CHECKING:
     import torch
-
-States = Callable[[Sequence[Scene], int], Prefixes]
-"""Scenes and the number of responses to a prompt -> (e_T, P(e_l)), packed."""
 
 
 def train(
@@ -77,16 +77,19 @@ def train(
     seed: int,
     scratch: Path,
     report: Callable[[StepReport], None],
+    targets: Targets | None = None,
     validation: Validation | None = None,
     workers: Workers | None = None,
 ) -> Ending:
     """Train `policy` in place; continues from the checkpoint in `scratch` if there is one.
 
+    `targets` are needed where `params.demonstrations` is not 0.
+
     Raises:
         StageError: training kept diverging, or `report` refused to go on.
     """
     workers = workers or Alone()
-    learner = PPO(policy, sampler, states, rewards, params, seed=seed, workers=workers)
+    learner = PPO(policy, sampler, states, rewards, params, seed=seed, workers=workers, targets=targets)
     loop = Loop(learner, params, scratch=scratch, report=report, workers=workers, validation=validation)
     return loop.run()
 
@@ -104,6 +107,7 @@ class Experience:
     """
 
     numbers: list[int]
+    scenes: list[Scene]
     prefixes: Prefixes
     responses: Responses
     judged: list[list[Outcome]]
@@ -129,6 +133,7 @@ class PPO(Learner):
         *,
         seed: int,
         workers: Workers,
+        targets: Targets | None = None,
     ):
         self.policy = policy
         self.sampler = sampler
@@ -138,6 +143,7 @@ class PPO(Learner):
         self._params = params
         self._seed = seed
         self._workers = workers
+        self._targets = targets if params.demonstrations else None
         self.optimizer = new_optimizer(policy, params, value_lr=params.value_lr)
 
     def step(self, number: int) -> StepReport:
@@ -209,7 +215,7 @@ class PPO(Learner):
                 advantages = normalize(advantages, mask, total)
         mean = float(total(score.sum()) / count)
         return Experience(
-            mine, prefixes, responses, judged, reference, advantages, returns, anchored, anchors, mean, kl
+            mine, asked, prefixes, responses, judged, reference, advantages, returns, anchored, anchors, mean, kl
         )
 
     def _generate(self, prefixes: Prefixes, draws: Pick) -> Responses:
@@ -233,10 +239,11 @@ class PPO(Learner):
         import torch
 
         params, workers, mask = self._params, self._workers, found.responses.mask
+        shown = None if self._targets is None else self._targets(found.scenes)
         place = {number: index for index, number in enumerate(found.numbers)}
         parameters = self.policy.trained().values()
         device = self.policy.device
-        sums, updates = torch.zeros(4, device=device), 0
+        sums, updates = torch.zeros(5, device=device), 0
         for epoch in range(params.ppo_epochs):
             order = torch.randperm(len(batches), generator=generator(self._seed, step, -1 - epoch)).tolist()
             for batch in (batches[index] for index in order):
@@ -245,6 +252,8 @@ class PPO(Learner):
                 tokens, anchor_tokens = workers.total(counts).tolist()
                 for part in parts(local, params.micro_batch, mask):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
+                if shown is not None:
+                    sums[4] += self._demonstrate(*shown, local)
                 sum_gradients(workers, parameters)
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm))
                 if not math.isfinite(norm):
@@ -252,8 +261,25 @@ class PPO(Learner):
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 updates += 1
-        names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
-        return dict(zip(names, (workers.total(sums) / max(1, updates)).tolist(), strict=True))
+        names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl", "demonstration_loss")
+        told = dict(zip(names, (workers.total(sums) / max(1, updates)).tolist(), strict=True))
+        if shown is None:
+            del told["demonstration_loss"]
+        return told
+
+    def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:
+        """Add the gradient of what should have been said, `demonstrations` times its cross-entropy."""
+        import torch
+
+        tokens = self._workers.total(targets.mask[local].sum().to(torch.float64)).item()
+        loss = torch.zeros((), device=self.policy.device)
+        for part in parts(local, self._params.micro_batch, targets.mask):
+            some = of_scenes(targets, part)
+            if bool(some.mask.any()):
+                share = cross_entropy(self.policy, prefixes[part], some).sum() / max(1.0, tokens)
+                (self._params.demonstrations * share).backward()  # type: ignore[no-untyped-call]
+                loss += share.detach()
+        return loss
 
     def _backward(self, found: Experience, part: list[int], tokens: float, anchor_tokens: float) -> torch.Tensor:
         """Add the gradient of some scenes; their part of the losses."""
@@ -287,7 +313,7 @@ class PPO(Learner):
         objective.backward()  # type: ignore[no-untyped-call]
         value = torch.zeros_like(loss.value) if params.objective == "grpo" else loss.value
         told = [loss.policy * weight, value * weight, loss.clip_fraction * weight, anchor / anchor_tokens]
-        return torch.stack(told).detach()
+        return torch.stack([*told, torch.zeros_like(anchor)]).detach()
 
     def _signs(self, found: Experience) -> dict[str, float]:
         """Length and repetition of the responses, of all processes."""
@@ -337,48 +363,6 @@ def failures(scenes: Sequence[Scene], judged: Sequence[Sequence[Outcome]]) -> di
     for scene, row in zip(scenes, judged, strict=True):
         found.setdefault(scene.exit, []).extend(outcome.failed for outcome in row if outcome.harmful)
     return found
-
-
-def minibatches(scenes: int, parts: int, draw: torch.Generator) -> list[list[int]]:
-    """The scenes in random order, in `parts` parts."""
-    import torch
-
-    order = torch.randperm(scenes, generator=draw).tolist()
-    size = math.ceil(scenes / parts)
-    return [order[start : start + size] for start in range(0, scenes, size)]
-
-
-def parts(scenes: list[int], size: int, mask: torch.Tensor) -> list[list[int]]:
-    """Scenes that are computed together, those with as many response tokens side by side: less padding."""
-    ordered = sorted(scenes, key=lambda scene: (int(mask[scene].sum()), scene))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
-
-def of_scenes(responses: Responses, scenes: list[int]) -> Responses:
-    """Some scenes' responses."""
-    return Responses(
-        responses.tokens[scenes],
-        responses.mask[scenes],
-        responses.logprobs[scenes],
-        responses.values[scenes],
-        [responses.texts[scene] for scene in scenes],
-        responses.finished[scenes],
-    )
-
-
-def scatter(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values in the order of `mask.nonzero()` put back to their places, zero elsewhere."""
-    out = flat.new_zeros(mask.shape)
-    out[mask] = flat
-    return out
-
-
-def generator(seed: int, step: int, scene: int | None = None) -> torch.Generator:
-    """The randomness of a step, or of one scene in it, whatever happened before."""
-    import torch
-
-    digest = hashlib.sha256(f"l-ppo {seed} {step} {scene}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def new_optimizer(policy: Policy, params: TrainingParams, value_lr: float = 0.0) -> torch.optim.Optimizer:

@@ -194,6 +194,7 @@ PAPER: Final[Mapping[str, object]] = {
     "rewards": {"refusal": 0.0, "helpfulness": 0.0, "answer": 0.0, "reward_model": 1.0},
     "kl_target": None,
     "anchor": 0.0,
+    "demonstrations": 0.0,
     # The value model is fitted by plain squared error; advantages are as GAE gives them.
     "value_clip": None,
     "normalize_advantages": False,
@@ -239,6 +240,12 @@ class LPPOParams(TrainingParams):
         default=0.5,
         ge=0,
         description="weight of the exact KL from the original model on harmless prompts; 0: plain PPO",
+    )
+    demonstrations: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the cross-entropy of what should have been said: a refusal after a harmful prompt, the "
+        "original model's own answer after a harmless one, the right word after a visual question; 0: plain PPO",
     )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
     bounds: Bounds = Field(

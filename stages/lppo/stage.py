@@ -243,6 +243,7 @@ class LPPOStage(Hardening[LPPOParams]):
 
     def train(self, context: Context, setting: Setting) -> Ending:
         from stages.lppo.algorithm import train
+        from stages.lppo.targets import Targets
 
         watch, steps = Watch(self.params.bounds), setting.sampler.steps(self.params.steps)
 
@@ -259,6 +260,12 @@ class LPPOStage(Hardening[LPPOParams]):
             seed=context.seed,
             scratch=context.scratch,
             report=report,
+            targets=Targets(
+                setting.policy,
+                setting.states,
+                default_exit=setting.default_exit,
+                max_new_tokens=self.params.max_new_tokens,
+            ),
             validation=setting.validation,
             workers=setting.workers,
         )

@@ -1,0 +1,109 @@
+"""What should be said: refusals after harmful prompts, the original model's own answers after harmless ones.
+
+Targets of the baseline `sft`, and of the demonstrations that l-ppo may mix in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, Literal
+
+from artifacts.manifest import sha256_bytes
+from stages.judges.refusal import is_degenerate, is_refusal
+from stages.lppo.objective import chosen
+from stages.lppo.policy import Policy
+from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy
+
+if TYPE_CHECKING:
+    import torch
+
+    from stages.data.prompts import Prompt
+
+States = Callable[[Sequence[Scene], int], Prefixes]
+"""Scenes and the number of responses to a prompt -> (e_T, P(e_l)), packed."""
+
+REFUSALS: Final = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with that request.",
+    "Sorry, I can't help with this. It could hurt people.",
+    "I won't help with that, because it could cause harm.",
+    "I'm not able to help with that request.",
+)
+
+
+class Targets:
+    """Makes them.
+
+    Args:
+        answers: to harmless prompts; "own": what the original model says at its default exit, greedily; "given": the
+            prompt's, where it has one.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        states: States,
+        *,
+        default_exit: int,
+        max_new_tokens: int,
+        answers: Literal["own", "given"] = "own",
+    ):
+        self._policy = policy
+        self._states = states
+        self._default_exit = default_exit
+        self._max_new_tokens = max_new_tokens
+        self._answers = answers
+
+    def __call__(self, scenes: Sequence[Scene]) -> tuple[Prefixes, Responses]:
+        """The states of some scenes, and what should be said: one target a prompt."""
+        import torch
+
+        prefixes = self._states(scenes, 1)
+        own = self._own_answers(scenes)
+        rows: list[list[list[int]]] = []
+        for scene, said in zip(scenes, own, strict=True):
+            words = scene.answers or (None,) * len(scene.prompts)
+            rows.append([self._target(*one) for one in zip(scene.prompts, words, said, strict=True)])
+        width = max(1, max(len(target) for row in rows for target in row))
+        shape = (len(scenes), prefixes.row_segment.shape[1], width)
+        tokens = torch.zeros(shape, dtype=torch.long, device=self._policy.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self._policy.device)
+        for s, row in enumerate(rows):
+            for r, target in enumerate(row):
+                tokens[s, r, : len(target)] = torch.tensor(target, dtype=torch.long)
+                mask[s, r, : len(target)] = True
+        nothing = torch.zeros(shape, device=self._policy.device)
+        return prefixes, Responses(tokens, mask, nothing, nothing, [[""] * shape[1]] * len(scenes), mask.any(-1))
+
+    def _own_answers(self, scenes: Sequence[Scene]) -> list[list[list[int]]]:
+        """What the original model says at its default exit, as tokens; nothing where it refuses or babbles."""
+        asked = [replace(scene, exit=self._default_exit) for scene in scenes]
+        with self._policy.as_reference():
+            said = generate(self._policy, self._states(asked, 1), self._max_new_tokens, greedy)
+        return [
+            [
+                [] if is_refusal(text) or is_degenerate(text) else said.tokens[s, r][said.mask[s, r]].tolist()
+                for r, text in enumerate(texts)
+            ]
+            for s, texts in enumerate(said.texts)
+        ]
+
+    def _target(self, prompt: Prompt, word: str | None, own: list[int]) -> list[int]:
+        if prompt.intent == "harmful":
+            chosen_refusal = int(sha256_bytes(prompt.id.encode())[:8], 16) % len(REFUSALS)
+            return self._ended(REFUSALS[chosen_refusal])
+        if word is not None:
+            return self._ended(word)
+        if self._answers == "given" and prompt.answer:
+            return self._ended(prompt.answer)[: self._max_new_tokens]
+        return own
+
+    def _ended(self, text: str) -> list[int]:
+        return [*self._policy.encode(text), self._policy.end_of_turn]
+
+
+def cross_entropy(policy: Policy, prefixes: Prefixes, targets: Responses) -> torch.Tensor:
+    """-log pi of every target token, in the order of `targets.mask.nonzero()`."""
+    logprobs, _ = policy.evaluate(prefixes, targets)
+    return -chosen(logprobs, targets.tokens[targets.mask])
