@@ -115,7 +115,7 @@ class Experience:
     advantages: torch.Tensor
     returns: torch.Tensor
     anchored: torch.Tensor
-    anchors: tuple[torch.Tensor, ...]
+    anchors: list[torch.Tensor]
     score: float  # mean reward, of all processes
     kl: float  # nats a response, of all processes
 
@@ -189,9 +189,19 @@ class PPO(Learner):
         # Rewards r(x_t, y) - eta * KL(pi || pi_SFT), token by token.
         judged = self._rewards(asked, responses.texts)
         score = torch.tensor([[one.reward for one in row] for row in judged], device=policy.device)
+        # Answers to harmless prompts are held at the reference's; kept by scene, since batches are drawn by scene.
+        harmless = torch.tensor([[not one.harmful for one in row] for row in judged], device=policy.device)
+        anchored = mask & harmless[:, :, None]
+        reference = torch.zeros_like(responses.logprobs)
+        anchors: list[torch.Tensor] = []
         with policy.as_reference():
-            whole, _ = policy.evaluate(prefixes, responses)
-        reference = scatter(chosen(whole, responses.tokens[mask]), mask)
+            for start in range(0, len(mine), params.micro_batch):
+                part = list(range(start, min(start + params.micro_batch, len(mine))))
+                some = of_scenes(responses, part)
+                whole, _ = policy.evaluate(prefixes[part], some)
+                reference[part] = scatter(chosen(whole, some.tokens[some.mask]), some.mask)
+                kept = anchored[part]
+                anchors += torch.split(whole[kept[some.mask]], kept.sum((1, 2)).tolist())
         log_ratio = (responses.logprobs - reference) * mask
         count = total(torch.tensor(float(score.numel()), device=policy.device))
         kl = float(total(log_ratio.sum()) / count)
@@ -199,11 +209,6 @@ class PPO(Learner):
             raise DivergedError(
                 f"the KL to the original model is {kl:.3g} nats a response, allowed {params.bounds.max_kl:g}"
             )
-
-        # Answers to harmless prompts are held at the reference's; kept by scene, since batches are drawn by scene.
-        harmless = torch.tensor([[not one.harmful for one in row] for row in judged], device=policy.device)
-        anchored = mask & harmless[:, :, None]
-        anchors = torch.split(whole[anchored[mask]], anchored.sum((1, 2)).tolist())
 
         if params.objective == "grpo":
             advantages = group_advantages(score, params.samples)[:, :, None] * mask

@@ -138,7 +138,8 @@ class Policy:
 
     def logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log-probabilities (..., vocabulary) at the policy's temperature, float32."""
-        return cast("torch.Tensor", (self._head(hidden).float() / self.temperature).log_softmax(-1))
+        logits = self._head(hidden).float()
+        return cast("torch.Tensor", (logits if self.temperature == 1 else logits / self.temperature).log_softmax(-1))
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """V of the states that end in these tokens: (...)."""
