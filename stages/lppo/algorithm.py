@@ -257,8 +257,8 @@ class PPO(Learner):
                 tokens, anchor_tokens = workers.total(counts).tolist()
                 for part in parts(local, params.micro_batch, mask):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
-                if shown is not None:
-                    sums[4] += self._demonstrate(*shown, local)
+                if shown is not None and epoch == 0:
+                    sums[4] += self._demonstrate(*shown, local) * params.ppo_epochs
                 sum_gradients(workers, parameters)
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm))
                 if not math.isfinite(norm):

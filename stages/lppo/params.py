@@ -244,8 +244,9 @@ class LPPOParams(TrainingParams):
     demonstrations: float = Field(
         default=0.0,
         ge=0,
-        description="weight of the cross-entropy of what should have been said: a refusal after a harmful prompt, the "
-        "original model's own answer after a harmless one, the right word after a visual question; 0: plain PPO",
+        description="weight of the cross-entropy of what should have been said, in the first pass: a refusal after a "
+        "harmful prompt, the original model's own answer after a harmless one, the right word after a visual question; "
+        "0: plain PPO",
     )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
     bounds: Bounds = Field(

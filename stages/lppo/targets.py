@@ -6,7 +6,6 @@ Targets of the baseline `sft`, and of the demonstrations that l-ppo may mix in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.manifest import sha256_bytes
@@ -62,9 +61,10 @@ class Targets:
         prefixes = self._states(scenes, 1)
         own = self._own_answers(scenes)
         rows: list[list[list[int]]] = []
-        for scene, said in zip(scenes, own, strict=True):
+        for s, scene in enumerate(scenes):
             words = scene.answers or (None,) * len(scene.prompts)
-            rows.append([self._target(*one) for one in zip(scene.prompts, words, said, strict=True)])
+            asked = enumerate(zip(scene.prompts, words, strict=True))
+            rows.append([self._target(prompt, word, own.get((s, p), [])) for p, (prompt, word) in asked])
         width = max(1, max(len(target) for row in rows for target in row))
         shape = (len(scenes), prefixes.row_segment.shape[1], width)
         tokens = torch.zeros(shape, dtype=torch.long, device=self._policy.device)
@@ -76,18 +76,29 @@ class Targets:
         nothing = torch.zeros(shape, device=self._policy.device)
         return prefixes, Responses(tokens, mask, nothing, nothing, [[""] * shape[1]] * len(scenes), mask.any(-1))
 
-    def _own_answers(self, scenes: Sequence[Scene]) -> list[list[list[int]]]:
-        """What the original model says at its default exit, as tokens; nothing where it refuses or babbles."""
-        asked = [replace(scene, exit=self._default_exit) for scene in scenes]
+    def _own_answers(self, scenes: Sequence[Scene]) -> dict[tuple[int, int], list[int]]:
+        """What the original model says at its default exit, as tokens, by scene and prompt where that is the target.
+
+        Nothing where it refuses or babbles.
+        """
+        needed = [
+            (s, p)
+            for s, scene in enumerate(scenes)
+            for p, prompt in enumerate(scene.prompts)
+            if prompt.intent != "harmful" and scene.answers is None and not self._given(prompt)
+        ]
+        if not needed:
+            return {}
+        asked = [Scene(self._default_exit, scenes[s].image, (scenes[s].prompts[p],)) for s, p in needed]
         with self._policy.as_reference():
             said = generate(self._policy, self._states(asked, 1), self._max_new_tokens, greedy)
-        return [
-            [
-                [] if is_refusal(text) or is_degenerate(text) else said.tokens[s, r][said.mask[s, r]].tolist()
-                for r, text in enumerate(texts)
-            ]
-            for s, texts in enumerate(said.texts)
-        ]
+        found = {}
+        for place, (text,), tokens, mask in zip(needed, said.texts, said.tokens, said.mask, strict=True):
+            found[place] = [] if is_refusal(text) or is_degenerate(text) else tokens[0][mask[0]].tolist()
+        return found
+
+    def _given(self, prompt: Prompt) -> str | None:
+        return prompt.answer if self._answers == "given" else None
 
     def _target(self, prompt: Prompt, word: str | None, own: list[int]) -> list[int]:
         if prompt.intent == "harmful":
@@ -95,9 +106,8 @@ class Targets:
             return self._ended(REFUSALS[chosen_refusal])
         if word is not None:
             return self._ended(word)
-        if self._answers == "given" and prompt.answer:
-            return self._ended(prompt.answer)[: self._max_new_tokens]
-        return own
+        given = self._given(prompt)
+        return self._ended(given)[: self._max_new_tokens] if given else own
 
     def _ended(self, text: str) -> list[int]:
         return [*self._policy.encode(text), self._policy.end_of_turn]
