@@ -187,6 +187,7 @@ _BUILT_IN: Mapping[str, str] = {
     "l-ppo": "stages.lppo.stage:LPPOStage",
     "sft": "stages.lppo.sft:SFTStage",
     "gguf": "stages.quantize.gguf:GGUFStage",
+    "gptq": "stages.quantize.gptq:GPTQStage",
     "icet-verify": "stages.verify.stage:IcetVerifyStage",
 }
 

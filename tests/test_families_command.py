@@ -18,6 +18,7 @@ from stages.lppo.stage import LPPOStage
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.quantize.gguf import GGUFParams, GGUFStage
+from stages.quantize.gptq import GPTQParams, GPTQStage
 from stages.stage import Planned, Stage, StageParams
 
 
@@ -50,6 +51,7 @@ def test_what_the_table_denies_is_refused_before_work_starts_and_the_rest_is_pla
         (support.realign, EarlyExitStage(EarlyExitParams(layer=1, realign=True))),
         (support.lppo, LPPOStage(LPPOParams())),
         (support.llamacpp, GGUFStage(GGUFParams(type="Q8_0"))),
+        (support.gptq, GPTQStage(GPTQParams(group_size=32))),
     ]
     for allowed, stage in stages:
         inputs = {"checkpoint": Planned(type="checkpoint", spec=family.spec(config))}

@@ -67,12 +67,12 @@ def _runtime(artifact: Artifact) -> Runtime:
         from stages.runtimes.llamacpp import LlamaCppRuntime
 
         return LlamaCppRuntime(artifact.path)
-    if artifact.type == "checkpoint":
+    if artifact.type in ("checkpoint", "gptq"):
         from stages.runtimes.transformers import TransformersRuntime
 
         return TransformersRuntime(artifact.path)
     raise RecipeError(
         f"an artifact of type {artifact.type!r} cannot answer",
         where=str(artifact.path),
-        way_out="choose a gguf or a checkpoint",
+        way_out="choose a gguf, a gptq or a checkpoint",
     )

@@ -10,7 +10,7 @@ from stages.models.card import Card
 from stages.models.family import families
 
 _YES, _NO = "yes", "-"
-_HEAD: Final = ("family", "model_type", "early-exit", "realign", "l-ppo", "prune", "GGUF, llama.cpp")
+_HEAD: Final = ("family", "model_type", "early-exit", "realign", "l-ppo", "prune", "GGUF, llama.cpp", "GPTQ")
 _INTRODUCTION: Final = """\
 # Model families
 
@@ -35,13 +35,14 @@ class Support:
     lppo: bool
     prune: bool
     llamacpp: bool
+    gptq: bool
     card: Card
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
     def row(self) -> tuple[str, ...]:
-        marks = (self.early_exit, self.realign, self.lppo, self.prune, self.llamacpp)
+        marks = (self.early_exit, self.realign, self.lppo, self.prune, self.llamacpp, self.gptq)
         return (self.name, ", ".join(self.model_types), *(_YES if mark else _NO for mark in marks))
 
 
@@ -59,6 +60,7 @@ def list_families() -> list[Support]:
                 lppo=sees,
                 prune=True,
                 llamacpp="llamacpp" in family.runtimes,
+                gptq=family.gptq,
                 card=family.card,
             )
         )

@@ -75,8 +75,8 @@ class Batch:
 
         return torch.arange(self.embeddings.shape[1], device=self.lengths.device)[None] < self.lengths[:, None]
 
-    def through(self, trunk: torch.nn.Module) -> torch.Tensor:
-        """Last hidden states (sequences, length, width) of a language backbone, without a KV cache."""
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a language backbone takes for these sequences."""
         import torch
 
         rows, length, _ = self.embeddings.shape
@@ -84,7 +84,11 @@ class Batch:
         if self.crossing is not None:
             positions = torch.arange(length, device=self.embeddings.device).expand(rows, length)
             beside = self.crossing.arguments(positions, cached=False)
-        out = trunk(inputs_embeds=self.embeddings, use_cache=False, **beside)
+        return {"inputs_embeds": self.embeddings, **beside}
+
+    def through(self, trunk: torch.nn.Module) -> torch.Tensor:
+        """Last hidden states (sequences, length, width) of a language backbone, without a KV cache."""
+        out = trunk(use_cache=False, **self.inputs())
         return cast("torch.Tensor", out.last_hidden_state)
 
 

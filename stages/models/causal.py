@@ -36,6 +36,7 @@ class Causal(Family):
         features="-",
         prompt="no image",
     )
+    gptq = True
     model_types = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
     describes = "llama, mistral, qwen2, qwen3 or smollm3"
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, cast
 
 from artifacts.errors import SourceError
 from artifacts.manifest import sha256_bytes, sha256_file
+from stages.models.gptq import interpreted, loading_arguments, silent
 
 if TYPE_CHECKING:
     import torch
@@ -184,23 +186,26 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", *, ima
         images: image-text-to-text; else a causal language model.
 
     Raises:
-        SourceError: a weight file is missing or damaged, or tensors are missing or have other shapes.
+        SourceError: a weight file is missing or damaged, tensors are missing or have other shapes, or a quantized
+            checkpoint needs what is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils import logging
 
-    read_config(folder)
+    quantized = loading_arguments(read_config(folder), where=str(folder))
     weight_files(folder)
     logging.disable_progress_bar()  # progress belongs to events, not to stderr
     try:
-        model, info = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
-            folder,
-            dtype=torch_dtype(dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with silent() if quantized else nullcontext():
+            model, info = (AutoModelForImageTextToText if images else AutoModelForCausalLM).from_pretrained(
+                folder,
+                dtype=torch_dtype(dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **quantized,
+            )
     except (OSError, RuntimeError, ValueError) as error:
         why = str(error).strip().splitlines()
         raise SourceError("the checkpoint cannot be loaded", where=str(folder), why=why[0] if why else None) from error
@@ -213,6 +218,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu", *, ima
             way_out="copy or download the checkpoint again",
         )
     loaded = cast("PreTrainedModel", model)
+    if quantized:
+        interpreted(loaded)
     return cast("PreTrainedModel", loaded.to(device).eval().requires_grad_(False))
 
 

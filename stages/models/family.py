@@ -44,6 +44,7 @@ class Family(ABC):
     describes: ClassVar[str]  # in the words of `describe`, for error messages
     card: ClassVar[Card]
     runtimes: ClassVar[tuple[str, ...]] = ("transformers", "llamacpp")
+    gptq: ClassVar[bool] = False  # whether GPTQModel can quantize its language model
     realigns: ClassVar[bool] = False  # whether it has a `projector_input`
     image_slot: ClassVar[str] = "<image>"  # token that the chat template prints where the image goes
     tower: ClassVar[str] = "vision_tower."  # in the name of every tensor of the encoder, old layout and new

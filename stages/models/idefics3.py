@@ -50,6 +50,7 @@ class Idefics3(Family):
     model_types = ("idefics3", "smolvlm")
     describes = "idefics3 with a idefics3_vision tower"
     tower = "vision_model."
+    gptq = True
     # transformers' Idefics3VisionConfig and SmolVLMVisionConfig, which are alike.
     tower_defaults: ClassVar[Mapping[str, int]] = {
         "hidden_size": 1152,

@@ -37,6 +37,7 @@ class Llava(Family):
 
     model_types = ("llava",)
     realigns = True
+    gptq = True
     tower_type: ClassVar[str]  # vision_config.model_type
     tower_defaults: ClassVar[Mapping[str, int]]  # transformers' defaults for what vision_config leaves out
     has_cls: ClassVar[bool]

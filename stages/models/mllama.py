@@ -62,6 +62,7 @@ class Mllama(Family):
     model_types = ("mllama",)
     describes = "mllama with a mllama_vision_model tower"
     runtimes = ("transformers",)
+    gptq = True
     image_slot = "<|image|>"
     tower = "vision_model."
     # transformers' MllamaVisionConfig

@@ -42,11 +42,13 @@ def tensor_names(folder: Path) -> list[str]:
     Raises:
         SourceError: as `checkpoint.weight_files`.
     """
-    names: list[str] = []
-    for path in checkpoint.weight_files(folder):
-        with path.open("rb") as handle:
-            names += [name for name in _read_header(handle)[0] if name != "__metadata__"]
-    return names
+    return [name for path in checkpoint.weight_files(folder) for name in tensor_names_of(path)]
+
+
+def tensor_names_of(path: Path) -> list[str]:
+    """The names in one safetensors file that is known to be whole."""
+    with path.open("rb") as handle:
+        return [name for name in _read_header(handle)[0] if name != "__metadata__"]
 
 
 def copy_weights(source: Path, target: Path, rename: Rename) -> LeftOut:

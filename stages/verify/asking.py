@@ -18,7 +18,7 @@ from stages.runtimes.runtime import Progress, Request, Runtime
 from stages.verify.questions import Ask, digest
 
 RuntimeName = Literal["llamacpp", "transformers"]
-_RUNTIMES: dict[str, RuntimeName] = {"gguf": "llamacpp", "checkpoint": "transformers"}
+_RUNTIMES: dict[str, RuntimeName] = {"gguf": "llamacpp", "gptq": "transformers", "checkpoint": "transformers"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Subject:
         """Raises: StageError: an artifact of a type that no runtime answers from."""
         found = _RUNTIMES.get(self.artifact.type)
         if found is None:
-            raise StageError(f"'{self.id}' is of type {self.artifact.type!r}; verification reads gguf and checkpoint")
+            raise StageError(
+                f"'{self.id}' is of type {self.artifact.type!r}; verification reads {', '.join(_RUNTIMES)}"
+            )
         return found
 
 
@@ -64,7 +66,7 @@ class Answer:
 
 
 def open_runtime(subject: Subject) -> Runtime:
-    """The runtime that the artifact ships with: llama.cpp for a GGUF, transformers for a checkpoint.
+    """The runtime that the artifact ships with: llama.cpp for a GGUF, transformers for a checkpoint, GPTQ or not.
 
     Raises:
         StageError: it cannot be loaded.

@@ -25,7 +25,7 @@ _STEP: Final = 8 * 2**20  # bytes
 def memory_rows(one: Answers, device: Mapping[str, int], *, measure: bool) -> list[Measure]:
     """`memory_predicted` and `memory_measured` in bytes, of one conversation that fills the device's context.
 
-    Only a GGUF's memory is known; a checkpoint's rows have no value.
+    Only a GGUF's memory is known; rows of what transformers runs have no value.
     """
     context = device.get("context", _CONTEXT)
     return [_predicted(one, context), _measured(one, context, measure=measure)]

@@ -21,7 +21,7 @@ from stages.verify.asking import Subject
 from stages.verify.params import IcetVerifyParams
 from stages.verify.verification import Verification, check_exits
 
-MODELS: Final = ("gguf", "checkpoint")
+MODELS: Final = ("gguf", "gptq", "checkpoint")
 
 
 class IcetVerifyStage(Stage[IcetVerifyParams]):
