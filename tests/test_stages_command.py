@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -60,3 +61,8 @@ def test_the_table_for_the_docs_has_a_section_for_every_stage() -> None:
     page = _print("--markdown")
     for kind in list_stages():
         assert f"\n## {kind.name}\n" in page
+
+
+def test_the_page_in_docs_is_the_one_that_the_code_makes() -> None:
+    page = Path(__file__).parent.parent / "docs" / "stages.md"
+    assert page.read_text(encoding="utf-8") == _print("--markdown")
