@@ -32,7 +32,7 @@ def trainings_table(report: Report) -> Table | None:
                 subject.label,
                 _method(report, trained),
                 _steps(report, trained),
-                seconds(trained.seconds) or "–",
+                "reused" if trained.status == "cached" else seconds(trained.seconds) or "–",
                 show_bytes(trained.peak_rss) if trained.peak_rss else "–",
                 _last_kl(report, trained),
                 *(stat(by_band.get(band)) for band in _BANDS),
