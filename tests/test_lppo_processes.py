@@ -1,0 +1,254 @@
+"""Training shared by two real processes (gloo), started from a recipe: the same as one process, but for rounding."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pytest
+import test_local_executor as local
+import toy
+import yaml
+
+from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError, SourceError, StageError
+from artifacts.store import Store
+from pipeline.events import Event, StageMetric
+from pipeline.executors.local import LocalExecutor
+from pipeline.graph import Graph, build_graph
+from pipeline.keys import canonical_params
+from pipeline.recipe import load_recipe
+from pipeline.runner import run
+from stages.lppo.params import LPPOParams, SFTParams
+from stages.lppo.sft import SFTStage
+from stages.lppo.stage import LPPOStage
+from stages.resources import Resources
+from stages.stage import Context, Stage, StageParams
+
+# Two optimizer steps an iteration; validation in the course of training, so that best weights are written and read.
+COMMON = {"steps": 2, "images": 2, "max_new_tokens": 4, "validation": 1, "validate_every": 1, "device": "cpu"}
+LPPO = {**COMMON, "samples": 2, "quantizer": "Q8_0"}
+SFT = COMMON
+
+Metrics = dict[tuple[str, int | None, int | None], float]
+
+
+def recipe(folder: Path, stages: Mapping[str, object], model: Path | str = "demo:tiny-llava") -> Graph:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"recipe": 1, "name": "two", "source": {"model": str(model)}, "stages": stages}))
+    return build_graph(load_recipe(path))
+
+
+@dataclass
+class _Shared:
+    artifacts: Mapping[str, Artifact]
+    metrics: dict[str, Metrics]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> _Shared:
+    """Both methods, each by two processes, through the engine."""
+    folder = tmp_path_factory.mktemp("shared")
+    two = {"processes": 2}
+    graph = recipe(
+        folder,
+        {
+            "harden": {"uses": "l-ppo", "with": LPPO, "resources": two},
+            "tune": {"uses": "sft", "with": SFT, "resources": two},
+        },
+        tiny_llava,
+    )
+    metrics: dict[str, Metrics] = {"harden": {}, "tune": {}}
+
+    class Listening:
+        def handle(self, event: Event) -> None:
+            if isinstance(event, StageMetric):
+                key = event.name, event.step, event.exit
+                assert key not in metrics[event.stage], f"told twice: {key}"
+                metrics[event.stage][key] = event.value
+
+        def close(self) -> None: ...
+
+    result = run(
+        graph, runs=folder / "runs", store=Store(folder / "store"), executor=LocalExecutor(), listeners=(Listening(),)
+    )
+    logs = "\n".join(path.read_text()[-3000:] for path in result.folder.glob("logs/*.log"))
+    assert result.status == "passed", f"{result.error}\n{logs}"
+    return _Shared(result.artifacts, metrics)
+
+
+class _Heard:
+    def __init__(self) -> None:
+        self.metrics: Metrics = {}
+
+    def progress(self, done: float, total: float, note: str = "") -> None: ...
+
+    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
+        self.metrics[name, step, exit] = value
+
+    def log(self, message: str) -> None: ...
+
+
+@pytest.mark.parametrize("id", ["harden", "tune"])
+def test_two_processes_train_as_one_does(shared: _Shared, id: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    stage = LPPOStage(LPPOParams.model_validate(LPPO)) if id == "harden" else SFTStage(SFTParams.model_validate(SFT))
+    for name in ("output", "scratch"):
+        (tmp_path / name).mkdir()
+    heard = _Heard()
+    source = shared.artifacts["source"]
+    alone = stage.run(Context(id, {"source": source}, tmp_path / "output", tmp_path / "scratch", 0, heard))
+
+    told = shared.metrics[id]
+    assert told.keys() == heard.metrics.keys() and ("loss" if id == "tune" else "policy_loss", 2, None) in told
+    assert told == pytest.approx(heard.metrics, rel=1e-4, abs=1e-5)
+    artifact = shared.artifacts[id]
+    assert artifact.metadata == alone
+    files = {path.name for path in artifact.path.iterdir()} - {"manifest.json"}
+    assert files == {path.name for path in (tmp_path / "output").iterdir()}
+    before = load_file(source.path / "model.safetensors")
+    found = load_file(artifact.path / "model.safetensors")
+    expected = load_file(tmp_path / "output" / "model.safetensors")
+    trained = 0
+    for name, weight in expected.items():
+        trained += not torch.equal(weight, before[name])
+        assert torch.allclose(found[name], weight, rtol=0, atol=1e-5), name
+    assert trained >= 7
+
+
+# --- how processes end ---
+
+
+class Ending(toy.Trouble):
+    """Rank 1 ends in the way that is asked for while rank 0 waits for it."""
+
+    name = "toy-ending"
+    parallel = True
+
+    def run(self, context: Context) -> Mapping[str, object]:
+        rank, size = context.team.rank, context.team.size
+        (context.scratch / f"pid-{rank}").write_text(str(os.getpid()))
+        if self.params.kind == "together":
+            import torch
+
+            from stages.lppo.workers import Accelerated
+
+            workers = Accelerated(context.team, "cpu")
+            mine = torch.full((3,), float(rank + 1), dtype=torch.float64)
+            assert workers.total(mine).tolist() == [3.0] * 3 and mine.tolist() == [rank + 1] * 3
+            assert workers.everyone([rank] * (rank + 1)) == [0, 1, 1]
+            workers.meet()
+            if rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            workers.total(mine)
+        elif rank and self.params.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.params.kind == f"error-{rank}":
+            raise SourceError("the wheel is damaged", where="a.whl")
+        elif rank and self.params.kind == "exception":
+            context.metric("loss", 1.0)
+            raise ValueError("seven is not a colour")
+        elif self.params.kind == "done":
+            return {"rank": rank, "size": size, "ranks": [os.environ["RANK"], os.environ["WORLD_SIZE"]]}
+        time.sleep(60)
+        return {}
+
+
+def job_of(tmp_path: Path, kind: str, processes: int = 2) -> local.Job:
+    made = toy.stage(Ending, kind=kind)
+    return local.job(tmp_path, made).model_copy(update={"resources": Resources(processes=processes)})
+
+
+@pytest.fixture
+def executor() -> LocalExecutor:
+    return LocalExecutor()
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "words"),
+    [
+        ("kill", StageError, "process 1 of the 2 of stage 'it' was ended by SIGKILL"),
+        ("error-1", SourceError, "the wheel is damaged"),
+        ("error-0", SourceError, "the wheel is damaged"),
+        ("exception", StageError, "ValueError: seven is not a colour"),
+        ("together", StageError, "process 1 of the 2 of stage 'it' was ended by SIGKILL"),
+    ],
+)
+def test_a_process_that_fails_ends_the_stage_with_its_own_error_and_nobody_waits(
+    tmp_path: Path, executor: LocalExecutor, kind: str, error: type[StageError], words: str
+) -> None:
+    heard: list[local.StageEvent] = []
+    began = time.monotonic()
+    with pytest.raises(error, match=words):
+        executor.execute(job_of(tmp_path, kind), heard.append, threading.Event())
+    assert time.monotonic() - began < 30
+    assert not any(isinstance(event, StageMetric) for event in heard)
+    pids = [int(path.read_text()) for path in (tmp_path / "scratch").glob("pid-*")]
+    assert local.gone(pids)
+
+
+def test_only_the_first_process_answers(tmp_path: Path, executor: LocalExecutor) -> None:
+    outcome = executor.execute(job_of(tmp_path, "done", 3), local.ignore, threading.Event())
+    assert outcome.metadata == {"rank": 0, "size": 3, "ranks": ["0", "3"]}
+    assert len(list((tmp_path / "scratch").glob("pid-*"))) == 3
+
+
+def test_a_run_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(job_of(tmp_path, "sleep", 3).model_dump_json())
+    code = (
+        "import sys, threading; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pipeline.executors.base import Job; from pipeline.executors.local import LocalExecutor\n"
+        f"job = Job.model_validate_json(Path({str(tmp_path / 'job.json')!r}).read_text())\n"
+        "LocalExecutor().execute(job, lambda event: None, threading.Event())\n"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code])
+    pids = [int(local.wait_for(tmp_path / "scratch" / f"pid-{rank}")) for rank in range(3)]
+    assert all(local.alive(pid) for pid in pids)
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    assert local.gone(pids)
+
+
+# --- what is refused before any work ---
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "way_out"),
+    [
+        ({"uses": "gguf", "resources": {"processes": 2}}, "gguf works in one process", "leave resources out"),
+        ({"uses": "l-ppo", "resources": {"processes": 3}}, "3 processes cannot share 2 scenes", "prompts_per_step"),
+        ({"uses": "sft", "resources": {"processes": 5}}, "5 processes cannot share 4 scenes", "to 4 or less"),
+        ({"uses": "l-ppo", "resources": {"sharding": "fsdp"}}, "several processes", "set processes to 2"),
+        ({"uses": "l-ppo", "resources": {"processes": 0}}, "greater than or equal to 1", ""),
+        ({"uses": "l-ppo", "resources": {"proceses": 2}}, "unknown key 'proceses'", "processes"),
+    ],
+)
+def test_resources_that_a_stage_cannot_use_are_refused_with_their_place(
+    tmp_path: Path, stage: dict[str, object], words: str, way_out: str
+) -> None:
+    with pytest.raises(RecipeError, match=words) as refusal:
+        recipe(tmp_path, {"it": stage})
+    assert way_out in str(refusal.value) and "recipe.yaml:" in str(refusal.value)
+
+
+def test_the_number_of_processes_is_no_part_of_what_a_stage_is(tmp_path: Path) -> None:
+    """A training that two processes began may be finished by one: it finds the same scratch folder."""
+    from pipeline.keys import content_key
+
+    keys = set()
+    for resources in ({"processes": 1}, {"processes": 2}):
+        node = recipe(tmp_path, {"it": {"uses": "l-ppo", "resources": resources}}).node("it")
+        keys.add(content_key(node.stage, {"source": "a" * 64}, seed=0, device={}))
+        assert canonical_params(node.stage) == canonical_params(cast("Stage[StageParams]", LPPOStage(LPPOParams())))
+    assert len(keys) == 1
