@@ -22,6 +22,7 @@ from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.store import Store
 from pipeline.events import Event, StageMetric
+from pipeline.executors.base import Job, StageEvent
 from pipeline.executors.local import LocalExecutor
 from pipeline.graph import Graph, build_graph
 from pipeline.keys import canonical_params
@@ -164,7 +165,7 @@ class Ending(toy.Trouble):
         return {}
 
 
-def job_of(tmp_path: Path, kind: str, processes: int = 2) -> local.Job:
+def job_of(tmp_path: Path, kind: str, processes: int = 2) -> Job:
     made = toy.stage(Ending, kind=kind)
     return local.job(tmp_path, made).model_copy(update={"resources": Resources(processes=processes)})
 
@@ -187,7 +188,7 @@ def executor() -> LocalExecutor:
 def test_a_process_that_fails_ends_the_stage_with_its_own_error_and_nobody_waits(
     tmp_path: Path, executor: LocalExecutor, kind: str, error: type[StageError], words: str
 ) -> None:
-    heard: list[local.StageEvent] = []
+    heard: list[StageEvent] = []
     began = time.monotonic()
     with pytest.raises(error, match=words):
         executor.execute(job_of(tmp_path, kind), heard.append, threading.Event())
