@@ -97,7 +97,7 @@ def build_graph(recipe: Recipe) -> Graph:
         _check_inputs(recipe, id, stage, needs[id], nodes)
         planned = _plan(recipe, id, stage, {name: nodes[name].planned for name in inputs[id]})
         _check_budget(recipe, id, planned)
-        _check_resources(recipe, id, stage)
+        _check_resources(recipe, id, stage, planned)
         nodes[id] = Node(id, entries[id].uses, stage, needs[id], inputs[id], planned)
     graph = Graph(recipe.name, tuple(nodes.values()), recipe)
     _check_ending(graph)
@@ -244,9 +244,9 @@ def _check_budget(recipe: Recipe, id: str, planned: Planned) -> None:
         raise RecipeError(f"stage '{id}': {what}", where=recipe.where("stages", id), why=why, way_out=way_out)
 
 
-def _check_resources(recipe: Recipe, id: str, stage: Stage[StageParams]) -> None:
+def _check_resources(recipe: Recipe, id: str, stage: Stage[StageParams], planned: Planned) -> None:
     try:
-        stage.check_resources(recipe.resources_of(id))
+        stage.check_resources(recipe.resources_of(id), planned)
     except PipelineError as error:
         raise _at(error, recipe.where("stages", id, "resources")) from error
 

@@ -148,8 +148,8 @@ class Stage(ABC, Generic[P]):
         spec = next((planned.spec for planned in inputs.values() if planned.spec is not None), None)
         return Planned(type=self.output_type, spec=spec)
 
-    def check_resources(self, resources: Resources) -> None:
-        """Refuse, before any work starts, what the stage cannot use with these parameters.
+    def check_resources(self, resources: Resources, planned: Planned) -> None:
+        """Refuse, before any work starts, what the stage cannot use with these parameters. `planned` is what it makes.
 
         Raises:
             RecipeError: more processes than can share the work, or a way of sharing that it does not know.

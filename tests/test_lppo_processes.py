@@ -21,7 +21,7 @@ import yaml
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.store import Store
-from pipeline.events import Event, StageMetric
+from pipeline.events import Event, StageLog, StageMetric
 from pipeline.executors.base import Job, StageEvent
 from pipeline.executors.local import LocalExecutor
 from pipeline.graph import Graph, build_graph
@@ -38,6 +38,8 @@ from stages.stage import Context, Stage, StageParams
 COMMON = {"steps": 2, "images": 2, "max_new_tokens": 4, "validation": 1, "validate_every": 1, "device": "cpu"}
 LPPO = {**COMMON, "samples": 2, "quantizer": "Q8_0"}
 SFT = COMMON
+# Three scenes an iteration and three exits to validate, so that one process has less to do than the other.
+SHARDED = {**COMMON, "prompts_per_step": 6, "micro_batch": 1, "samples": 2, "demonstrations": 0.5}
 
 Metrics = dict[tuple[str, int | None, int | None], float]
 
@@ -52,6 +54,24 @@ def recipe(folder: Path, stages: Mapping[str, object], model: Path | str = "demo
 class _Shared:
     artifacts: Mapping[str, Artifact]
     metrics: dict[str, Metrics]
+    said: list[str]
+
+
+class _Listening:
+    def __init__(self) -> None:
+        self.metrics: dict[str, Metrics] = {}
+        self.said: list[str] = []
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, StageLog):
+            self.said.append(event.message)
+        if isinstance(event, StageMetric):
+            told = self.metrics.setdefault(event.stage, {})
+            key = event.name, event.step, event.exit
+            assert key not in told, f"told twice: {key}"
+            told[key] = event.value
+
+    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -64,26 +84,17 @@ def shared(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> _Share
         {
             "harden": {"uses": "l-ppo", "with": LPPO, "resources": two},
             "tune": {"uses": "sft", "with": SFT, "resources": two},
+            "sharded": {"uses": "l-ppo", "with": SHARDED, "resources": {**two, "sharding": "fsdp"}},
         },
         tiny_llava,
     )
-    metrics: dict[str, Metrics] = {"harden": {}, "tune": {}}
-
-    class Listening:
-        def handle(self, event: Event) -> None:
-            if isinstance(event, StageMetric):
-                key = event.name, event.step, event.exit
-                assert key not in metrics[event.stage], f"told twice: {key}"
-                metrics[event.stage][key] = event.value
-
-        def close(self) -> None: ...
-
+    heard = _Listening()
     result = run(
-        graph, runs=folder / "runs", store=Store(folder / "store"), executor=LocalExecutor(), listeners=(Listening(),)
+        graph, runs=folder / "runs", store=Store(folder / "store"), executor=LocalExecutor(), listeners=(heard,)
     )
     logs = "\n".join(path.read_text()[-3000:] for path in result.folder.glob("logs/*.log"))
     assert result.status == "passed", f"{result.error}\n{logs}"
-    return _Shared(result.artifacts, metrics)
+    return _Shared(result.artifacts, heard.metrics, heard.said)
 
 
 class _Heard:
@@ -98,12 +109,19 @@ class _Heard:
     def log(self, message: str) -> None: ...
 
 
-@pytest.mark.parametrize("id", ["harden", "tune"])
+ALONE = {
+    "harden": lambda: LPPOStage(LPPOParams.model_validate(LPPO)),
+    "tune": lambda: SFTStage(SFTParams.model_validate(SFT)),
+    "sharded": lambda: LPPOStage(LPPOParams.model_validate(SHARDED)),
+}
+
+
+@pytest.mark.parametrize("id", list(ALONE))
 def test_two_processes_train_as_one_does(shared: _Shared, id: str, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file
 
-    stage = LPPOStage(LPPOParams.model_validate(LPPO)) if id == "harden" else SFTStage(SFTParams.model_validate(SFT))
+    stage = ALONE[id]()
     for name in ("output", "scratch"):
         (tmp_path / name).mkdir()
     heard = _Heard()
@@ -125,6 +143,15 @@ def test_two_processes_train_as_one_does(shared: _Shared, id: str, tmp_path: Pat
         trained += not torch.equal(weight, before[name])
         assert torch.allclose(found[name], weight, rtol=0, atol=1e-5), name
     assert trained >= 7
+
+
+def test_each_process_keeps_half_of_the_sharded_weights(shared: _Shared) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    source = shared.artifacts["source"].path
+    model = AutoModelForImageTextToText.from_pretrained(source)
+    weights = sum(weight.numel() for weight in model.model.language_model.layers.parameters())
+    assert f"each keeps {weights // 2:,} of the {weights:,} weights of the decoder blocks" in shared.said
 
 
 # --- how processes end ---
@@ -231,6 +258,11 @@ def test_a_run_that_is_killed_leaves_no_process_behind(tmp_path: Path) -> None:
         ({"uses": "l-ppo", "resources": {"processes": 3}}, "3 processes cannot share 2 scenes", "prompts_per_step"),
         ({"uses": "sft", "resources": {"processes": 5}}, "5 processes cannot share 4 scenes", "to 4 or less"),
         ({"uses": "l-ppo", "resources": {"sharding": "fsdp"}}, "several processes", "set processes to 2"),
+        (
+            {"uses": "l-ppo", "with": {"quantizer": "Q4_0"}, "resources": {"processes": 2, "sharding": "fsdp"}},
+            "sharding: fsdp does not go with quantizer: Q4_0",
+            "or quantizer",
+        ),
         ({"uses": "l-ppo", "resources": {"processes": 0}}, "greater than or equal to 1", ""),
         ({"uses": "l-ppo", "resources": {"proceses": 2}}, "unknown key 'proceses'", "processes"),
     ],

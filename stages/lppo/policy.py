@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+    from stages.lppo.sharding import Shards
     from stages.models.crossing import Crossing, Placed
     from stages.models.family import Family, Geometry
 
@@ -34,6 +35,7 @@ class Policy:
         quantizer: what the policy's weights are rounded to; with `checkpoint`, the folder that the model was loaded
             from, and `imatrix`: see `quantization.Quantizer`.
         temperature: of sampling; the policy that is trained is the one at this temperature.
+        shards: workers that each keep a part of the frozen weights; None: this process has them all.
         gradient_checkpointing: keep a block's input only, and compute its activations again in the backward pass.
         seed: of the adapter's initialisation.
 
@@ -53,6 +55,7 @@ class Policy:
         imatrix: Path | None = None,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        shards: Shards | None = None,
         seed: int = 0,
     ):
         import torch
@@ -74,6 +77,9 @@ class Policy:
         if gradient_checkpointing:
             inner = cast("PreTrainedModel", self.trunk.get_base_model())
             inner.activation_checkpointing_enable({"use_reentrant": False})
+        self._shards = shards
+        if shards is not None:
+            shards.split(model, self.trunk, self._pass_a_token)
         embedding = cast("torch.Tensor", self.embed.weight)
         self.device = embedding.device
         self.dtype = embedding.dtype
@@ -122,6 +128,10 @@ class Policy:
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """Last hidden states (scenes, queries, width); `keys` are the tokens in the cache, then `queries` again."""
+        import torch
+
+        if self._shards is not None:
+            self._shards.begin(torch.is_grad_enabled())
         beside = {}
         if crossing is not None:
             cached = cache is not None and cache.get_seq_length() > 0
@@ -154,13 +164,33 @@ class Policy:
 
         packed = pack_responses(prefixes, responses.tokens, responses.mask)
         embeddings = torch.cat([prefixes.embeddings, self.embed(packed.tokens)], 1)
-        # transformers recomputes in training mode only. There is no dropout, so nothing else changes.
-        self.trunk.train(self._recomputes and torch.is_grad_enabled())
-        hidden = self.hidden(embeddings, packed.tags, packed.tags, prefixes.crossing)
-        self.trunk.eval()
+        with self._recomputing():
+            hidden = self.hidden(embeddings, packed.tags, packed.tags, prefixes.crossing)
         scene, _, _ = responses.mask.nonzero(as_tuple=True)
         chosen = hidden[scene, packed.predictors[responses.mask]]
         return self.logprobs(chosen), self.values(chosen)
+
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Inside, activations are recomputed where that was asked for and a gradient is taken."""
+        import torch
+
+        # transformers recomputes in training mode only. There is no dropout, so nothing else changes.
+        self.trunk.train(self._recomputes and torch.is_grad_enabled())
+        try:
+            yield
+        finally:
+            self.trunk.eval()
+
+    def _pass_a_token(self, gradient: bool) -> None:
+        """Go through the blocks as `evaluate` does, for nothing but their company; gradients are zero."""
+        import torch
+
+        embedding = self.embed(self.end_tokens[None, :1])
+        with torch.set_grad_enabled(gradient), self._recomputing():
+            out = self.trunk(inputs_embeds=embedding, use_cache=False).last_hidden_state
+            if gradient:
+                (out.float().sum() * 0).backward()
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

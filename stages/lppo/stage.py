@@ -17,8 +17,9 @@ from stages.data import images, prompts
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
+from stages.lppo.sharding import CROSSING, Shards, workers_of
 from stages.lppo.watch import Watch
-from stages.lppo.workers import Workers, device_of, workers_of
+from stages.lppo.workers import Workers, device_of
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.resources import Resources
@@ -73,14 +74,28 @@ class Hardening(Stage[P]):
             chosen_exits(self.params, planned.spec)
         return planned
 
-    def check_resources(self, resources: Resources) -> None:
-        super().check_resources(resources)
+    def check_resources(self, resources: Resources, planned: Planned) -> None:
+        super().check_resources(resources, planned)
         scenes = self.params.scenes_per_update()
         if resources.processes > scenes:
             raise RecipeError(
                 f"{resources.processes} processes cannot share {scenes} scene{'s' if scenes > 1 else ''}",
                 why="that is what an optimizer step is computed from, and each process needs one of its own",
                 way_out=f"set processes to {scenes} or less, or take more prompts_per_step",
+            )
+        if resources.sharding == "none":
+            return
+        if self.params.rounding() is not None:
+            raise RecipeError(
+                f"sharding: {resources.sharding} does not go with quantizer: {self.params.rounding()}",
+                why="rounding needs the whole weights of a layer, and keeps a second set of them",
+                way_out="leave sharding out, or quantizer",
+            )
+        if planned.spec is not None and planned.spec.family in CROSSING:
+            raise RecipeError(
+                f"sharding: {resources.sharding} does not go with models of the family {planned.spec.family}",
+                why="some of its decoder blocks compute only beside an image, and sharded blocks must compute together",
+                way_out="leave sharding out",
             )
 
     def fingerprint(self) -> str:
@@ -137,7 +152,8 @@ class Hardening(Stage[P]):
             encoder.get([*pictures, *shown_pictures][workers.rank :: workers.size])
             workers.meet()
         features, shown = encoder.get(pictures), encoder.get(shown_pictures)
-        model = family.load(source, dtype=params.dtype, device=device)
+        shards = workers if isinstance(workers, Shards) else None
+        model = family.load(source, dtype=params.dtype, device="cpu" if shards is not None else device)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         policy = Policy(
             family,
@@ -149,8 +165,11 @@ class Hardening(Stage[P]):
             imatrix=params.imatrix,
             temperature=params.temperature if isinstance(params, LPPOParams) else 1.0,
             gradient_checkpointing=params.gradient_checkpointing,
+            shards=shards,
             seed=context.seed,
         )
+        if shards is not None:
+            context.log(f"each keeps {shards.here:,} of the {shards.parameters:,} weights of the decoder blocks")
         rounded = policy.rounded_types()
         for line in fallbacks(params.rounding(), rounded):
             context.log(line)
@@ -181,7 +200,7 @@ class Hardening(Stage[P]):
         steps = sampler.steps(params.steps)
         context.progress(steps, steps, "merging the adapter")
         adapter = policy.adapter()
-        del policy, model
+        del policy, model, setting, validation
         if workers.rank == 0:
             hardened = merged(family, source, checkpoint.dtype_of(config), adapter, params.lora())
             checkpoint.save_model(hardened, context.output, companions_from=source)

@@ -94,11 +94,6 @@ class Accelerated:
         self._state.wait_for_everyone()
 
 
-def workers_of(team: Team, device: str) -> Workers:
-    """How this process works with the others, if there are any."""
-    return Alone() if team.size == 1 else Accelerated(team, device)
-
-
 def device_of(wanted: str, team: Team) -> str:
     """`auto` resolved; each process of a team has a GPU of its own.
 
