@@ -8,31 +8,42 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
+import lppo_setting as setting
 import pytest
 import test_local_executor as local
 import toy
 import yaml
+from test_family_recipes import ThisProcess
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.store import Store
 from pipeline.events import Event, StageLog, StageMetric
-from pipeline.executors.base import Job, StageEvent
+from pipeline.executors.base import Emit, Job, Outcome, StageEvent
 from pipeline.executors.local import LocalExecutor
 from pipeline.graph import Graph, build_graph
 from pipeline.keys import canonical_params
 from pipeline.recipe import load_recipe
 from pipeline.runner import run
+from stages.lppo.algorithm import PPO
+from stages.lppo.objective import DivergedError
 from stages.lppo.params import LPPOParams, SFTParams
+from stages.lppo.reward import Rewards
 from stages.lppo.sft import SFTStage
 from stages.lppo.stage import LPPOStage
+from stages.lppo.states import States
+from stages.lppo.workers import Alone
+from stages.models.features import ExitFeatures
+from stages.models.tiny import tiny_llava_spec
 from stages.resources import Resources
-from stages.stage import Context, Stage, StageParams
+from stages.stage import Context, Planned, Stage, StageParams
+
+T = TypeVar("T")
 
 # Two optimizer steps an iteration; validation in the course of training, so that best weights are written and read.
 COMMON = {"steps": 2, "images": 2, "max_new_tokens": 4, "validation": 1, "validate_every": 1, "device": "cpu"}
@@ -55,6 +66,13 @@ class _Shared:
     artifacts: Mapping[str, Artifact]
     metrics: dict[str, Metrics]
     said: list[str]
+
+
+class _SourceHere(LocalExecutor):
+    """Stages in processes of their own, but for the source, which would only load torch once more."""
+
+    def execute(self, job: Job, emit: Emit, stop: threading.Event) -> Outcome:
+        return ThisProcess().execute(job, emit, stop) if job.stage_id == "source" else super().execute(job, emit, stop)
 
 
 class _Listening:
@@ -89,9 +107,7 @@ def shared(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> _Share
         tiny_llava,
     )
     heard = _Listening()
-    result = run(
-        graph, runs=folder / "runs", store=Store(folder / "store"), executor=LocalExecutor(), listeners=(heard,)
-    )
+    result = run(graph, runs=folder / "runs", store=Store(folder / "store"), executor=_SourceHere(), listeners=(heard,))
     logs = "\n".join(path.read_text()[-3000:] for path in result.folder.glob("logs/*.log"))
     assert result.status == "passed", f"{result.error}\n{logs}"
     return _Shared(result.artifacts, heard.metrics, heard.said)
@@ -152,6 +168,23 @@ def test_each_process_keeps_half_of_the_sharded_weights(shared: _Shared) -> None
     model = AutoModelForImageTextToText.from_pretrained(source)
     weights = sum(weight.numel() for weight in model.model.language_model.layers.parameters())
     assert f"each keeps {weights // 2:,} of the {weights:,} weights of the decoder blocks" in shared.said
+
+
+def test_a_divergence_that_only_the_other_process_meets_is_one_here_too(
+    tiny_llava: Path, images: list[Path], tmp_path: Path
+) -> None:
+    """Else this one would wait for numbers that never come."""
+
+    class Beside(Alone):
+        def everyone(self, items: Sequence[T]) -> list[T]:
+            return [*items, cast("T", "the policy's probabilities are not finite")]
+
+    policy = setting.fresh_policy(tiny_llava)
+    states = States(policy, ExitFeatures(tiny_llava).get(images))
+    given = setting.params(1)
+    learner = PPO(policy, setting.sampler(given), states, Rewards(setting.LikesE()), given, seed=0, workers=Beside())
+    with pytest.raises(DivergedError, match="not finite"):
+        learner.step(0)
 
 
 # --- how processes end ---
@@ -273,6 +306,12 @@ def test_resources_that_a_stage_cannot_use_are_refused_with_their_place(
     with pytest.raises(RecipeError, match=words) as refusal:
         recipe(tmp_path, {"it": stage})
     assert way_out in str(refusal.value) and "recipe.yaml:" in str(refusal.value)
+
+
+def test_blocks_that_compute_only_beside_an_image_are_not_sharded() -> None:
+    planned = Planned("checkpoint", replace(tiny_llava_spec(), family="mllama"))
+    with pytest.raises(RecipeError, match="does not go with models of the family mllama"):
+        LPPOStage(LPPOParams()).check_resources(Resources(processes=2, sharding="fsdp"), planned)
 
 
 def test_the_number_of_processes_is_no_part_of_what_a_stage_is(tmp_path: Path) -> None:
