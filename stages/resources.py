@@ -8,6 +8,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from artifacts.errors import StageError
+
 Sharding = Literal["none", "fsdp"]
 
 
@@ -51,3 +53,28 @@ class Team:
     size: int = 1
     meeting: Path | None = None
     sharding: Sharding = "none"
+
+
+def device_of(wanted: str, team: Team) -> str:
+    """`auto` resolved; each process of a team has a GPU of its own.
+
+    Raises:
+        StageError: a GPU is asked for and there is none, or there are fewer than processes.
+    """
+    import torch
+
+    there = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
+    if wanted == "cuda" and not there:
+        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
+    if not there:
+        return "cpu"
+    if team.size == 1:
+        return "cuda"
+    if team.size > there:
+        raise StageError(
+            f"{team.size} processes, but torch sees {there} GPU{'s' if there > 1 else ''}",
+            why="each process needs one of its own",
+            way_out=f"set resources.processes to {there} or less, or device: cpu",
+        )
+    torch.cuda.set_device(team.rank)
+    return f"cuda:{team.rank}"

@@ -19,10 +19,10 @@ from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.sharding import CROSSING, Shards, workers_of
 from stages.lppo.watch import Watch
-from stages.lppo.workers import Workers, device_of
+from stages.lppo.workers import Workers
 from stages.models import checkpoint
 from stages.models.family import family_of
-from stages.resources import Resources
+from stages.resources import Resources, device_of
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
 
-from artifacts.errors import StageError
 from stages.resources import Team
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Accelerated:
     Each element of a sum is added up in one place and handed to all, by either library: the same bits everywhere.
 
     Args:
-        device: of this process, see `device_of`.
+        device: of this process, see `stages.resources.device_of`.
     """
 
     def __init__(self, team: Team, device: str):
@@ -92,31 +91,6 @@ class Accelerated:
 
     def meet(self) -> None:
         self._state.wait_for_everyone()
-
-
-def device_of(wanted: str, team: Team) -> str:
-    """`auto` resolved; each process of a team has a GPU of its own.
-
-    Raises:
-        StageError: a GPU is asked for and there is none, or there are fewer than processes.
-    """
-    import torch
-
-    there = torch.cuda.device_count() if wanted != "cpu" and torch.cuda.is_available() else 0
-    if wanted == "cuda" and not there:
-        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
-    if not there:
-        return "cpu"
-    if team.size == 1:
-        return "cuda"
-    if team.size > there:
-        raise StageError(
-            f"{team.size} processes, but torch sees {there} GPU{'s' if there > 1 else ''}",
-            why="each process needs one of its own",
-            way_out=f"set resources.processes to {there} or less, or device: cpu",
-        )
-    torch.cuda.set_device(team.rank)
-    return f"cuda:{team.rank}"
 
 
 def agree(workers: Workers, reason: str | None) -> str | None:

@@ -13,6 +13,7 @@ from stages.models.adapter import merged
 from stages.models.family import Family, family_of
 from stages.prune import depth
 from stages.prune.params import PruneParams
+from stages.resources import device_of
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class PruneStage(Stage[PruneParams]):
         # Kernels whose sums depend on the order of threads would break `kill -9` and start again = undisturbed.
         torch.use_deterministic_algorithms(True, warn_only=True)
         context.progress(0, 1, "loading")
-        model = family.load(source, dtype=params.dtype, device=_device(params.device))
+        model = family.load(source, dtype=params.dtype, device=device_of(params.device, context.team))
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
         def material(side: Side, pictures: int) -> Calibration:
@@ -183,17 +184,3 @@ class PruneStage(Stage[PruneParams]):
 
 def _rounded(scores: Mapping[int, float]) -> dict[str, float]:
     return {str(block): round(value, _DIGITS) for block, value in scores.items()}
-
-
-def _device(wanted: str) -> str:
-    """`auto` resolved.
-
-    Raises:
-        StageError: a GPU is asked for and there is none.
-    """
-    import torch
-
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
-    return "cuda" if wanted != "cpu" and there else "cpu"

@@ -22,6 +22,7 @@ from stages.models.family import Family, families, family_of
 from stages.models.spec import TextSpec
 from stages.quantize.gptq_checkpoint import put_back, write_language_model
 from stages.quantize.gptq_model import Matrix, Settings, check_installed, quantize_language_model
+from stages.resources import device_of
 from stages.stage import Context, Planned, Stage, StageParams
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class GPTQStage(Stage[GPTQParams]):
         _check_family(family)
         self._check_group(spec.text)
         check_installed()
-        dtype, device = checkpoint.dtype_of(config), _device(params.device)
+        dtype, device = checkpoint.dtype_of(config), device_of(params.device, context.team)
 
         text, quantized = context.scratch / "text", context.scratch / "quantized"
         context.progress(0, _STEPS, "reading calibration data")
@@ -248,17 +249,3 @@ def _losses(matrices: Sequence[Matrix]) -> dict[int, float]:
     for matrix in matrices:
         found.setdefault(matrix.layer, []).append(matrix.loss)
     return {layer: sum(losses) / len(losses) for layer, losses in found.items()}
-
-
-def _device(wanted: str) -> str:
-    """`auto` resolved.
-
-    Raises:
-        StageError: a GPU is asked for and there is none.
-    """
-    import torch
-
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
-    return "cuda" if wanted != "cpu" and there else "cpu"

@@ -14,6 +14,7 @@ from stages.data import hub, prompts
 from stages.judges.reward_model import RewardModel, Scale, locate, longest, padding
 from stages.judges.statistics import wilson
 from stages.models import checkpoint
+from stages.resources import device_of
 from stages.reward_model import labels, phrases
 from stages.reward_model.pairs import Pair
 from stages.reward_model.params import RewardModelParams
@@ -118,7 +119,7 @@ class RewardModelStage(Stage[RewardModelParams]):
                 context.metric(name, value, step=step)
             context.progress(step, params.steps, f"loss {said['loss']:.3f}")
 
-        device = _device(params.device)
+        device = device_of(params.device, context.team)
         model = train(
             model, tokenizer, rows, params, device=device, seed=context.seed, scratch=context.scratch, tell=tell
         )
@@ -207,17 +208,3 @@ def _remote(model: str) -> str:
     except ValueError:
         return ""
     return source
-
-
-def _device(wanted: str) -> str:
-    """`auto` resolved.
-
-    Raises:
-        StageError: a GPU is asked for and there is none.
-    """
-    import torch
-
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise StageError("device: cuda, but torch sees no GPU", way_out="use device: auto or cpu")
-    return "cuda" if wanted != "cpu" and there else "cpu"
