@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from artifacts.errors import SourceError
 from stages.data.prompts import Prompt
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
@@ -20,6 +22,7 @@ from stages.lppo.policy import Policy
 from stages.lppo.reward import Rewards
 from stages.lppo.rollout import Scene
 from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampler
+from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
 from stages.lppo.supervised import SFT
 from stages.lppo.targets import REFUSALS, Targets, cross_entropy
@@ -130,6 +133,23 @@ def test_rewards_are_weighted_sums_of_what_judges_say() -> None:
     assert second.reward == 3 + 5 and not second.refused  # harmless and answered
     assert third.reward == 4 and third.right is True
     assert fourth.reward == -4 and fourth.right is False
+
+
+def test_a_reward_model_in_a_folder_is_part_of_the_content_key(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "rewards"
+    stage = LPPOStage(LPPOParams.model_validate({"rewards": {"reward_model": 1.0}, "reward_model": str(folder)}))
+    with pytest.raises(SourceError, match="there is no folder"):
+        stage.fingerprint()
+    shutil.copytree(tiny_llava, folder)
+    before = stage.fingerprint()
+    assert before == stage.fingerprint()
+    config = folder / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert stage.fingerprint() != before
+    hub = LPPOParams.model_validate({"rewards": {"reward_model": 1.0}, "reward_model": "hub:org/rewards"})
+    assert "hub:org/rewards" in LPPOStage(hub).downloads()
+    named = LPPOParams.model_validate({"rewards": {"reward_model": 1.0}, "reward_model": "rewards"})
+    assert LPPOStage(named).downloads() == LPPOStage(LPPOParams()).downloads()
 
 
 # --- sft ---

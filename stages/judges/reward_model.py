@@ -120,23 +120,6 @@ class RewardModel:
         self._pad = padding(self._model, self._tokenizer)
         self._longest = longest(self._model, self.scale.max_length)
 
-    @classmethod
-    def open(
-        cls,
-        source: str,
-        *,
-        dtype: checkpoint.DType = "float32",
-        device: str = "cpu",
-        batch: int = 16,
-        form: Form | None = None,
-    ) -> RewardModel:
-        """A reward model by folder, `hub:ORG/NAME[@REVISION]` or ORG/NAME.
-
-        Raises:
-            RecipeError: none of these. SourceError: it cannot be had, or is no reward model.
-        """
-        return cls(locate(source), dtype=dtype, device=device, batch=batch, form=form)
-
     def rewards(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """One unbounded number a response, higher is better, in deviations from the middle of the held-out responses.
 
@@ -197,20 +180,43 @@ class RewardModel:
         return list(row) if len(row) <= self._longest else [*row[: self._longest - 1], row[-1]]
 
 
+def remote(source: str) -> str:
+    """`hub:ORG/NAME[@REVISION]` of a model on the hub; "" for others."""
+    if source.startswith(("./", "../", "~/")) or Path(source).is_absolute():
+        return ""
+    named = source if source.startswith("hub:") else f"hub:{source}"
+    try:
+        hub.parse(named)
+    except ValueError:
+        return ""
+    return named
+
+
 def locate(source: str) -> Path:
     """The folder that `source` names: a path, `hub:ORG/NAME[@REVISION]` or ORG/NAME; downloads what is missing.
 
     Raises:
         RecipeError: none of these. SourceError: the hub has it not, or cannot be reached.
     """
-    if source.startswith(("./", "../", "~/", "/")) or Path(source).is_absolute():
+    if source.startswith(("./", "../", "~/")) or Path(source).is_absolute():
         return Path(source).expanduser()
-    try:
-        return hub.fetch(*hub.parse(source if source.startswith("hub:") else f"hub:{source}"))
-    except ValueError as error:
-        raise RecipeError(
-            f"{source!r} is no reward model", way_out="give a folder as ./NAME or /PATH, or hub:ORG/NAME"
-        ) from error
+    named = remote(source)
+    if not named:
+        raise RecipeError(f"{source!r} is no reward model", way_out="give a folder as ./NAME or /PATH, or hub:ORG/NAME")
+    return hub.fetch(*hub.parse(named))
+
+
+def source_digest(source: str) -> str:
+    """What content keys say of it: the commit of a hub's model, "" if it is not on this machine; a folder's digest.
+
+    Raises:
+        SourceError: there is no such folder, or no model in it.
+    """
+    named = remote(source)
+    if not named:
+        return checkpoint.content_digest(Path(source).expanduser())
+    cached = hub.cached(*hub.parse(named))
+    return cached.name if cached is not None else ""
 
 
 def load(folder: Path, dtype: checkpoint.DType = "float32", device: str = "cpu") -> PreTrainedModel:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError
-from artifacts.manifest import sha256_bytes, sha256_file
+from artifacts.manifest import sha256_file
 from stages.data import images, prompts
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
@@ -240,24 +239,30 @@ class LPPOStage(Hardening[LPPOParams]):
         return planned
 
     def fingerprint(self) -> str:
+        from stages.judges.reward_model import source_digest
+
         model = self.params.reward_model
-        folder = Path(model).expanduser() if model is not None and "/" in model else None
-        if folder is None or not folder.is_dir():  # hub models are named by their revision
+        if model is None or not _is_model_id(model):
             return super().fingerprint()
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        digests = [f"{path.relative_to(folder).as_posix()} {sha256_file(path)}" for path in files]
-        return sha256_bytes("\n".join([super().fingerprint(), *digests]).encode())
+        return f"{super().fingerprint()} {source_digest(model)}"
+
+    def downloads(self) -> Sequence[str]:
+        from stages.judges.reward_model import remote
+
+        model = self.params.reward_model
+        named = remote(model) if model is not None and _is_model_id(model) else ""
+        return (*super().downloads(), *([named] if named else []))
 
     def rewards(self, context: Context) -> Rewards:
-        from stages.judges.reward_model import RewardModel
+        from stages.judges.reward_model import RewardModel, locate
         from stages.lppo.reward import Rewards
 
         params = self.params
         model = None
         if params.reward_model is not None:
             found = context.inputs.get(params.reward_model)
-            source = params.reward_model if found is None else str(found.path)
-            model = RewardModel.open(source, device=device_of(params.device, context.team))
+            folder = locate(params.reward_model) if found is None else found.path
+            model = RewardModel(folder, device=device_of(params.device, context.team))
         return Rewards(RefusalRule(), params.rewards, model)
 
     def train(self, context: Context, setting: Setting) -> Ending:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import sha256_file
 from stages.data import hub, prompts
-from stages.judges.reward_model import RewardModel, Scale, locate, longest, padding
+from stages.judges.reward_model import RewardModel, Scale, locate, longest, padding, remote, source_digest
 from stages.judges.statistics import wilson
 from stages.models import checkpoint
 from stages.resources import device_of
@@ -57,7 +57,7 @@ class RewardModelStage(Stage[RewardModelParams]):
                         why="transformers has no sequence-classification class for it",
                         way_out="name another one: model: hub:openai-community/gpt2, or a folder",
                     )
-        elif not _remote(model):
+        elif not remote(model):
             if not Path(model).is_dir():
                 raise RecipeError(
                     f"there is no model {model}", way_out=f"write {INPUT}, ./NAME, /PATH, or a hub id as hub:ORG/NAME"
@@ -71,8 +71,8 @@ class RewardModelStage(Stage[RewardModelParams]):
         found = [*prompts.packages(), *files]  # prompts, whatever the data: their test split must not be in it
         if labels.SOURCE in self.params.data:
             found += labels.SOURCES
-        if _remote(self.params.model):
-            found.append(_remote(self.params.model))
+        if remote(self.params.model):
+            found.append(remote(self.params.model))
         return found
 
     def fingerprint(self) -> str:
@@ -82,12 +82,8 @@ class RewardModelStage(Stage[RewardModelParams]):
                 parts.append(hub.DataFile.parse(source).commit())
             elif Path(source).is_file():
                 parts.append(sha256_file(Path(source)))
-        remote = _remote(self.params.model)
-        if remote:
-            cached = hub.cached(*hub.parse(remote))
-            parts.append(cached.name if cached is not None else "")
-        elif self.params.model != INPUT:
-            parts.append(checkpoint.content_digest(Path(self.params.model)))
+        if self.params.model != INPUT:
+            parts.append(source_digest(self.params.model))
         return " ".join(parts)
 
     def run(self, context: Context) -> Mapping[str, object]:
@@ -129,7 +125,7 @@ class RewardModelStage(Stage[RewardModelParams]):
         # The same weights again, now with their scale.
         _write(model, scale, source, context.output)
         return {
-            "base": INPUT if own else (params.model if _remote(params.model) else Path(params.model).name),
+            "base": INPUT if own else (params.model if remote(params.model) else Path(params.model).name),
             "architecture": type(model).__name__,
             "parameters": model.num_parameters(),
             "pairs": _counts(found, rows=[pair for pair, _, _ in rows], measured=measured),
@@ -196,15 +192,3 @@ def _write(model: PreTrainedModel, scale: Scale, tokenizer_from: Path, folder: P
         if (tokenizer_from / name).is_file():
             (folder / name).write_bytes((tokenizer_from / name).read_bytes())
     checkpoint.make_readable(folder)
-
-
-def _remote(model: str) -> str:
-    """`hub:ORG/NAME[@REVISION]` of a model on the hub; "" for others."""
-    if model == INPUT or model.startswith(("./", "../", "~/")) or Path(model).is_absolute():
-        return ""
-    source = model if model.startswith("hub:") else f"hub:{model}"
-    try:
-        hub.parse(source)
-    except ValueError:
-        return ""
-    return source
