@@ -33,14 +33,13 @@ one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lppo.batches import generator, minibatches, of_scenes, parts, scatter
-from stages.lppo.loop import Ending, Learner, Loop, StepReport
+from stages.lppo.loop import Ending, Learner, Loop, StepReport, exit_means
 from stages.lppo.objective import (
     DivergedError,
     anchor_loss,
@@ -53,15 +52,15 @@ from stages.lppo.objective import (
     ppo_loss,
     shape_rewards,
 )
-from stages.lppo.params import LPPOParams, TrainingParams
+from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
-from stages.lppo.targets import States, Targets, cross_entropy
+from stages.lppo.targets import States, Targets, add_gradient
 from stages.lppo.validation import Validation
 from stages.lppo.watch import repetition
-from stages.lppo.workers import Alone, Workers, agree, sum_gradients
+from stages.lppo.workers import Alone, Workers, agree
 
 if TYPE_CHECKING:
     import torch
@@ -135,16 +134,19 @@ class PPO(Learner):
         workers: Workers,
         targets: Targets | None = None,
     ):
-        self.policy = policy
-        self.sampler = sampler
-        self.kl_coefficient = params.kl
+        super().__init__(
+            policy,
+            sampler,
+            params,
+            seed=seed,
+            workers=workers,
+            value_lr=params.value_lr,
+            kl_coefficient=params.kl,
+        )
         self._states = states
         self._rewards = rewards
         self._params = params
-        self._seed = seed
-        self._workers = workers
         self._targets = targets if params.demonstrations else None
-        self.optimizer = new_optimizer(policy, params, value_lr=params.value_lr)
 
     def step(self, number: int) -> StepReport:
         params = self._params
@@ -161,18 +163,14 @@ class PPO(Learner):
             "reward": found.score,
             "kl": found.kl,
             "kl_coefficient": self.kl_coefficient,
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "lr": self.lr,
             **self._signs(found),
             **shares(outcomes),
         }
         self.kl_coefficient = next_kl_coefficient(
             self.kl_coefficient, found.kl, least=params.kl, target=params.kl_target
         )
-        exits: dict[int, dict[str, float]] = {}
-        for scene, (_, _, signs) in zip(scenes, by_scene, strict=True):
-            for name, value in signs.items():
-                of_exit = exits.setdefault(scene.exit, {})
-                of_exit[name] = of_exit.get(name, 0.0) + value / sum(other.exit == scene.exit for other in scenes)
+        exits = exit_means(scenes, [signs for _, _, signs in by_scene])
         return StepReport(number + 1, scenes, outcomes, metrics, exits)
 
     def collect(self, scenes: Sequence[Scene], mine: list[int], step: int) -> Experience:
@@ -246,9 +244,8 @@ class PPO(Learner):
         params, workers, mask = self._params, self._workers, found.responses.mask
         shown = None if self._targets is None else self._targets(found.scenes)
         place = {number: index for index, number in enumerate(found.numbers)}
-        parameters = self.policy.trained().values()
         device = self.policy.device
-        sums, updates = torch.zeros(5, device=device), 0
+        sums, demonstrated = torch.zeros(4, device=device), torch.zeros((), device=device)
         for epoch in range(params.ppo_epochs):
             order = torch.randperm(len(batches), generator=generator(self._seed, step, -1 - epoch)).tolist()
             for batch in (batches[index] for index in order):
@@ -258,33 +255,24 @@ class PPO(Learner):
                 for part in parts(local, params.micro_batch, mask):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
                 if shown is not None and epoch == 0:
-                    sums[4] += self._demonstrate(*shown, local) * params.ppo_epochs
-                sum_gradients(workers, parameters)
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, params.max_grad_norm))
-                if not math.isfinite(norm):
-                    raise DivergedError(f"the gradient is {norm}")
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                updates += 1
-        names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl", "demonstration_loss")
-        told = dict(zip(names, (workers.total(sums) / max(1, updates)).tolist(), strict=True))
-        if shown is None:
-            del told["demonstration_loss"]
+                    demonstrated += self._demonstrate(*shown, local)
+                self.descend()
+        names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
+        told = dict(zip(names, (workers.total(sums) / (params.ppo_epochs * len(batches))).tolist(), strict=True))
+        if shown is not None:
+            told["demonstration_loss"] = float(workers.total(demonstrated)) / len(batches)
         return told
 
     def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:
         """Add the gradient of what should have been said, `demonstrations` times its cross-entropy."""
         import torch
 
-        tokens = self._workers.total(targets.mask[local].sum().to(torch.float64)).item()
-        loss = torch.zeros((), device=self.policy.device)
-        for part in parts(local, self._params.micro_batch, targets.mask):
-            some = of_scenes(targets, part)
-            if bool(some.mask.any()):
-                share = cross_entropy(self.policy, prefixes[part], some).sum() / max(1.0, tokens)
-                (self._params.demonstrations * share).backward()  # type: ignore[no-untyped-call]
-                loss += share.detach()
-        return loss
+        tokens = max(1.0, self._workers.total(targets.mask[local].sum().to(torch.float64)).item())
+        params = self._params
+        surprise = add_gradient(
+            self.policy, prefixes, targets, local, params.micro_batch, tokens=tokens, weight=params.demonstrations
+        )
+        return surprise.sum() / tokens
 
     def _backward(self, found: Experience, part: list[int], tokens: float, anchor_tokens: float) -> torch.Tensor:
         """Add the gradient of some scenes; their part of the losses."""
@@ -318,7 +306,7 @@ class PPO(Learner):
         objective.backward()  # type: ignore[no-untyped-call]
         value = torch.zeros_like(loss.value) if params.objective == "grpo" else loss.value
         told = [loss.policy * weight, value * weight, loss.clip_fraction * weight, anchor / anchor_tokens]
-        return torch.stack([*told, torch.zeros_like(anchor)]).detach()
+        return torch.stack(told).detach()
 
     def _signs(self, found: Experience) -> dict[str, float]:
         """Length and repetition of the responses, of all processes."""
@@ -368,15 +356,3 @@ def failures(scenes: Sequence[Scene], judged: Sequence[Sequence[Outcome]]) -> di
     for scene, row in zip(scenes, judged, strict=True):
         found.setdefault(scene.exit, []).extend(outcome.failed for outcome in row if outcome.harmful)
     return found
-
-
-def new_optimizer(policy: Policy, params: TrainingParams, value_lr: float = 0.0) -> torch.optim.Optimizer:
-    """Adam; the value head has a rate of its own, since it starts from nothing."""
-    import torch
-
-    adapter = [p for name, p in policy.trained().items() if name.startswith("adapter.")]
-    groups = [
-        {"params": adapter, "lr": params.lr, "initial_lr": params.lr},
-        {"params": list(policy.value_head.parameters()), "lr": value_lr, "initial_lr": value_lr},
-    ]
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.manifest import sha256_bytes
 from stages.judges.refusal import is_degenerate, is_refusal
+from stages.lppo.batches import of_scenes, parts
 from stages.lppo.objective import chosen
 from stages.lppo.policy import Policy
 from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy
@@ -111,6 +112,34 @@ class Targets:
 
     def _ended(self, text: str) -> list[int]:
         return [*self._policy.encode(text), self._policy.end_of_turn]
+
+
+def add_gradient(
+    policy: Policy,
+    prefixes: Prefixes,
+    targets: Responses,
+    scenes: list[int],
+    micro_batch: int,
+    *,
+    tokens: float,
+    weight: float = 1.0,
+) -> torch.Tensor:
+    """Add the gradient of `weight` times the cross-entropy of some scenes' targets, divided by `tokens`.
+
+    Returns: -log pi summed over each scene's target tokens, (all scenes,), 0 for those that are not in `scenes`.
+    """
+    import torch
+
+    found = torch.zeros(len(targets.mask), device=policy.device)
+    for part in parts(scenes, micro_batch, targets.mask):
+        some = of_scenes(targets, part)
+        if not bool(some.mask.any()):
+            continue
+        surprise = cross_entropy(policy, prefixes[part], some)
+        (weight * (surprise.sum() / tokens)).backward()  # type: ignore[no-untyped-call]
+        owner, _, _ = some.mask.nonzero(as_tuple=True)
+        found[part] = torch.zeros(len(part), device=policy.device).index_add(0, owner, surprise.detach())
+    return found
 
 
 def cross_entropy(policy: Policy, prefixes: Prefixes, targets: Responses) -> torch.Tensor:
