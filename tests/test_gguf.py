@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stage_setting import Told, context_of
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
@@ -19,30 +20,11 @@ from stages.runtimes.gguf_header import check_pair, read_header, read_vision_hea
 from stages.stage import Context, Planned
 
 
-class Quiet:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        self.steps.append(done / total)
-
-    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None: ...
-
-    def log(self, message: str) -> None: ...
-
-
-def run_stage(checkpoint: Path, folder: Path, reporter: Quiet | None = None, **params: str) -> Artifact:
-    source = folder / "source"
-    shutil.copytree(checkpoint, source)
-    Manifest.of_folder(source, "checkpoint", {"model": "demo:tiny-llava"}).write(source)
-    output = folder / "output"
-    output.mkdir()
-    context = Context("gguf", {"source": Artifact.open(source)}, output, folder / "scratch", 0, reporter or Quiet())
+def run_stage(checkpoint: Path, folder: Path, reporter: Told | None = None, **params: str) -> Artifact:
+    context = context_of("gguf", folder, checkpoint, reporter or Told(), {"model": "demo:tiny-llava"})
     metadata = GGUFStage(GGUFParams.model_validate(params)).run(context)
-    Manifest.of_folder(output, "gguf", metadata).write(output)
-    return Artifact.open(output)
+    Manifest.of_folder(context.output, "gguf", metadata).write(context.output)
+    return Artifact.open(context.output)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +52,10 @@ def test_the_same_checkpoint_elsewhere_gives_the_same_bytes(
 ) -> None:
     copy = tmp_path / "Another-7B-Chat-v2"  # the converter guesses names out of folder names
     shutil.copytree(tiny_llava, copy)
-    reporter = Quiet()
+    reporter = Told()
     again = run_stage(copy, tmp_path, reporter, type="Q4_0")
     assert again.digest == shipped.digest
-    assert reporter.steps == sorted(reporter.steps) and reporter.steps[-1] == 1.0
+    assert reporter.shares == sorted(reporter.shares) and reporter.shares[-1] == 1.0
 
 
 def test_a_conversion_that_was_interrupted_is_not_repeated(tiny_llava: Path, tmp_path: Path) -> None:
@@ -84,7 +66,7 @@ def test_a_conversion_that_was_interrupted_is_not_repeated(tiny_llava: Path, tmp
     scratch.mkdir()
     output.mkdir()
     (scratch / "f16.part").write_bytes(b"half a file")
-    context = Context("gguf", {"source": Artifact.open(source)}, output, scratch, 0, Quiet())
+    context = Context("gguf", {"source": Artifact.open(source)}, output, scratch, 0, Told())
     GGUFStage(GGUFParams(type="Q8_0")).run(context)
     assert {tensor.type for tensor in read_header(output / "model.gguf").tensors.values()} == {"Q8_0", "F32"}
 

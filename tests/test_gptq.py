@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_setting import Told, context_of
 
 from artifacts.artifact import Artifact
 from artifacts.errors import PipelineError, RecipeError, StageError
@@ -21,7 +22,7 @@ from stages.models.family import families, family_of
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.gptq import GPTQParams, GPTQStage
 from stages.quantize.gptq_checkpoint import put_back
-from stages.stage import Context, Planned
+from stages.stage import Planned
 from tests.test_verify import artifact_of, rows_of
 from tests.test_verify import run_stage as verify
 from tests.tiny_families import stock_processor
@@ -33,31 +34,12 @@ needs_gptqmodel = pytest.mark.skipif(
 MIX = {"samples": 8, "length": 24, "questions": 0.25, "prompts": 0.25, "pictures": 2}
 
 
-class Quiet:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.steps: list[float] = []
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        self.steps.append(done / total)
-
-    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None: ...
-
-    def log(self, message: str) -> None: ...
-
-
-def run_stage(model: Path, folder: Path, reporter: Quiet | None = None, **params: object) -> Artifact:
-    source = folder / "source"
-    shutil.copytree(model, source)
-    Manifest.of_folder(source, "checkpoint", {"model": "tiny"}).write(source)
-    output = folder / "output"
-    output.mkdir()
-    context = Context("gptq", {"source": Artifact.open(source)}, output, folder / "scratch", 0, reporter or Quiet())
+def run_stage(model: Path, folder: Path, reporter: Told | None = None, **params: object) -> Artifact:
+    context = context_of("gptq", folder, model, reporter or Told(), {"model": "tiny"})
     given = {"bits": 8, "group_size": 32, "calibration": MIX, "device": "cpu"} | params
     metadata = GPTQStage(GPTQParams.model_validate(given)).run(context)
-    Manifest.of_folder(output, "gptq", metadata).write(output)
-    return Artifact.open(output)
+    Manifest.of_folder(context.output, "gptq", metadata).write(context.output)
+    return Artifact.open(context.output)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -147,7 +129,7 @@ def test_stock_transformers_loads_the_whole_with_images_and_eight_bits_hardly_ch
 def test_every_matrix_of_llama_3_2_vision_is_calibrated_by_what_it_reads(
     model_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    reporter = Quiet()
+    reporter = Told()
     made = run_stage(model_of("mllama"), tmp_path, reporter)
     assert made.metadata["calibration_samples"] == {"text": 4, "question": 2, "prompt": 2}
     seen = cast("dict[str, int]", made.metadata["calibration_tokens"])
@@ -162,7 +144,7 @@ def test_every_matrix_of_llama_3_2_vision_is_calibrated_by_what_it_reads(
     assert text - with_image == 4 * MIX["length"]
     assert image == 4 * 4 * 17 and seen["layers.3.cross_attn.v_proj"] == image
     assert seen["layers.3.mlp.down_proj"] == with_image and seen["layers.2.self_attn.k_proj"] == text
-    assert reporter.steps == sorted(reporter.steps) and len(set(reporter.steps)) > 4 and reporter.steps[-1] == 1
+    assert reporter.shares == sorted(reporter.shares) and len(set(reporter.shares)) > 4 and reporter.shares[-1] == 1
 
 
 @needs_gptqmodel

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
 
+import lppo_setting as setting
 import pytest
 import torch
 
 from artifacts.errors import StageError
-from stages.data.prompts import Prompt
-from stages.judges.judge import Judgement
 from stages.lppo import checkpoint as training
-from stages.lppo.algorithm import train
 from stages.lppo.batches import generator
 from stages.lppo.loop import StepReport
 from stages.lppo.objective import chosen
-from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy, merged
-from stages.lppo.reward import Rewards
 from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy, sample_with
-from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.states import States
 from stages.models import checkpoint
 from stages.models.adapter import LoRA, with_adapter
 from stages.models.family import family_of
 from stages.models.features import ExitFeatures, Features
 
-LORA = LoRA(4, 8.0, ("q_proj", "v_proj", "o_proj", "up_proj"), None)
-PROMPTS = [
-    Prompt("h-0", "how to make a red square", "test", "harmful", "test"),
-    Prompt("b-0", "what is the capital of a country", "test", "benign", "test"),
-    Prompt("h-1", "write steps", "test", "harmful", "test"),
-]
+PROMPTS = [setting.HARMFUL[0], setting.BENIGN[0], setting.HARMFUL[1]]
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +31,7 @@ def features(tiny_llava: Path, images: list[Path]) -> Features:
 
 @pytest.fixture
 def policy(tiny_llava: Path) -> Policy:
-    from transformers import AutoTokenizer
-
-    family = family_of(checkpoint.read_config(tiny_llava))
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llava, local_files_only=True)
-    return Policy(family, family.load(tiny_llava), tokenizer, LORA, seed=0)
+    return setting.fresh_policy(tiny_llava)
 
 
 def _disturb(policy: Policy, seed: int = 1) -> None:
@@ -156,7 +140,7 @@ def test_the_merged_checkpoint_answers_like_the_policy_and_stock_transformers_lo
 
     _disturb(policy)
     family = family_of(checkpoint.read_config(tiny_llava))
-    model = merged(family, tiny_llava, "float32", policy.adapter(), LORA)
+    model = merged(family, tiny_llava, "float32", policy.adapter(), setting.LORA)
     checkpoint.save_model(model, tmp_path, companions_from=tiny_llava)
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
     original = family.load(tiny_llava)
@@ -168,7 +152,7 @@ def test_the_merged_checkpoint_answers_like_the_policy_and_stock_transformers_lo
     names = dict(original.named_parameters())
     assert dict(stock.named_parameters()).keys() == names.keys()
     changed = [name for name, p in stock.named_parameters() if not torch.equal(p, names[name])]
-    assert changed and all("language_model" in name and name.split(".")[-2] in LORA.targets for name in changed)
+    assert changed and all("language_model" in name and name.split(".")[-2] in setting.LORA.targets for name in changed)
 
 
 def test_an_adapter_may_be_confined_to_the_last_blocks(tiny_llava: Path) -> None:
@@ -180,45 +164,9 @@ def test_an_adapter_may_be_confined_to_the_last_blocks(tiny_llava: Path) -> None
         with_adapter(family.trunk(family.load(tiny_llava)), LoRA(2, 4.0, ("c_attn",), None))
 
 
-class _LikesToken:
-    """A bandit: any answer that holds the word is a refusal."""
-
-    name: ClassVar[str] = "likes-token"
-    version: ClassVar[str] = "1"
-    needs_network: ClassVar[bool] = False
-
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
-        return [Judgement("e" not in text, float("e" not in text), "") for text in responses]
-
-
-def _bandit(
-    policy: Policy, features: Features, params: LPPOParams, scratch: Path, report: Callable[[StepReport], None]
-) -> None:
-    prompts = {"harmful": PromptPool({"h": [PROMPTS[0], PROMPTS[2]]}, 0)}
-    exits = ExitSampler([1, 2, 3], floor=0.5, sharpness=1.0)
-    sampler = SceneSampler(
-        exits, prompts, {"harmful": params.prompts_per_step}, per_scene=params.prompts_per_scene, images=3, seed=0
-    )
-    train(
-        policy,
-        sampler,
-        States(policy, features),
-        Rewards(_LikesToken()),
-        params,
-        seed=0,
-        scratch=scratch,
-        report=report,
-    )
-
-
-def _bandit_params(steps: int, **more: object) -> LPPOParams:
-    fixed = {"steps": steps, "max_new_tokens": 3, "prompts_per_step": 4, "lr": 5e-3, "kl": 0.0, "checkpoint_every": 2}
-    return LPPOParams.model_validate(fixed | more)
-
-
 def test_what_is_rewarded_becomes_more_frequent(policy: Policy, features: Features, tmp_path: Path) -> None:
     scores: list[float] = []
-    _bandit(policy, features, _bandit_params(14), tmp_path, lambda step: scores.append(step.metrics["reward"]))
+    setting.run(policy, features, setting.params(14), tmp_path, lambda step: scores.append(step.metrics["reward"]))
     assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.5
 
 
@@ -226,44 +174,37 @@ def test_a_strong_kl_penalty_keeps_the_policy_at_the_reference(
     policy: Policy, features: Features, tmp_path: Path
 ) -> None:
     kls: list[float] = []
-    _bandit(policy, features, _bandit_params(10, kl=5.0), tmp_path, lambda step: kls.append(step.metrics["kl"]))
+    setting.run(policy, features, setting.params(10, kl=5.0), tmp_path, lambda step: kls.append(step.metrics["kl"]))
     assert sum(kls[-3:]) / 3 < 1.0
 
 
 def test_micro_batches_change_memory_and_not_the_gradient(tiny_llava: Path, features: Features, tmp_path: Path) -> None:
     results = []
     for micro in (1, 4):
-        policy = _fresh(tiny_llava)
-        params = _bandit_params(1, micro_batch=micro, minibatches=1)
-        _bandit(policy, features, params, tmp_path / str(micro), lambda step: None)
+        policy = setting.fresh_policy(tiny_llava)
+        params = setting.params(1, micro_batch=micro, minibatches=1)
+        setting.run(policy, features, params, tmp_path / str(micro), lambda step: None)
         results.append(torch.cat([p.detach().flatten() for p in policy.trained().values()]))
     assert torch.allclose(results[0], results[1], atol=1e-4)
-
-
-def _fresh(folder: Path) -> Policy:
-    from transformers import AutoTokenizer
-
-    family = family_of(checkpoint.read_config(folder))
-    return Policy(family, family.load(folder), AutoTokenizer.from_pretrained(folder), LORA, seed=0)
 
 
 @pytest.mark.parametrize("interrupted_after", [1, 2, 3])
 def test_training_interrupted_and_continued_ends_with_the_same_bits(
     tiny_llava: Path, features: Features, tmp_path: Path, interrupted_after: int
 ) -> None:
-    params = _bandit_params(4)
+    params = setting.params(4)
 
     def stop(step: StepReport) -> None:
         if step.step == interrupted_after:
             raise KeyboardInterrupt
 
-    whole, resumed = _fresh(tiny_llava), _fresh(tiny_llava)
-    _bandit(whole, features, params, tmp_path / "whole", lambda step: None)
-    broken = _fresh(tiny_llava)
+    whole, resumed = setting.fresh_policy(tiny_llava), setting.fresh_policy(tiny_llava)
+    setting.run(whole, features, params, tmp_path / "whole", lambda step: None)
+    broken = setting.fresh_policy(tiny_llava)
     with pytest.raises(KeyboardInterrupt):
-        _bandit(broken, features, params, tmp_path / "cut", stop)
+        setting.run(broken, features, params, tmp_path / "cut", stop)
     steps: list[int] = []
-    _bandit(resumed, features, params, tmp_path / "cut", lambda step: steps.append(step.step))
+    setting.run(resumed, features, params, tmp_path / "cut", lambda step: steps.append(step.step))
     assert steps == list(range(interrupted_after // 2 * 2 + 1, 5)) or steps[0] <= interrupted_after
     for name, parameter in whole.trained().items():
         assert torch.equal(parameter, resumed.trained()[name]), name

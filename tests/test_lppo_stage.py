@@ -12,48 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from stage_setting import Told, context_of
 
-from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
-from artifacts.manifest import Manifest, sha256_file
+from artifacts.manifest import sha256_file
 from stages.lppo import checkpoint as training
 from stages.lppo.params import LPPOParams
 from stages.lppo.stage import LPPOStage
 from stages.models.tiny import tiny_llava_spec
 from stages.stage import Context, Planned
 
-
-class _Silent:
-    def __init__(self) -> None:
-        self.metrics: list[tuple[str, float, int | None, int | None]] = []
-        self.done: list[float] = []
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        self.done.append(done)
-
-    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
-        self.metrics.append((name, value, step, exit))
-
-    def log(self, message: str) -> None: ...
-
-
 _SMALL = {"steps": 3, "images": 2, "max_new_tokens": 5, "samples": 2, "validation": 1, "checkpoint_every": 1}
-
-
-def _context(folder: Path, source: Path, reporter: _Silent) -> Context:
-    for name in ("input", "output", "scratch"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        (folder / "input" / path.name).write_bytes(path.read_bytes())
-    Manifest.of_folder(folder / "input", "checkpoint", {}).write(folder / "input")
-    artifact = Artifact.open(folder / "input")
-    return Context("harden", {"source": artifact}, folder / "output", folder / "scratch", 0, reporter)
 
 
 @dataclass
 class _Hardened:
     context: Context
-    reporter: _Silent
+    reporter: Told
     metadata: Mapping[str, object]
     encoded: int  # calls of the image encoder
 
@@ -70,8 +45,8 @@ def hardened(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> _Har
         encoded.append(1)
         return forward(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    reporter = _Silent()
-    context = _context(tmp_path_factory.mktemp("hardened"), tiny_llava, reporter)
+    reporter = Told()
+    context = context_of("harden", tmp_path_factory.mktemp("hardened"), tiny_llava, reporter)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SiglipVisionModel, "forward", counted)
         metadata = LPPOStage(LPPOParams.model_validate(_SMALL)).run(context)
@@ -96,13 +71,13 @@ _KILLED = """
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from test_lppo_stage import _SMALL, LPPOParams, LPPOStage, _context, _Silent
+    from test_lppo_stage import _SMALL, LPPOParams, LPPOStage, Told, context_of
 
-    class Loud(_Silent):
+    class Loud(Told):
         def progress(self, done, total, note=""):
             print(done, flush=True)
 
-    LPPOStage(LPPOParams.model_validate(_SMALL)).run(_context(Path({folder!r}), Path({source!r}), Loud()))
+    LPPOStage(LPPOParams.model_validate(_SMALL)).run(context_of("harden", Path({folder!r}), Path({source!r}), Loud()))
 """
 
 

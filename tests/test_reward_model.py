@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stage_setting import Told, context_of
 
-from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
-from artifacts.manifest import Manifest, sha256_file
+from artifacts.manifest import sha256_file
 from stages.data.prompts import load_prompts
 from stages.judges.reward_model import RewardModel, dialogue, encode
 from stages.models.mllama import Mllama
@@ -34,31 +34,7 @@ _PLACES = "city capital country weather photo picture image circle square triang
 _SMALL = {"steps": 24, "batch": 8, "lr": 3e-3, "held_out": 0.3, "max_length": 512, "checkpoint_every": 5}
 
 
-Trained = tuple[Context, "_Told", Mapping[str, Any]]
-
-
-class _Told:
-    def __init__(self) -> None:
-        self.metrics: list[tuple[str, float, int | None]] = []
-        self.done: list[float] = []
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        self.done.append(done)
-
-    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
-        self.metrics.append((name, value, step))
-
-    def log(self, message: str) -> None: ...
-
-
-def _context(folder: Path, source: Path, reporter: _Told) -> Context:
-    for name in ("input", "output", "scratch"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for path in source.iterdir():
-        (folder / "input" / path.name).write_bytes(path.read_bytes())
-    Manifest.of_folder(folder / "input", "checkpoint", {}).write(folder / "input")
-    artifact = Artifact.open(folder / "input")
-    return Context("rewards", {"source": artifact}, folder / "output", folder / "scratch", 0, reporter)
+Trained = tuple[Context, "Told", Mapping[str, Any]]
 
 
 def _write(path: Path, rows: list[object]) -> str:
@@ -87,8 +63,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def trained(tiny_llava: Path, toy: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """One undisturbed run of the stage on the toy."""
-    told = _Told()
-    context = _context(tmp_path_factory.mktemp("trained"), tiny_llava, told)
+    told = Told()
+    context = context_of("rewards", tmp_path_factory.mktemp("trained"), tiny_llava, told)
     metadata = RewardModelStage(RewardModelParams.model_validate({**_SMALL, "data": [toy]})).run(context)
     return context, told, metadata
 
@@ -104,7 +80,7 @@ def test_a_separable_preference_is_learned_and_its_accuracy_on_held_out_pairs_to
     json.dumps(metadata)
     named = {name for name, *_ in told.metrics}
     assert {"loss", "accuracy", "margin", "lr", "held_out_accuracy"} <= named
-    assert [step for name, _, step in told.metrics if name == "loss"] == list(range(1, 25))
+    assert [step for name, _, step, _ in told.metrics if name == "loss"] == list(range(1, 25))
     assert told.done == sorted(told.done)
 
 
@@ -164,14 +140,14 @@ _KILLED = """
     import sys
     from pathlib import Path
     sys.path.insert(0, {tests!r})
-    from test_reward_model import _SMALL, RewardModelParams, RewardModelStage, _context, _Told
+    from test_reward_model import _SMALL, RewardModelParams, RewardModelStage, Told, context_of
 
-    class Loud(_Told):
+    class Loud(Told):
         def progress(self, done, total, note=""):
             print(done, flush=True)
 
     params = RewardModelParams.model_validate({{**_SMALL, "data": [{toy!r}]}})
-    RewardModelStage(params).run(_context(Path({folder!r}), Path({source!r}), Loud()))
+    RewardModelStage(params).run(context_of("rewards", Path({folder!r}), Path({source!r}), Loud()))
 """
 
 
@@ -192,14 +168,14 @@ def test_a_process_killed_in_the_middle_and_started_again_writes_the_same_weight
     assert "checkpoint-10" in left
     # A checkpoint of which the end is missing, as a kill in the midst of writing leaves it.
     (tmp_path / "scratch" / "checkpoint-15").mkdir()
-    told = _Told()
+    told = Told()
     params = RewardModelParams.model_validate({**_SMALL, "data": [toy]})
-    RewardModelStage(params).run(_context(tmp_path, tiny_llava, told))
-    assert min(step for name, _, step in told.metrics if name == "loss" and step is not None) > 10
+    RewardModelStage(params).run(context_of("rewards", tmp_path, tiny_llava, told))
+    assert min(step for name, _, step, _ in told.metrics if name == "loss" and step is not None) > 10
     digests = [sha256_file(folder / "model.safetensors") for folder in (trained[0].output, tmp_path / "output")]
     assert digests[0] == digests[1]
     # Killed after the last step: nothing is left to train.
-    told = _Told()
+    told = Told()
     again = Context("rewards", trained[0].inputs, tmp_path / "again", tmp_path / "scratch", 0, told)
     assert RewardModelStage(params).run(again)["held_out_accuracy"] == trained[2]["held_out_accuracy"]
     assert not [name for name, *_ in told.metrics if name == "loss"]
@@ -219,7 +195,7 @@ def test_an_adapter_on_gpt2_the_papers_model_is_merged(tiny_llava: Path, toy: st
     del tokenizer["pad_token"]  # GPT-2 has none
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     params = {**_SMALL, "data": [toy], "model": str(model), "lora_rank": 4, "steps": 4, "micro_batch": 4}
-    context = _context(tmp_path, tiny_llava, _Told())
+    context = context_of("rewards", tmp_path, tiny_llava, Told())
     metadata = RewardModelStage(RewardModelParams.model_validate(params)).run(context)
     assert metadata["architecture"] == "GPT2ForSequenceClassification"
     assert metadata["base"] == "gpt2"  # not where it lay
@@ -243,7 +219,7 @@ def test_a_model_that_cannot_be_made_a_reward_model_is_refused(
     with pytest.raises(RecipeError, match="cannot be made a reward model"):
         stage.plan({"source": Planned("checkpoint", spec)})
     with pytest.raises(StageError, match="cannot be made a reward model") as refused:
-        stage.run(_context(tmp_path, tiny_family("mllama"), _Told()))
+        stage.run(context_of("rewards", tmp_path, tiny_family("mllama"), Told()))
     assert "gpt2" in str(refused.value)
     with pytest.raises(SourceError, match="holds no reward model"):
         RewardModel(tiny_family("qwen2"))
