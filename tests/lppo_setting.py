@@ -54,13 +54,10 @@ def params(steps: int, **more: object) -> LPPOParams:
     return LPPOParams.model_validate(fixed | more)
 
 
-def sampler(given: LPPOParams, *, benign: bool = False) -> SceneSampler:
+def sampler(given: LPPOParams) -> SceneSampler:
     pools = {"harmful": PromptPool({"h": HARMFUL}, 0)}
-    counts = {"harmful": given.prompts_per_step}
-    if benign:
-        pools["benign"] = PromptPool({"b": BENIGN}, 0)
-        counts = {"harmful": given.prompts_per_step // 2, "benign": given.prompts_per_step // 2}
     exits = ExitSampler([1, 2, 3], floor=0.5, sharpness=1.0)
+    counts = {"harmful": given.prompts_per_step}
     return SceneSampler(exits, pools, counts, per_scene=given.prompts_per_scene, images=3, seed=0)
 
 
