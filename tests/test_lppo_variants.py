@@ -190,17 +190,31 @@ def test_targets_are_refusals_given_answers_and_right_words(tiny_llava: Path, fe
     assert bool(policy.ends(ends).all())
 
 
-def test_own_answers_are_what_the_original_model_says_at_its_default_exit(tiny_llava: Path, features: Features) -> None:
+def test_own_answers_are_the_original_model_s_at_its_default_exit_or_the_prompt_s_where_it_babbles(
+    tiny_llava: Path, features: Features
+) -> None:
+    from stages.judges.refusal import is_degenerate, is_refusal
     from stages.lppo.rollout import generate, greedy
 
     policy = setting.fresh_policy(tiny_llava)
     learner = _supervised(policy, features, SFTParams(max_new_tokens=6))
-    scene = Scene(1, 0, (setting.HARMFUL[0], setting.BENIGN[0]))
-    _, targets = learner.targets([scene])
-    original = generate(policy, States(policy, features)([Scene(2, 0, scene.prompts)], 1), 6, greedy)
-    own = targets.tokens[0, 1][targets.mask[0, 1]].tolist()
-    assert own == original.tokens[0, 1][original.mask[0, 1]].tolist() or own == []
-    assert policy.decode(targets.tokens[0, 0][targets.mask[0, 0]]) in REFUSALS
+    benign = [Prompt(f"b-{n}", "why " * n, "test", "benign", "test", "the sun is a star") for n in range(1, 9)]
+    scenes = [Scene(1, 0, (setting.HARMFUL[0], prompt)) for prompt in benign]
+    _, targets = learner.targets(scenes)
+    at_default = [Scene(2, scene.image, scene.prompts) for scene in scenes]
+    original = generate(policy, States(policy, features)(at_default, 1), 6, greedy)
+    shown = {True: 0, False: 0}
+    for s, scene in enumerate(scenes):
+        assert policy.decode(targets.tokens[s, 0][targets.mask[s, 0]]) in REFUSALS
+        for p, prompt in enumerate(scene.prompts[1:], start=1):
+            said, target = original.texts[s][p], targets.tokens[s, p][targets.mask[s, p]]
+            babble = is_degenerate(said) or is_refusal(said)
+            shown[babble] += 1
+            if babble:
+                assert prompt.answer and prompt.answer.startswith(policy.decode(target))
+            else:
+                assert target.tolist() == original.tokens[s, p][original.mask[s, p]].tolist()
+    assert all(shown.values()), f"both cases occur: {shown}"
 
 
 def test_supervised_training_learns_its_targets(tiny_llava: Path, features: Features, tmp_path: Path) -> None:

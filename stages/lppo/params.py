@@ -245,7 +245,8 @@ class LPPOParams(TrainingParams):
         default=0.0,
         ge=0,
         description="weight of the cross-entropy of what should have been said, in the first pass: a refusal after a "
-        "harmful prompt, the original model's own answer after a harmless one, the right word after a visual question; "
+        "harmful prompt, the original model's own answer after a harmless one (the prompt set's where it refuses), the "
+        "right word after a visual question; "
         "0: plain PPO",
     )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
@@ -304,7 +305,7 @@ class LPPOParams(TrainingParams):
 class SFTParams(TrainingParams):
     answers: Literal["own", "given"] = Field(
         default="own",
-        description="targets of harmless prompts; own: the original model's greedy answers; given: the prompt set's, "
-        "where it has some, else own",
+        description="targets of harmless prompts; own: the original model's greedy answers, the prompt set's where it "
+        "refuses; given: the prompt set's, where it has some, else own",
     )
     epochs: int = Field(default=1, ge=1, description="optimizer steps on the prompts of an iteration")

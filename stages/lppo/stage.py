@@ -219,7 +219,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "4"
+    code_version = "5"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 

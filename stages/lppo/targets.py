@@ -1,5 +1,8 @@
 """What should be said: refusals after harmful prompts, the original model's own answers after harmless ones.
 
+Where the original model refuses a harmless prompt there is nothing of its own to show; the prompt set's answer, if it
+has one, stands in, so that training may end with fewer needless refusals than it began with.
+
 Targets of the baseline `sft`, and of the demonstrations that l-ppo may mix in.
 """
 
@@ -36,8 +39,8 @@ class Targets:
     """Makes them.
 
     Args:
-        answers: to harmless prompts; "own": what the original model says at its default exit, greedily; "given": the
-            prompt's, where it has one.
+        answers: to harmless prompts; "own": what the original model says at its default exit, greedily, or the prompt's
+            where it refuses or babbles; "given": the prompt's, where it has one, else its own.
     """
 
     def __init__(
@@ -86,7 +89,9 @@ class Targets:
             (s, p)
             for s, scene in enumerate(scenes)
             for p, prompt in enumerate(scene.prompts)
-            if prompt.intent != "harmful" and scene.answers is None and not self._given(prompt)
+            if prompt.intent != "harmful"
+            and scene.answers is None
+            and not (self._answers == "given" and prompt.answer is not None)
         ]
         if not needed:
             return {}
@@ -98,17 +103,15 @@ class Targets:
             found[place] = [] if is_refusal(text) or is_degenerate(text) else tokens[0][mask[0]].tolist()
         return found
 
-    def _given(self, prompt: Prompt) -> str | None:
-        return prompt.answer if self._answers == "given" else None
-
     def _target(self, prompt: Prompt, word: str | None, own: list[int]) -> list[int]:
         if prompt.intent == "harmful":
             chosen_refusal = int(sha256_bytes(prompt.id.encode())[:8], 16) % len(REFUSALS)
             return self._ended(REFUSALS[chosen_refusal])
         if word is not None:
             return self._ended(word)
-        given = self._given(prompt)
-        return self._ended(given)[: self._max_new_tokens] if given else own
+        if own or prompt.answer is None:
+            return own
+        return self._ended(prompt.answer)[: self._max_new_tokens]
 
     def _ended(self, text: str) -> list[int]:
         return [*self._policy.encode(text), self._policy.end_of_turn]
