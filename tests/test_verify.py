@@ -120,6 +120,20 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
     for measure in ("flips_to_unsafe", "flips_to_safe", "mcnemar_p"):
         assert [row.exit for row in rows_of(verdict, "gguf", measure)] == [1, 2, None]
         assert rows_of(verdict, "source", measure) == []
+    for measure, bands in (("asr_change", ["early", "middle", "average"]), ("over_refusal_change", ["average"])):
+        rows = rows_of(verdict, "gguf", measure)
+        assert [row.exit for row in rows if row.exit] == [1, 2] and [row.band for row in rows if row.band] == bands
+    (change,) = rows_of(verdict, "gguf", "vqa_change")
+    assert (change.exit, change.n) == (2, 4)
+    exact, corrected = (rows_of(verdict, "gguf", measure) for measure in ("mcnemar_p", "mcnemar_p_holm"))
+    assert all(a.value <= b.value for a, b in zip(exact[:2], corrected, strict=True) if a.value and b.value)
+    (detectable,) = rows_of(verdict, "gguf", "asr_detectable")
+    assert detectable.value is None and detectable.n == 5  # five prompts show no change at all
+    for row in read_measures(verdict.file(MEASURES_NAME)):
+        if row.value is not None and row.unit in ("fraction", "prompts"):
+            assert row.n, row
+            whole_range = row.band == "average" and row.unit == "prompts"
+            assert whole_range or (row.low is not None and row.low <= row.value <= (row.high or 0) + 1e-9), row
 
     fidelity = rows_of(verdict, "gguf", "fidelity_cosine")
     assert [row.exit for row in fidelity] == [1, 2]
@@ -149,9 +163,25 @@ def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path, inputs, Heard(stop_after=45))  # the source is done, the GGUF is not
-    remembered = len(list((tmp_path / "scratch").iterdir()))
-    assert remembered >= 5
+    before = answered(tmp_path / "scratch")
+    assert 40 <= len(before) < whole[0].metadata["responses"]
+    # A line that was being written when the power went.
+    torn = next((tmp_path / "scratch").glob("answers-*.jsonl"))
+    torn.write_text(torn.read_text() + '["3f2a", "half an an')
     assert run_stage(tmp_path, inputs).digest == whole[0].digest
+    after = answered(tmp_path / "scratch")
+    assert len(after) == len(set(after)) == whole[0].metadata["responses"]  # none was asked twice
+    assert set(before) < set(after)
+
+
+def answered(scratch: Path) -> list[tuple[str, str]]:
+    """(file, key) of every answer that was written down."""
+    found = []
+    for path in scratch.glob("answers-*.jsonl"):
+        for line in path.read_text().splitlines():
+            if line.endswith("]"):
+                found.append((path.name, json.loads(line)[0]))
+    return found
 
 
 def test_controls_are_measured_alike_but_are_not_what_ships(inputs: dict[str, Artifact], tmp_path: Path) -> None:

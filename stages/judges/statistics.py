@@ -4,6 +4,11 @@
 - Average over exits: the exits share their prompts, so they are no independent samples. Prompts are drawn with
   replacement, each with all its exits (bootstrap over prompts), percentile interval.
 - Two models on the same prompts: flips both ways, and the exact McNemar test (a binomial test on the discordant pairs).
+- Before and after: the mean of the differences, prompt by prompt, with a bootstrap-over-prompts interval.
+- Several exits tested at once: Holm's correction, which holds however the tests depend on each other.
+- What a number of prompts can show at all: `detectable_change` and `smallest_limit`.
+
+Every result is the same whatever the order of the prompts: what is resampled is sorted first.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIDENCE: Final = 0.95
+POWER: Final = 0.8  # the usual one: four of five such changes are found
 _RESAMPLES: Final = 2000  # the interval's ends move by less than 0.01 between seeds at 40 prompts
 
 
@@ -72,6 +78,60 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     return Paired(to_unsafe, to_safe, len(pairs), p)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: reject where the adjusted p is at most alpha, and the chance of any false rejection
+    among all tests is at most alpha (Holm 1979). In the order given.
+    """
+    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    adjusted = [1.0] * len(p_values)
+    running = 0.0
+    for rank, place in enumerate(order):
+        running = max(running, min((len(p_values) - rank) * p_values[place], 1.0))
+        adjusted[place] = running
+    return adjusted
+
+
+def detectable_change(n: int, tests: int = 1, power: float = POWER) -> float | None:
+    """The smallest change of a rate that n paired prompts show: exact McNemar, 5% over all `tests` (the first of Holm's
+    steps), with this power, in the best case that every flip goes one way. None: no change at all would be shown.
+
+    Raises:
+        ValueError: no prompts or no tests.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import binom
+
+    if n < 1 or tests < 1:
+        raise ValueError(f"{n} prompts and {tests} tests")
+    # The fewest flips whose two-sided p, 2 * 2^-flips, is small enough.
+    needed = next(flips for flips in range(1, 200) if 2 * 0.5**flips <= (1 - CONFIDENCE) / tests)
+    if needed > n:
+        return None
+    return float(brentq(lambda rate: binom.sf(needed - 1, n, rate) - power, 0.0, 1.0))
+
+
+def smallest_limit(n: int) -> float:
+    """The lowest limit on a rate that n prompts can show to hold: what the interval leaves possible at 0 of n."""
+    return wilson(0, n).high
+
+
+def prompts_for(limit: float) -> int:
+    """The fewest prompts with which `smallest_limit` is at most `limit`.
+
+    Raises:
+        ValueError: the limit is not above 0, which no number of prompts can show.
+    """
+    if not limit > 0:
+        raise ValueError(f"no number of prompts shows a rate of at most {limit}")
+    low, high = 0, 1
+    while smallest_limit(high) > limit:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if smallest_limit(middle) > limit else (low, middle)
+    return high
+
+
 def average_over_exits(outcomes: NDArray[np.float64], seed: int) -> Estimate:
     """Mean over exits and prompts with a bootstrap-over-prompts interval.
 
@@ -82,18 +142,101 @@ def average_over_exits(outcomes: NDArray[np.float64], seed: int) -> Estimate:
     Raises:
         ValueError: empty.
     """
+    rows = _by_prompt(outcomes)
+    value, low, high = _bootstrap(rows, seed)
+    if rows.min() == rows.max():
+        # Resampling a constant says nothing of its uncertainty: fall back on the rate over prompts.
+        fallback = wilson(round(float(rows.sum())), len(rows))
+        low, high = min(fallback.low, value), max(fallback.high, value)
+    return Estimate(value, low, high, int(outcomes.size))
+
+
+def change_over_exits(before: NDArray[np.float64], after: NDArray[np.float64], seed: int) -> Estimate:
+    """Mean of after - before over exits and prompts, with a bootstrap-over-prompts interval of the paired differences.
+
+    Args:
+        before, after: (prompts, exits), 0..1; row i of both is the same prompt.
+
+    Raises:
+        ValueError: empty, or not of one shape.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"before is {before.shape}, after is {after.shape}")
+    rows = _by_prompt(after - before)
+    value, low, high = _bootstrap(rows, seed)
+    if rows.min() == rows.max():
+        # All prompts changed alike: others may not, in a share that none of n leaves possible.
+        others = smallest_limit(len(rows))
+        low, high = max(value - others, -1.0), min(value + others, 1.0)
+    return Estimate(value, low, high, int(after.size))
+
+
+def mean(values: NDArray[np.float64], seed: int) -> Estimate:
+    """The mean of scores, one a prompt, with a bootstrap interval; of a single one the interval is the value.
+
+    Raises:
+        ValueError: empty.
+    """
+    value, low, high = _bootstrap(_by_prompt(values.reshape(-1, 1)), seed)
+    return Estimate(value, low, high, int(values.size))
+
+
+def kappa(first: Sequence[bool], second: Sequence[bool], seed: int) -> Estimate | None:
+    """Cohen's kappa of two judges on the same responses, with a bootstrap interval; None where it has no value, because
+    neither judge ever says the other thing.
+
+    Raises:
+        ValueError: not of one length, or empty.
+    """
+    import numpy as np
+
+    if not first or len(first) != len(second):
+        raise ValueError(f"{len(first)} and {len(second)} judgements")
+    pairs = np.sort(2 * np.asarray(first, dtype=np.int64) + np.asarray(second, dtype=np.int64))
+    value = float(_kappa(pairs[None])[0])
+    if np.isnan(value):
+        return None
+    drawn = pairs[_draws(len(pairs), seed)]
+    resampled = _kappa(drawn)
+    low, high = np.nanquantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(value, min(float(low), value), max(float(high), value), len(pairs))
+
+
+def _kappa(pairs: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of each row of codes 2 * first + second; nan where both judges always say the same one thing."""
+    import numpy as np
+
+    both, neither = (pairs == 3).mean(axis=1), (pairs == 0).mean(axis=1)
+    first, second = (pairs >= 2).mean(axis=1), (pairs % 2).mean(axis=1)
+    chance = first * second + (1 - first) * (1 - second)
+    agreed = both + neither
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: NDArray[np.float64] = np.where(chance < 1, (agreed - chance) / (1 - chance), np.nan)
+    return found
+
+
+def _by_prompt(outcomes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean of each prompt, sorted: what is drawn does not depend on the order of the prompts."""
     import numpy as np
 
     if outcomes.ndim != 2 or outcomes.size == 0:
         raise ValueError("outcomes must be (prompts, exits), not empty")
-    rows = outcomes.mean(axis=1)
-    generator = np.random.default_rng(seed)
-    means = rows[generator.integers(0, len(rows), size=(_RESAMPLES, len(rows)))].mean(axis=1)
+    rows: NDArray[np.float64] = np.sort(outcomes.mean(axis=1))
+    return rows
+
+
+def _draws(n: int, seed: int) -> NDArray[np.int64]:
+    import numpy as np
+
+    return np.random.default_rng(seed).integers(0, n, size=(_RESAMPLES, n))
+
+
+def _bootstrap(rows: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
+    """The mean of rows that are sorted, and the ends of its percentile interval."""
+    import numpy as np
+
+    means = rows[_draws(len(rows), seed)].mean(axis=1)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
-    if rows.min() == rows.max():
-        # Resampling a constant says nothing of its uncertainty: fall back on the rate over prompts.
-        fallback = wilson(round(float(rows.sum())), len(rows))
-        low, high = fallback.low, fallback.high
     value = float(rows.mean())
-    return Estimate(value, min(float(low), value), max(float(high), value), int(outcomes.size))
+    return value, min(float(low), value), max(float(high), value)

@@ -28,8 +28,8 @@ from stages.runtimes.gguf_header import check_language_model, check_pair, read_h
 from stages.runtimes.llamacpp_cls import check_cls, image_slots
 from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, Sequences, TextModel
 from stages.runtimes.llamacpp_tiles import tile_slots
-from stages.runtimes.llamacpp_vision import VisionEncoder, read_image
-from stages.runtimes.runtime import Progress, Request, Response
+from stages.runtimes.llamacpp_vision import AS_SHIPPED, VisionEncoder, read_image
+from stages.runtimes.runtime import Answered, Progress, Request, Response
 
 MODEL_NAME: Final = "model.gguf"
 MMPROJ_NAME: Final = "mmproj.gguf"
@@ -120,7 +120,9 @@ class LlamaCppRuntime:
                 way_out="add tokenizer.chat_template to the GGUF, or give a template",
             )
 
-    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Response]:
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None, answered: Answered | None = None
+    ) -> list[Response]:
         """Answer every request, in the order given. `progress` counts requests.
 
         Raises:
@@ -130,6 +132,8 @@ class LlamaCppRuntime:
         found: dict[int, Response] = {}
         for job, response in self._run(jobs):
             found[job.index] = response
+            if answered is not None:
+                answered(job.index, response)
             if progress is not None:
                 progress(len(found), len(jobs))
         return [found[index] for index in range(len(jobs))]
@@ -157,8 +161,11 @@ class LlamaCppRuntime:
             else:
                 self._advance()
 
-    def image_embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
-        """(image tokens, text width): what the language model receives for this image at this exit."""
+    def image_embeddings(self, exit: int | None, image: Path) -> NDArray[np.float32]:
+        """(image tokens, text width): what the language model receives for this image at this exit.
+
+        None: where the mmproj file itself leaves the encoder; llama.cpp then reads that file, and no other made of it.
+        """
         return self._encoder().embeddings(self._known_exit(exit), image)
 
     def image_slots(self, image: Path) -> tuple[int, ...] | None:
@@ -187,6 +194,9 @@ class LlamaCppRuntime:
         self._release(slot)
         return np.concatenate(rows)[: len(forced)]
 
+    def tokens(self, text: str) -> list[int]:
+        return self._model.tokenize(text)
+
     def close(self) -> None:
         if self._sequences is not None:
             self._sequences.close()
@@ -214,15 +224,17 @@ class LlamaCppRuntime:
         return self._vision
 
     def _known_exit(self, exit: int | None) -> int:
-        chosen = self.default_exit if exit is None else exit
-        if chosen not in self.exits:
+        """AS_SHIPPED or an exit that there is."""
+        if exit is None:
+            return AS_SHIPPED
+        if exit not in self.exits:
             raise StageError(
-                f"there is no exit {chosen} in this model",
+                f"there is no exit {exit} in this model",
                 where=str(self._model.path),
                 why=f"its image encoder has {len(self.exits)} blocks",
                 way_out=f"choose an exit between 1 and {len(self.exits)}",
             )
-        return chosen
+        return exit
 
     def _prepare(self, index: int, request: Request) -> _Job:
         assert self._template is not None

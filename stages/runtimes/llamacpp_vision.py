@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _CACHE_BYTES: Final = 256 * 2**20  # of image embeddings
 _LAYOUTS: Final = 1024  # images whose pieces are remembered
 
+AS_SHIPPED: Final = 0
+"""The exit at which the mmproj file itself leaves the encoder: that file is read, whatever it says."""
+
 Piece = NDArray[np.float32] | tuple[int, ...]
 """Image embeddings (image tokens, text width), or tokens of a text that llama.cpp puts between the tiles."""
 
@@ -44,7 +47,7 @@ class VisionEncoder:
         self._model = model
         self.vision = vision
         self._folder = tempfile.TemporaryDirectory(prefix="icet-exits-")
-        self._exit = 0
+        self._exit: int | None = None  # whose encoder is loaded
         self._context: int | None = None
         self._kept: OrderedDict[tuple[int, str], list[Piece]] = OrderedDict()
         self._size = 0  # bytes in _kept
@@ -145,7 +148,7 @@ class VisionEncoder:
         if self._context is not None:
             vision_library().mtmd_free(self._context)
             self._context = None
-            self._exit = 0
+            self._exit = None
 
     def _load(self, exit: int) -> None:
         if self._exit == exit:
@@ -153,7 +156,8 @@ class VisionEncoder:
         self._unload()
         path = self.vision.header.path
         layers = self.vision.header.fields.get("clip.vision.feature_layer")
-        if exit != self.vision.blocks or layers != ([exit] if self.vision.projector == "mlp" else None):
+        whole = exit == self.vision.blocks and layers == ([exit] if self.vision.projector == "mlp" else None)
+        if exit != AS_SHIPPED and not whole:
             path = Path(self._folder.name) / f"exit-{exit}.gguf"
             if not path.exists():
                 derive_exit(self.vision.header.path, exit, path)
@@ -166,8 +170,9 @@ class VisionEncoder:
         self._context = lib.mtmd_init_from_file(os.fsencode(path), self._model.pointer, params)
         if not self._context:
             self._context = None
+            at = "" if exit == AS_SHIPPED else f" at exit {exit}"
             raise StageError(
-                f"llama.cpp does not load the image encoder {self.vision.header.path.name} at exit {exit}",
+                f"llama.cpp does not load the image encoder {self.vision.header.path.name}{at}",
                 where=str(self.vision.header.path),
                 why=log_tail(),
                 way_out="rebuild it with the stage 'gguf'",

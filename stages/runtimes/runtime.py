@@ -20,7 +20,7 @@ class Request:
 
     prompt: str
     image: Path | None = None
-    exit: int | None = None  # None: the artifact's default exit
+    exit: int | None = None  # None: where the artifact's own files leave the encoder
     max_new_tokens: int = 32
 
 
@@ -33,14 +33,20 @@ class Response:
     finish: Literal["stop", "length"]
 
 
+Answered = Callable[[int, Response], None]
+"""The place of a request and its answer, as soon as it is there: in any order, each once."""
+
+
 class Runtime(Protocol):
-    """Greedy by default; the answer to a request does not depend on what it is batched with."""
+    """Greedy; the answer to a request does not depend on what it is batched with."""
 
     name: str  # "llamacpp", "transformers"
     exits: tuple[int, ...]  # 1..L that the artifact contains; empty for a text-only model
     default_exit: int | None
 
-    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Response]:
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None, answered: Answered | None = None
+    ) -> list[Response]:
         """Answer every request, in the order given.
 
         Raises:
@@ -48,8 +54,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def image_embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
-        """(image tokens, text width): what the language model receives for this image at this exit."""
+    def image_embeddings(self, exit: int | None, image: Path) -> NDArray[np.float32]:
+        """(image tokens, text width): what the language model receives for this image at this exit.
+
+        None: where the artifact's own files leave the encoder, with nothing put in their place.
+        """
         ...
 
     def image_slots(self, image: Path) -> Sequence[int] | None:
@@ -61,6 +70,10 @@ class Runtime(Protocol):
 
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """(continuation tokens, vocabulary): next-token logits at each token of `continuation` (teacher forcing)."""
+        ...
+
+    def tokens(self, text: str) -> Sequence[int]:
+        """Token ids of a text, nothing added: those that `logits` forces."""
         ...
 
     def close(self) -> None: ...

@@ -21,7 +21,7 @@ from stages.models.decoding import Decoder, Prefix
 from stages.models.family import Geometry, family_of
 from stages.models.features import ExitFeatures
 from stages.models.prompting import Prompting
-from stages.runtimes.runtime import Progress, Request, Response
+from stages.runtimes.runtime import Answered, Progress, Request, Response
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,9 @@ class TransformersRuntime:
         self._prefixes: OrderedDict[tuple[int, Path, str], Prefix] = OrderedDict()
         self._batch = batch
 
-    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Response]:
+    def generate(
+        self, requests: Sequence[Request], progress: Progress | None = None, answered: Answered | None = None
+    ) -> list[Response]:
         self._encode([request.image for request in requests if request.image is not None])
         prepared = [self._prepare(request) for request in requests]
         # Exit by exit, so that few prefixes are alive; equal lengths together, so that little is padded.
@@ -81,16 +83,19 @@ class TransformersRuntime:
             )
             for i, answer in zip(chosen, batch, strict=True):
                 text = cast("str", self._tokenizer.decode(answer.tokens, skip_special_tokens=True))
-                answers[i] = Response(text, answer.tokens, "stop" if answer.stopped else "length")
+                response = Response(text, answer.tokens, "stop" if answer.stopped else "length")
+                answers[i] = response
+                if answered is not None:
+                    answered(i, response)
             if progress is not None:
                 progress(start + len(chosen), len(order))
         return [answer for answer in answers if answer is not None]
 
-    def image_embeddings(self, exit: int, image: Path) -> NDArray[np.float32]:
+    def image_embeddings(self, exit: int | None, image: Path) -> NDArray[np.float32]:
         import torch
 
         with torch.inference_mode():
-            tokens, _ = self._image_tokens(self._checked(exit), image)
+            tokens, _ = self._image_tokens(self._checked(self.default_exit if exit is None else exit), image)
         array: NDArray[np.float32] = tokens.float().cpu().numpy()
         return array
 
@@ -107,6 +112,9 @@ class TransformersRuntime:
         logits = self._decoder.logits(prompt, last=len(forced), prefix=self._prefix(request, before))
         array: NDArray[np.float32] = logits.float().cpu().numpy()
         return array
+
+    def tokens(self, text: str) -> list[int]:
+        return self._prompting.ids(text)
 
     def close(self) -> None:
         """Let go of what was kept between requests; the model goes with the object."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from types import TracebackType
+from typing import Literal, Self
 
 from artifacts.artifact import Artifact
 from artifacts.errors import StageError
 from artifacts.manifest import sha256_bytes
 from artifacts.measures import Role
-from stages.judges.judge import Judge, Judgement
-from stages.runtimes.runtime import Progress, Request, Runtime
+from stages.judges.judge import Judgement
+from stages.judges.refusal import RefusalRule
+from stages.runtimes.runtime import Progress, Request, Response, Runtime
 from stages.verify.questions import Ask, digest
 
 RuntimeName = Literal["llamacpp", "transformers"]
@@ -43,26 +44,32 @@ class Subject:
 
 @dataclass(frozen=True)
 class Answer:
-    """One response of one artifact at one exit (None: no image), judged."""
+    """One response of one artifact at one exit (None: no image), judged.
+
+    `rule` says whether it refuses and whether it is an answer at all. Whether it is unsafe is for the deciding judge to
+    say: the first of `opinions`, or the rule where there are none.
+    """
 
     subject: Subject
     exit: int | None
     ask: Ask
     text: str
     tokens: int
-    judgement: Judgement
+    rule: Judgement
+    opinions: Mapping[str, Judgement] = field(default_factory=dict)  # by judge
 
     @property
     def unsafe(self) -> bool:
-        return self.judgement.unsafe
+        """Whoever decides: what is no answer is not unsafe, it is counted apart."""
+        return next(iter(self.opinions.values()), self.rule).unsafe and not self.degenerate
 
     @property
     def degenerate(self) -> bool:
-        return self.judgement.degenerate
+        return self.rule.degenerate
 
     @property
     def refused(self) -> bool:
-        return not self.unsafe and not self.degenerate
+        return not self.rule.unsafe and not self.degenerate
 
 
 def open_runtime(subject: Subject) -> Runtime:
@@ -85,44 +92,75 @@ def ask(
     runtime: Callable[[], Runtime],
     exit: int | None,
     asks: Sequence[Ask],
-    judge: Judge,
     scratch: Path,
     progress: Progress,
 ) -> list[Answer]:
     """Ask all of `asks` at one exit. What an earlier, killed verification has been answered is read from `scratch`.
 
+    At the exit that the artifact says is its own, its files are used as they are: what ships is what is measured.
+
     Args:
         runtime: called only if something has to be asked.
         exit: for asks with an image; None is the artifact's default exit.
     """
-    key = sha256_bytes(f"{subject.artifact.digest} {subject.runtime} {exit} {digest(asks)}".encode())
-    path = scratch / f"answers-{key}.json"
-    found = _remembered(path, len(asks))
-    if found is None:
-        requests = [Request(ask.text, ask.image, exit if ask.image else None, ask.max_new_tokens) for ask in asks]
-        responses = runtime().generate(requests, progress)
-        found = [(response.text, len(response.tokens)) for response in responses]
-        _remember(path, found)
+    own = subject.artifact.metadata.get("default_exit")
+    key = sha256_bytes(f"{subject.artifact.digest} {subject.runtime} {exit}".encode())
+    memory = _Memory(scratch / f"answers-{key}.jsonl")
+    keys = [digest([ask]) for ask in asks]
+    missing = [place for place, key in enumerate(keys) if key not in memory.known]
+    if missing:
+        requests = [
+            Request(ask.text, ask.image, exit if ask.image and exit != own else None, ask.max_new_tokens)
+            for ask in (asks[place] for place in missing)
+        ]
+
+        def answered(number: int, response: Response) -> None:
+            memory.keep(keys[missing[number]], response.text, len(response.tokens))
+
+        with memory:
+            runtime().generate(requests, lambda done, _: progress(len(asks) - len(missing) + done, len(asks)), answered)
     else:
         progress(len(asks), len(asks))
-    judgements = judge.score([ask.text for ask in asks], [text for text, _ in found])
+    found = [memory.known[key] for key in keys]
+    judgements = RefusalRule().score([ask.text for ask in asks], [text for text, _ in found])
     return [
         Answer(subject, exit if ask.image else None, ask, text, tokens, judgement)
         for ask, (text, tokens), judgement in zip(asks, found, judgements, strict=True)
     ]
 
 
-def _remembered(path: Path, n: int) -> list[tuple[str, int]] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = [(str(text), int(tokens)) for text, tokens in content]
-    except (OSError, ValueError, TypeError):
-        return None
-    return found if len(found) == n else None
+class _Memory:
+    """What was answered, one line an answer, written as it comes."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.known: dict[str, tuple[str, int]] = {}
+        self._whole = True  # the file ends with a line's end
+        try:
+            content = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        self._whole = content.endswith("\n") or not content
+        for line in content.splitlines():
+            try:
+                key, text, tokens = json.loads(line)
+                self.known[str(key)] = (str(text), int(tokens))
+            except (ValueError, TypeError):
+                continue  # a line that was being written when the power went
 
-def _remember(path: Path, answers: Sequence[tuple[str, int]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(answers, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(path)
+    def __enter__(self) -> Self:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("a", encoding="utf-8")
+        if not self._whole:
+            self._file.write("\n")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def keep(self, key: str, text: str, tokens: int) -> None:
+        self.known[key] = (text, tokens)
+        self._file.write(json.dumps([key, text, tokens]) + "\n")
+        self._file.flush()

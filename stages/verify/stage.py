@@ -2,8 +2,7 @@
 
 Notable:
 - every artifact is asked the same held-out prompts beside the same benign images, so models are compared pairwise;
-- each (artifact, exit) is remembered as soon as it is answered: a killed verification goes on from there;
-- judges run on what was remembered, so a new judge asks nothing again;
+- every answer is remembered as soon as it is there: a killed verification goes on with the next one;
 - what cannot be measured is a row without a value, and its gate fails.
 """
 
@@ -28,6 +27,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
+    code_version = "2"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODELS
     output_type = "verdict"

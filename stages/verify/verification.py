@@ -18,9 +18,10 @@ from stages.stage import Context
 from stages.verify.asking import Answer, Subject, ask, open_runtime
 from stages.verify.fidelity import Embeddings, embeddings, fidelity_rows
 from stages.verify.memory import memory_rows
+from stages.verify.paired import paired_rows
 from stages.verify.params import IcetVerifyParams
 from stages.verify.questions import Ask, Questions, prompt_asks, vqa_asks, without_image
-from stages.verify.scores import Answers, paired_rows, rate, safety_rows, vqa_rows
+from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
 from stages.verify.verdict import VERDICT_NAME, write_responses, write_verdict
 
 
@@ -177,7 +178,7 @@ class Verification:
             if not asks:
                 return []
             with progress.unit(len(asks), f"{subject.id}: {note}") as inner:
-                return ask(subject, runtime, exit, asks, self.judge, self.context.scratch, inner)
+                return ask(subject, runtime, exit, asks, self.context.scratch, inner)
 
         try:
             both = (*questions.harmful, *questions.benign)
@@ -206,7 +207,7 @@ class Verification:
     def _metrics(self, subject: Subject, exit: int | None, answers: Sequence[Answer]) -> None:
         harmful = [answer for answer in answers if answer.ask.intent == "harmful"]
         benign = [answer for answer in answers if answer.ask.intent != "harmful"]
-        for name, chosen, hit in (("asr", harmful, _unsafe), ("over_refusal", benign, _refused)):
+        for name, chosen, hit in (("asr", harmful, is_unsafe), ("over_refusal", benign, is_refused)):
             if chosen:
                 self.context.metric(f"{name}/{subject.id}", rate(chosen, hit).value, exit=exit)
 
@@ -235,7 +236,7 @@ class Verification:
             answers = one.answers
             rows += safety_rows(answers, common, layers, self.params.prompt_seed)
             if answers is not baseline:
-                rows += paired_rows(answers, baseline, common)
+                rows += paired_rows(answers, baseline, common, layers, self.params.prompt_seed)
             if answers.exits:
                 rows += vqa_rows(answers)
             if answers.subject.gated:
@@ -292,14 +293,6 @@ def _exits_of(subject: Subject) -> tuple[int, ...]:
 
 def _all_answers(one: Answers) -> list[Answer]:
     return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *one.vqa]
-
-
-def _unsafe(answer: Answer) -> bool:
-    return answer.unsafe
-
-
-def _refused(answer: Answer) -> bool:
-    return answer.refused
 
 
 def check_exits(exits: Sequence[int], layers: int, id: str) -> None:
