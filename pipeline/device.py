@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from artifacts.errors import StageError
 from pipeline.yaml_source import plain, read_yaml
 
 if TYPE_CHECKING:
@@ -89,34 +92,76 @@ def device(name: str) -> Device:
 
 
 def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
-    """What is wrong, why, and the way out, if a quantized model does not fit; None when it fits or cannot be known."""
-    from stages.models.memory import predict_memory
+    """What is wrong, why, and the way out, if a GGUF does not fit; None when it fits or cannot be known here."""
+    from stages.runtimes.prediction import predict_memory
 
     if spec.quantization is None:
         return None
-    needed = predict_memory(spec, spec.quantization, budget.context).total
-    if needed <= budget.memory:
-        return None
+
+    def need(spec: ModelSpec, context: int) -> int:
+        return predict_memory(spec, context).total
+
+    try:
+        needed = need(spec, budget.context)
+        if needed <= budget.memory:
+            return None
+        by_type = {kind: need(replace(spec, quantization=kind), budget.context) for kind in _KINDS}
+    except StageError:
+        return None  # no llama.cpp here: `plan` says so
     what = f"{spec.quantization} does not fit the device '{budget.name}'"
     why = (
         f"it needs {show_bytes(needed)} at a context of {budget.context} tokens, "
         f"the device allows {show_bytes(budget.memory)}"
     )
-    sizes = {kind: predict_memory(spec, kind, budget.context).total for kind in _KINDS}
-    fitting = [kind for kind in _KINDS if sizes[kind] <= budget.memory]
+    fitting = [kind for kind in _KINDS if by_type[kind] <= budget.memory]
     if fitting:
-        best = max(fitting, key=lambda kind: sizes[kind])
-        return what, why, f"the largest type that fits is {best} ({show_bytes(sizes[best])}); or choose a larger device"
-    smallest = min(_KINDS, key=lambda kind: sizes[kind])
-    larger = next((name for name in device_names() if device(name).memory >= sizes[smallest]), None)
-    shorter = predict_memory(spec, smallest, 512).total
-    hints = [f"no type fits: the smallest, {smallest}, needs {show_bytes(sizes[smallest])}"]
-    if shorter <= budget.memory:
-        hints.append(f"with context: 512 it needs {show_bytes(shorter)} and fits")
-    hints.append(f"the smallest device that holds it is '{larger}'" if larger else "no shipped device holds it")
-    hints.append("or leave the encoder earlier, or start from a smaller model")
-    return what, why, "; ".join(hints)
+        best = max(fitting, key=lambda kind: by_type[kind])
+        return (
+            what,
+            why,
+            f"the largest type that fits is {best} ({show_bytes(by_type[best])}); or choose a larger device",
+        )
+    return what, why, _smaller(spec, budget, by_type, need)
 
 
-# Largest first; what a budget is searched over.
-_KINDS: Final = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_0", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+def _smaller(spec: ModelSpec, budget: Device, by_type: Mapping[str, int], need: Callable[[ModelSpec, int], int]) -> str:
+    """What to change where no type fits, each change with its figure, and what all of them come to."""
+    kind = min(by_type, key=lambda kind: by_type[kind])
+    least, context, changes = replace(spec, quantization=kind), budget.context, [kind]
+
+    def shown(size: int) -> str:
+        return f"{show_bytes(size)}{' and fits' if size <= budget.memory else ''}"
+
+    hints = [f"no type fits: the smallest, {kind}, needs {show_bytes(by_type[kind])}"]
+    shortest = _shortest_context(spec)
+    if shortest < context:
+        hints.append(f"with context: {shortest} it needs {shown(need(least, shortest))}")
+        changes.append(f"context: {shortest}")
+        context = shortest
+    if spec.vision is not None and spec.vision.default_exit > 1:
+        least = least.with_exit(1)
+        exit = f"exit 1 instead of {spec.vision.default_exit}"
+        hints.append(f"leaving the image encoder at {exit}, {shown(need(least, budget.context))}")
+        changes.append("exit 1")
+    reached = need(least, context)
+    if len(changes) > 1:
+        hints.append(f"the least that can be reached, with {', '.join(changes)}, is {shown(reached)}")
+    if reached > budget.memory:
+        hints.append("start from a smaller model")
+    larger = next((name for name in device_names() if device(name).memory >= by_type[kind]), None)
+    hints.append(
+        f"the smallest device that holds {kind} is '{larger}'" if larger else f"no shipped device holds {kind}"
+    )
+    return "; ".join(hints)
+
+
+def _shortest_context(spec: ModelSpec) -> int:
+    """Tokens that hold an image, a question and an answer, rounded as llama.cpp rounds."""
+    image = spec.vision.image_tokens if spec.vision is not None else 0
+    return -(-(image + _TALK) // _CELLS) * _CELLS
+
+
+_TALK: Final = 128  # tokens of a short question and its answer
+_CELLS: Final = 256  # llama.cpp rounds a context up to multiples of this
+# Largest first; what a budget is searched over: none of them needs an importance matrix.
+_KINDS: Final = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")

@@ -75,7 +75,7 @@ def test_a_plan_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from pipeline.commands.load import load_graph; from pipeline.commands.plan import make_plan;"
         f"make_plan(load_graph({str(tmp_path / 'cut.yaml')!r}));"
-        "print('torch' in sys.modules, 'llama_cpp' in sys.modules)"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"
@@ -132,11 +132,39 @@ def test_a_plan_shows_what_is_cached_and_what_is_not(finished: Path) -> None:
     assert [(stage["id"], stage["cached"]) for stage in changed["stages"]] == [("source", True), ("exit", False)]
 
 
-def test_a_plan_says_how_much_memory_the_result_will_need(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(CUT + "  gguf: {uses: gguf, needs: exit, with: {type: Q4_0}}\n")
+def test_a_plan_says_what_the_memory_of_the_result_is_for_and_draws_it_against_the_budget(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(CUT + "  gguf: {uses: gguf, needs: exit, with: {type: Q4_K_M}}\n")
     result = cli("plan", str(tmp_path / "r.yaml"))
     assert result.exit_code == 0, result.output
-    assert re.search(r"^memory   gguf: [\d.]+ [KMG]iB \(Q4_0, context 512\)$", result.output, re.MULTILINE)
+    shown = result.output[result.output.index("memory   gguf: Q4_K_M, context 512\n") :]
+    sizes = re.findall(r"^  (weights|KV cache|compute|image encoder|overhead|total) +\d+ [KM]iB", shown, re.MULTILINE)
+    assert sizes == ["weights", "KV cache", "compute", "image encoder", "overhead", "total"]
+    assert re.search(r"\[[WKCIO]+\.+\] \d+% of 1.00 GiB$", shown, re.MULTILINE), shown
+    assert re.search(r"note: Q5_0 instead of Q4_K for \d+ tensors with rows of 64 or 128$", shown, re.MULTILINE), shown
+
+    (gguf,) = [stage for stage in json.loads(cli("plan", str(tmp_path / "r.yaml"), "--json").output)["stages"][2:]]
+    memory = gguf["memory"]
+    parts = ("weights", "kv_cache", "compute", "vision", "overhead")
+    assert memory["total"] == sum(memory[part] for part in parts) and memory["context"] == 512
+    assert set(memory["by_type"]) == {"F32", "Q5_0", "Q8_0"} and sum(memory["by_type"].values()) == memory["weights"]
+    assert len(memory["fallbacks"]) == 2
+
+
+def test_a_plan_says_what_is_not_predicted_of_a_gptq_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(CUT + "  gptq: {uses: gptq, needs: exit, with: {group_size: 64}}\n")
+    text = cli("plan", str(tmp_path / "r.yaml")).output
+    assert re.search(r"^memory   gptq: gptq-4bit-64\n  weights +\d+ KiB\n  note: weights only", text, re.MULTILINE), (
+        text
+    )
+
+
+def test_a_budget_that_nothing_fits_is_refused_by_plan_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        CUT.replace("1GiB", "20MiB") + "  gguf: {uses: gguf, needs: exit, with: {type: Q4_0}}\n"
+    )
+    result = cli("plan", str(tmp_path / "r.yaml"))
+    assert result.exit_code == 2
+    assert "does not fit" in result.stderr and "the least that can be reached" in result.stderr
 
 
 def test_runs_are_listed_and_their_report_is_found(finished: Path) -> None:

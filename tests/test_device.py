@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,36 @@ def test_a_type_that_does_not_fit_is_refused_with_the_numbers_and_the_largest_th
     assert "the largest type that fits is" in (error.way_out or "")
 
 
-def test_a_budget_that_nothing_fits_is_refused_with_the_smallest_thing_that_would(tmp_path: Path) -> None:
+def test_a_budget_that_nothing_fits_is_refused_with_every_change_and_the_least_that_can_be_reached(
+    tmp_path: Path,
+) -> None:
     error = refused(tmp_path, "20MiB", 2048, "Q4_0")
-    assert "no type fits: the smallest" in (error.way_out or "")
-    assert "the smallest device that holds it is 'phone-2gb'" in (error.way_out or "")
+    way_out = error.way_out or ""
+    figure = r"(\d+) MiB"
+    for words in (
+        rf"no type fits: the smallest, Q\d_\w+, needs {figure}",
+        rf"with context: 256 it needs {figure};",
+        rf"leaving the image encoder at exit 1 instead of 11, {figure};",
+        rf"the least that can be reached, with Q\d_\w+, context: 256, exit 1, is {figure}; start from a smaller model",
+    ):
+        assert re.search(words, way_out), way_out
+    assert way_out.endswith("is 'phone-2gb'")
+    least = int(re.search(rf"exit 1, is {figure}", way_out)[1])  # type: ignore[index]
+    # What was said to be in reach is, and what is a little less is not.
+    change = "stages:\n  exit: {uses: early-exit, with: {layer: 1}}"
+    kind = re.search(r"the smallest, (\w+),", way_out)[1]  # type: ignore[index]
+    recipe = RECIPE.format(memory=f"{least + 1}MiB", context=256, type=kind)
+    path = tmp_path / "reached.yaml"
+    path.write_text(recipe.replace("stages:", change).replace("uses: gguf,", "uses: gguf, needs: exit,"))
+    assert build_graph(load_recipe(path)).node("gguf").planned.type == "gguf"
+    with pytest.raises(RecipeError, match="does not fit"):
+        path.write_text(path.read_text().replace(f"{least + 1}MiB", f"{least - 1}MiB"))
+        build_graph(load_recipe(path))
+
+
+def test_a_change_that_is_enough_is_said_to_be(tmp_path: Path) -> None:
+    error = refused(tmp_path, "230MiB", 4096, "Q4_0")
+    assert re.search(r"with context: 256 it needs \d+ MiB and fits;", error.way_out or ""), error.way_out
 
 
 def test_a_budget_that_is_enough_is_not_refused(tmp_path: Path) -> None:

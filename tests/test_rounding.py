@@ -219,13 +219,13 @@ def test_a_mixture_depends_on_blocks_heads_rows_and_importance(tmp_path: Path) -
 
 def test_an_outline_needs_no_weights(wide: Path) -> None:
     found = mixture.outline_of(wide)
-    huge = Outline("llama", {name: (width, 10**9) for name, (width, _) in found.shapes.items()}, found.write_keys)
+    huge = Outline("llama", {name: (width, 10**9) for name, (width, _) in found.shapes.items()}, found.write_keys, {})
     assert tensor_types(huge, "Q4_K_M") == tensor_types(wide, "Q4_K_M")
 
 
 def test_an_architecture_that_llama_cpp_does_not_know_is_refused(wide: Path) -> None:
     with pytest.raises(StageError, match="makes no Q4_0 file"):
-        tensor_types(Outline("no-such-model", mixture.outline_of(wide).shapes, lambda writer: None), "Q4_0")
+        tensor_types(Outline("no-such-model", mixture.outline_of(wide).shapes, lambda writer: None, {}), "Q4_0")
 
 
 def test_an_importance_matrix_is_read_as_llama_cpp_reads_it(tmp_path: Path) -> None:

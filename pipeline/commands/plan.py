@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from artifacts.errors import StageError
 from pipeline.commands.runs import table
 from pipeline.device import show_bytes
 
 if TYPE_CHECKING:
     from pipeline.graph import Graph
+    from stages.models.spec import ModelSpec
+
+_BAR: Final = 40  # characters
+_CONTEXT: Final = 2048  # tokens, where the recipe names no device
+_GPTQ: Final = (
+    "weights only: what transformers takes beside them depends on the kernels of the machine, and is not predicted"
+)
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """Bytes that one conversation with a quantized model will take, by what they are for; None: not predicted."""
+
+    type: str
+    context: int  # tokens
+    weights: int
+    kv_cache: int | None = None
+    compute: int | None = None
+    vision: int | None = None  # image encoder, at work
+    overhead: int | None = None
+    total: int | None = None
+    by_type: dict[str, int] | None = None  # of the weights: bytes in each tensor type
+    fallbacks: tuple[str, ...] = ()  # tensors whose shape does not allow the type
+
+    def parts(self) -> list[tuple[str, int | None]]:
+        return [
+            ("weights", self.weights),
+            ("KV cache", self.kv_cache),
+            ("compute", self.compute),
+            ("image encoder", self.vision),
+            ("overhead", self.overhead),
+        ]
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One line of the plan. `digest` "" and `cached` False: it will be run. `memory`: bytes, of a quantized model."""
+    """One line of the plan. `digest` "" and `cached` False: it will be run. `memory`: of a quantized model."""
 
     id: str
     uses: str
@@ -23,7 +56,7 @@ class PlannedStage:
     summary: str
     cached: bool
     digest: str
-    memory: int | None = None
+    memory: PlannedMemory | None = None
     memory_note: str = ""
 
 
@@ -43,7 +76,7 @@ class Plan:
 
 
 def make_plan(graph: Graph) -> Plan:
-    """Look up what is cached and predict memory; changes nothing and downloads nothing."""
+    """Look up what is cached and predict memory; runs nothing and downloads nothing."""
     from pipeline.commands.load import open_store
     from pipeline.keys import cached_artifacts
 
@@ -51,7 +84,7 @@ def make_plan(graph: Graph) -> Plan:
     device = graph.recipe.device
     stages = []
     for node in graph.nodes:
-        memory, note = _memory(graph, node.id)
+        memory, note = _memory(node.planned.type, node.planned.spec, device.context if device else _CONTEXT)
         stages.append(
             PlannedStage(
                 id=node.id,
@@ -76,25 +109,43 @@ def make_plan(graph: Graph) -> Plan:
     )
 
 
-def _memory(graph: Graph, id: str) -> tuple[int | None, str]:
-    planned = graph.node(id).planned
-    if planned.type != "gguf":
+def _memory(makes: str, spec: ModelSpec | None, context: int) -> tuple[PlannedMemory | None, str]:
+    """What the artifact of a stage will take, and what to know of the figure."""
+    if makes not in ("gguf", "gptq"):
         return None, ""
-    if planned.spec is None or planned.spec.quantization is None:
+    if spec is None or spec.quantization is None:
         return None, "known once the source has been read"
-    from stages.models.memory import predict_memory
+    if makes == "gptq":
+        from stages.models.memory import gptq_bytes
 
-    context = graph.recipe.device.context if graph.recipe.device else 2048
-    total = predict_memory(planned.spec, planned.spec.quantization, context).total
-    note = f"{planned.spec.quantization}, context {context}"
-    vision = planned.spec.vision
-    if vision is not None and vision.at_most:
-        note += f"; at most: the exit is chosen while running, counted here as {vision.default_exit}"
-    return total, note
+        return PlannedMemory(spec.quantization, context, gptq_bytes(spec)), _GPTQ
+    from stages.runtimes.prediction import planned_fallbacks, predict_memory
+
+    try:
+        found = predict_memory(spec, context)
+        other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
+    except StageError as error:
+        return None, f"unknown: {error.what}"
+    note = ""
+    if spec.vision is not None and spec.vision.at_most:
+        note = f"at most: the exit is chosen while running, counted here as {spec.vision.default_exit}"
+    planned = PlannedMemory(
+        type=spec.quantization,
+        context=context,
+        weights=found.weights,
+        kv_cache=found.kv_cache,
+        compute=found.compute,
+        vision=found.vision,
+        overhead=found.overhead,
+        total=found.total,
+        by_type=dict(found.by_type),
+        fallbacks=other_types,
+    )
+    return planned, note
 
 
 def show_plan(plan: Plan) -> str:
-    """The plan as text: one line a stage, aligned."""
+    """The plan as text: one line a stage, aligned; then the memory of each quantized model."""
     lines = [f"{plan.recipe}  ({plan.path})"]
     rows = [("stage", "uses", "needs", "makes", "state")]
     for stage in plan.stages:
@@ -105,11 +156,44 @@ def show_plan(plan: Plan) -> str:
     if isinstance(budget, int):
         lines.append(f"device   {plan.device['name']}: {show_bytes(budget)}, context {plan.device['context']} tokens")
     for stage in plan.stages:
-        if stage.makes != "gguf":
-            continue
-        needed = show_bytes(stage.memory) if stage.memory is not None else "unknown"
-        lines.append(f"memory   {stage.id}: {needed} ({stage.memory_note})")
+        if stage.makes in ("gguf", "gptq"):
+            lines += _show_memory(stage, budget if isinstance(budget, int) else None)
     if plan.gates:
         lines.append("gates    " + ", ".join(f"{name} {limit}" for name, limit in plan.gates.items()))
     lines.append(f"publish  {plan.publish or 'nowhere'}")
     return "\n".join(lines)
+
+
+def _show_memory(stage: PlannedStage, budget: int | None) -> list[str]:
+    memory = stage.memory
+    if memory is None:
+        return [f"memory   {stage.id}: {stage.memory_note}"]
+    context = "" if memory.total is None else f", context {memory.context}"
+    rows = [
+        (f"  {name}", _aligned(size), _types(memory) if name == "weights" else "")
+        for name, size in memory.parts()
+        if size
+    ]
+    if memory.total is not None:
+        rows.append(("  total", _aligned(memory.total), _bar(memory, budget) if budget else ""))
+    lines = [f"memory   {stage.id}: {memory.type}{context}", table(rows)]
+    lines += [f"  note: {words}" for words in (*memory.fallbacks, stage.memory_note) if words]
+    return lines
+
+
+def _aligned(size: int) -> str:
+    return show_bytes(size).rjust(len("1000 MiB"))
+
+
+def _types(memory: PlannedMemory) -> str:
+    return ", ".join(f"{name} {show_bytes(size)}" for name, size in (memory.by_type or {}).items() if size >= 1 << 20)
+
+
+def _bar(memory: PlannedMemory, budget: int) -> str:
+    """The budget as a line of characters, one letter for each part's share."""
+    assert memory.total is not None
+    bar, at = "", 0
+    for name, size in memory.parts():
+        at += size or 0
+        bar += name[0].upper() * (round(_BAR * at / budget) - len(bar))
+    return f"[{bar.ljust(_BAR, '.')[:_BAR]}] {100 * memory.total / budget:.0f}% of {show_bytes(budget)}"

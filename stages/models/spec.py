@@ -26,6 +26,7 @@ class VisionSpec:
     shuffle: int = 1  # patches a side that become one token (pixel shuffle); with it the projector is one linear layer
     at_most: bool = False  # `layers` is an upper bound: the exit is chosen while the recipe runs
     most_tokens: int = 0  # of one image, where that is not a token for each `shuffle` x `shuffle` patches
+    quantization: str = "F16"  # of its matrices in an mmproj file
 
     @property
     def patches(self) -> int:
@@ -61,6 +62,7 @@ class ModelSpec:
     vision: VisionSpec | None = None
     dtype: str = "float32"
     quantization: str | None = None
+    imatrix: bool = False  # quantized with an importance matrix
 
     def with_exit(self, layer: int, *, at_most: bool = False) -> Self:
         """The same model whose tower is cut after `layer` blocks, or earlier, and whose default exit is there."""

@@ -125,8 +125,8 @@ def _probe() -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     with tempfile.TemporaryDirectory(prefix="icet-probe-") as folder:
         text, encoder = Path(folder) / "model.gguf", Path(folder) / "mmproj.gguf"
-        _write_text_model(text)
-        _write_encoder(encoder)
+        write_probe_model(text)
+        write_probe_encoder(encoder)
         model = TextModel(text)
         vision = VisionEncoder(model, read_vision_header(encoder))
         try:
@@ -143,7 +143,8 @@ def _probe() -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(int(patch) for patch in patches), tuple(int(row) for row in np.rint(tokens[:, _ROW]))
 
 
-def _write_encoder(target: Path) -> None:
+def write_probe_encoder(target: Path) -> None:
+    """An image encoder of two blocks that add nothing."""
     import gguf
 
     writer = gguf.GGUFWriter(path=target, arch="clip")
@@ -184,7 +185,7 @@ def _write_encoder(target: Path) -> None:
     _write(writer, tensors)
 
 
-def _write_text_model(target: Path) -> None:
+def write_probe_model(target: Path) -> None:
     """The smallest language model that llama.cpp lets an image encoder stand beside."""
     import gguf
 

@@ -14,21 +14,27 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.errors import StageError
 
+CacheType = Literal["F16", "Q8_0"]
+"""How keys and values are kept."""
+
 UBATCH: Final = 2048  # tokens computed at once; results with 512 differ between batched and single runs
 ROWS_AT_LEAST: Final = 2  # of a decoding step, see above
+_CACHE_TYPES: Final = {"F16": 1, "Q8_0": 8}  # ggml's numbers
 _SPINS: Final = "3000"  # turns of a waiting thread before it sleeps, about 50 microseconds
 _LOG: Final[deque[str]] = deque(maxlen=40)
+_HEARD: Final[list[list[str]]] = []  # by `logged`
 _KEPT: Final[list[object]] = []  # callbacks that C holds must outlive it
 
 
@@ -62,6 +68,8 @@ def library() -> ModuleType:
         line = text.decode("utf-8", errors="replace").rstrip()
         if line.strip("."):
             _LOG.append(line)
+            for lines in _HEARD:
+                lines.append(line)
 
     callback = lib.llama_log_callback(keep)
     _KEPT.append(callback)
@@ -88,14 +96,30 @@ def log_tail(lines: int = 4) -> str:
     return " | ".join(list(_LOG)[-lines:]) or "llama.cpp gave no reason"
 
 
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """Every line that llama.cpp logs meanwhile."""
+    library()
+    lines: list[str] = []
+    _HEARD.append(lines)
+    try:
+        yield lines
+    finally:
+        _HEARD.remove(lines)
+
+
 class TextModel:
     """A loaded language model and its vocabulary."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, allocate: bool = True) -> None:
         """Load `path`, whose header must have been checked.
 
         The file is read, not mapped: llama.cpp keeps most types in an order of its own, so a mapped file would be in
         memory twice (7.5 instead of 4.3 GiB for 6.4 B parameters in Q4_K_M).
+
+        Args:
+            allocate: False: weights are laid out, but neither reserved nor read, and so is what a context of this model
+                would hold (`stages.runtimes.rehearsal`); nothing can be computed.
 
         Raises:
             StageError: llama.cpp refuses the file.
@@ -104,6 +128,7 @@ class TextModel:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
         params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE
+        params.no_alloc = not allocate
         self.pointer = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise StageError(
@@ -116,6 +141,9 @@ class TextModel:
         self._vocab = self._lib.llama_model_get_vocab(self.pointer)
         self.vocab_size = int(self._lib.llama_vocab_n_tokens(self._vocab))
         self.width = int(self._lib.llama_model_n_embd(self.pointer))
+        self.nbytes = int(
+            self._lib.llama_model_size(self.pointer)
+        )  # of all weights, copies that llama.cpp makes included
         self.trained_context = int(self._lib.llama_model_n_ctx_train(self.pointer))  # tokens
         template = self._lib.llama_model_chat_template(self.pointer, None)
         self.chat_template: str | None = template.decode("utf-8") if template else None
@@ -161,13 +189,20 @@ class TextModel:
 
 
 class Sequences:
-    """A context of several sequences, each with its own KV stream (F16).
+    """A context of several sequences, each with its own KV stream.
 
     Row i of a step is sequence i, so the sequences that are decoded together are always the first n.
     """
 
     def __init__(
-        self, model: TextModel, *, sequences: int, length: int, outputs: int | None = None, ubatch: int = UBATCH
+        self,
+        model: TextModel,
+        *,
+        sequences: int,
+        length: int,
+        outputs: int | None = None,
+        ubatch: int = UBATCH,
+        cache_type: CacheType = "F16",
     ) -> None:
         """Reserve the memory.
 
@@ -191,6 +226,7 @@ class Sequences:
         params.n_ubatch = min(ubatch, self.length)
         params.n_outputs_max = self.outputs
         params.n_threads = params.n_threads_batch = threads()
+        params.type_k = params.type_v = _CACHE_TYPES[cache_type]
         params.kv_unified = False
         params.offload_kqv = False
         params.op_offload = False

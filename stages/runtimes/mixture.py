@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from artifacts.errors import RecipeError, StageError
 from stages.runtimes.gguf_header import Value, read_header
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from stages.models.spec import TextSpec
 
 _ROWS: Final = 2  # a matrix with one row counts as a vector, which llama.cpp does not quantize
+_LONGEST_BLOCK: Final = 256  # numbers that share a scale, in any type
 _NOT_TYPES: Final = frozenset({"F16", "BF16", "MXFP4_MOE", "NVFP4"})
 # File types that hold tensors which llama.cpp does not write without an importance matrix; a test asks the library.
 NEED_IMATRIX: Final = frozenset(
@@ -46,6 +49,7 @@ class Outline:
     architecture: str  # llama.cpp's name, e.g. "llama"
     shapes: Mapping[str, tuple[int, ...]]  # of matrices, by GGUF name, in ggml's order: the row length comes first
     write_keys: Callable[[gguf.GGUFWriter], None]
+    vectors: Mapping[str, tuple[int, ...]]  # the other tensors, which stay F32
 
 
 def file_types() -> tuple[str, ...]:
@@ -112,6 +116,48 @@ def tensor_types(source: Path | Outline, file_type: str, *, importance: Importan
         return {name: tensor.type for name, tensor in read_header(quantized).tensors.items()}
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """Matrices whose rows are too uneven for the type that the file type means for them."""
+
+    wanted: str
+    taken: str  # what llama.cpp stores instead
+    rows: tuple[int, ...]  # their lengths
+    tensors: tuple[str, ...]
+
+    def __str__(self) -> str:
+        many = f"{len(self.tensors)} tensors" if len(self.tensors) > 1 else self.tensors[0]
+        return f"{self.taken} instead of {self.wanted} for {many} with rows of {' or '.join(map(str, self.rows))}"
+
+
+def fallbacks(source: Path | Outline, file_type: str, *, importance: Importance | None = None) -> tuple[Fallback, ...]:
+    """Where llama.cpp stores another type than it would if all rows were multiples of 256; the same two files asked.
+
+    Raises:
+        StageError: as `tensor_types`.
+    """
+    outline = source if isinstance(source, Outline) else outline_of(source)
+    even = {name: (-(-row // _LONGEST_BLOCK) * _LONGEST_BLOCK, *rest) for name, (row, *rest) in outline.shapes.items()}
+    if even == outline.shapes:
+        return ()
+    taken = tensor_types(outline, file_type, importance=importance)
+    uniform = None if importance is None else uniform_importance(even)
+    wanted = tensor_types(replace(outline, shapes=even), file_type, importance=uniform)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in outline.shapes:
+        if wanted[name] != taken[name]:
+            groups.setdefault((wanted[name], taken[name]), []).append(name)
+    return tuple(
+        Fallback(*kinds, tuple(sorted({outline.shapes[name][0] for name in names})), tuple(names))
+        for kinds, names in groups.items()
+    )
+
+
+def uniform_importance(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float32]]:
+    """An importance matrix that weighs all columns alike: which types a file gets depends only on there being one."""
+    return {name: np.ones(row * math.prod(more), np.float32) for name, (row, _, *more) in shapes.items()}
+
+
 def outline_of(source: Path) -> Outline:
     """The outline of a checkpoint folder or of a GGUF.
 
@@ -122,6 +168,7 @@ def outline_of(source: Path) -> Outline:
         return _converted(source)
     header = read_header(source)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    vectors = {name: tensor.shape for name, tensor in header.tensors.items() if name not in shapes}
     # Tokenizers are long and decide nothing here.
     keys = {key: value for key, value in header.fields.items() if not key.startswith(("tokenizer.", "general."))}
 
@@ -129,7 +176,7 @@ def outline_of(source: Path) -> Outline:
         for key, value in keys.items():
             _write_key(writer, key, value)
 
-    return Outline(header.architecture, shapes, write)
+    return Outline(header.architecture, shapes, write, vectors)
 
 
 def outline_of_text(text: TextSpec) -> Outline:
@@ -151,8 +198,10 @@ def outline_of_text(text: TextSpec) -> Outline:
     shapes = {"token_embd.weight": (width, text.vocab_size)}
     if not text.tied_embeddings:
         shapes["output.weight"] = (width, text.vocab_size)
+    vectors = {"output_norm.weight": (width,)}
     for number in range(text.layers):
         shapes |= {f"blk.{number}.{name}.weight": shape for name, shape in block.items()}
+        vectors |= {f"blk.{number}.{norm}.weight": (width,) for norm in ("attn_norm", "ffn_norm")}
 
     def write(writer: gguf.GGUFWriter) -> None:
         writer.add_block_count(text.layers)
@@ -166,7 +215,7 @@ def outline_of_text(text: TextSpec) -> Outline:
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(text.vocab_size)
 
-    return Outline("llama", shapes, write)
+    return Outline("llama", shapes, write, vectors)
 
 
 def language_model_class(config: Mapping[str, object]) -> str:
@@ -217,12 +266,13 @@ def _converted(folder: Path) -> Outline:
             way_out="llama.cpp must know the model class; `supported` lists are in its documentation",
         ) from error
     writer = model.gguf_writer
-    shapes = {
+    tensors = {
         name: tuple(int(size) for size in reversed(info.shape))
         for part in writer.tensors
         for name, info in part.items()
-        if len(info.shape) > 1
     }
+    shapes = {name: shape for name, shape in tensors.items() if len(shape) > 1}
+    vectors = {name: shape for name, shape in tensors.items() if name not in shapes}
 
     def write(target: gguf.GGUFWriter) -> None:
         for part in writer.kv_data:
@@ -230,7 +280,7 @@ def _converted(folder: Path) -> Outline:
                 if not key.startswith("general."):
                     target.add_key_value(key, item.value, item.type, item.sub_type)
 
-    return Outline(str(writer.arch), shapes, write)
+    return Outline(str(writer.arch), shapes, write, vectors)
 
 
 def _write_key(writer: gguf.GGUFWriter, key: str, value: Value) -> None:

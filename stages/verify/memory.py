@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
-from artifacts.errors import StageError
+from artifacts.errors import SourceError, StageError
 from artifacts.measures import Measure
-from stages.models.memory import predict_memory
-from stages.models.spec import ModelSpec, TextSpec, VisionSpec
-from stages.runtimes.gguf_header import Header, read_header, read_vision_header
 from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME
 from stages.verify.scores import Answers
 
@@ -32,19 +29,19 @@ def memory_rows(one: Answers, device: Mapping[str, int], *, measure: bool) -> li
 
 
 def _predicted(one: Answers, context: int) -> Measure:
+    from stages.runtimes.prediction import predict_files
+
     def row(value: float | None, note: str) -> Measure:
         return one.row("memory_predicted", value, unit="bytes", note=note)
 
     if one.subject.runtime != "llamacpp":
         return row(None, "memory is predicted for GGUF files only")
-    folder = one.subject.artifact.path
+    model, mmproj = _files(one)
     try:
-        spec = spec_of(folder)
-        sizes = ((folder / MODEL_NAME).stat().st_size, _size(folder / MMPROJ_NAME))
-        plan = predict_memory(spec, "F16", context, file_sizes=sizes)
-    except (StageError, ValueError, KeyError) as error:
+        plan = predict_files(model, mmproj, context)
+    except (SourceError, StageError) as error:
         return row(None, f"the shapes of the GGUF cannot be read: {error}")
-    return row(float(plan.total), f"context of {context} tokens; from the files' sizes and shapes")
+    return row(float(plan.total), f"context of {context} tokens; from the files' shapes and types")
 
 
 def _measured(one: Answers, context: int, *, measure: bool) -> Measure:
@@ -57,59 +54,17 @@ def _measured(one: Answers, context: int, *, measure: bool) -> Measure:
         return row(None, "measure_memory is off")
     if one.subject.runtime != "llamacpp":
         return row(None, "memory is measured of GGUF files only")
-    folder = one.subject.artifact.path
-    mmproj = folder / MMPROJ_NAME
+    model, mmproj = _files(one)
     try:
-        peak = measure_memory(folder / MODEL_NAME, mmproj if mmproj.exists() else None, context)
+        peak = measure_memory(model, mmproj, context)
     except StageError as error:
         return row(None, str(error))
     steps = f"rounded up to {_STEP >> 20} MiB"
     return row(float(-(-peak // _STEP) * _STEP), f"peak of a process that fills {context} tokens; {steps}")
 
 
-def spec_of(folder: Path) -> ModelSpec:
-    """The shapes of a GGUF and its mmproj, from the files themselves.
-
-    Raises:
-        SourceError: a file cannot be read. KeyError: a shape is not recorded.
-    """
-    header = read_header(folder / MODEL_NAME)
-    architecture = header.architecture
-
-    def number(key: str) -> int:
-        return _number(header, f"{architecture}.{key}")
-
-    heads = number("attention.head_count")
-    text = TextSpec(
-        layers=number("block_count"),
-        hidden_size=number("embedding_length"),
-        intermediate_size=number("feed_forward_length"),
-        heads=heads,
-        kv_heads=number("attention.head_count_kv"),
-        head_dim=header.tensors["blk.0.attn_q.weight"].shape[-1] // heads,
-        vocab_size=max(header.tensors["token_embd.weight"].shape),
-        tied_embeddings="output.weight" not in header.tensors,
-    )
-    if not (folder / MMPROJ_NAME).exists():
-        return ModelSpec(family=architecture, text=text)
-    seen = read_vision_header(folder / MMPROJ_NAME)
-    vision = VisionSpec(
-        layers=seen.blocks,
-        hidden_size=_number(seen.header, "clip.vision.embedding_length"),
-        intermediate_size=_number(seen.header, "clip.vision.feed_forward_length"),
-        heads=_number(seen.header, "clip.vision.attention.head_count"),
-        image_size=seen.image_size,
-        patch_size=seen.patch_size,
-        default_exit=seen.default_exit,
-    )
-    return ModelSpec(family=architecture, text=text, vision=vision)
-
-
-def _number(header: Header, key: str) -> int:
-    """A number of the header; the largest where there is one a layer."""
-    value = header.fields[key]
-    return max(cast("list[int]", value)) if isinstance(value, list | tuple) else int(cast("int", value))
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _files(one: Answers) -> tuple[Path, Path | None]:
+    """The language model, and the image encoder where there is one."""
+    folder = one.subject.artifact.path
+    mmproj = folder / MMPROJ_NAME
+    return folder / MODEL_NAME, mmproj if mmproj.exists() else None
