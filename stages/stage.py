@@ -186,6 +186,7 @@ _BUILT_IN: Mapping[str, str] = {
     "reward-model": "stages.reward_model.stage:RewardModelStage",
     "l-ppo": "stages.lppo.stage:LPPOStage",
     "sft": "stages.lppo.sft:SFTStage",
+    "imatrix": "stages.quantize.importance:ImatrixStage",
     "gguf": "stages.quantize.gguf:GGUFStage",
     "gptq": "stages.quantize.gptq:GPTQStage",
     "icet-verify": "stages.verify.stage:IcetVerifyStage",

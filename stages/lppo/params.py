@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.models.adapter import LoRA
+from stages.runtimes.imatrix import ImatrixName
 from stages.stage import Located, StageParams
 
 
@@ -117,8 +117,9 @@ class TrainingParams(StageParams):
     quantize_every: int = Field(
         default=1, ge=1, description="steps between roundings; more for slow types such as IQ4_NL"
     )
-    imatrix: Path | None = Field(
-        default=None, description="importance matrix (llama.cpp's GGUF format) that the file will be made with"
+    imatrix: ImatrixName | None = Field(
+        default=None,
+        description="importance matrix that the file will be made with: a stage that uses imatrix, or ./FILE.gguf",
     )
     prompts: PromptShares = Field(default=PromptShares(), description="what is asked")
     question_scenes: int = Field(

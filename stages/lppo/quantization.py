@@ -26,13 +26,13 @@ from artifacts.errors import RecipeError, StageError
 from stages.runtimes.gptq_grid import is_grid, parse_grid, round_to_grid
 from stages.runtimes.llamacpp_library import threads
 from stages.runtimes.rounding import TYPES, check_type, round_weights, row_type
+from stages.runtimes.tensor_names import stored_names
 
 if TYPE_CHECKING:
     import torch
     from torch.nn import Linear
 
     from stages.runtimes.imatrix import Importance
-    from stages.runtimes.mixture import Outline
 
 
 def check_quantizer(name: str, *, imatrix: bool = False) -> None:
@@ -161,7 +161,7 @@ class Quantizer:
         outline = outline_of(checkpoint) if checkpoint is not None and (mixed or importance is not None) else None
         stored = {name: name for name in self._names}
         if outline is not None or importance is not None:
-            stored = _stored_names(self._names, trunk, outline)
+            stored = stored_names(self._names, trunk, outline)
         if outline is not None and mixed:
             mixture = tensor_types(outline, type, importance=importance)
             if missing := [name for name in self._names if stored[name] not in mixture]:
@@ -224,28 +224,3 @@ def _same(new: tuple[torch.Tensor, torch.Tensor], old: tuple[torch.Tensor, torch
 def _own_name(name: str) -> str:
     """A layer's name in the trunk before PEFT put its own in front."""
     return name.removeprefix("base_model.model.")
-
-
-def _stored_names(names: list[str], trunk: torch.nn.Module, outline: Outline | None) -> dict[str, str]:
-    """The GGUF name of every layer's weight.
-
-    Raises:
-        StageError: llama.cpp has none for a layer.
-    """
-    import gguf
-
-    config = cast("object", trunk.config)
-    architecture = outline.architecture if outline is not None else str(getattr(config, "model_type", ""))
-    by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    # Nearly all of them call their layers as llama does.
-    table = gguf.get_tensor_name_map(
-        by_name.get(architecture, gguf.MODEL_ARCH.LLAMA), int(getattr(config, "num_hidden_layers", 0))
-    )
-    found = {name: table.get_name(f"model.{name}") or table.get_name(name) for name in names}
-    if unknown := [name for name, stored in found.items() if stored is None]:
-        raise StageError(
-            f"llama.cpp has no name for the layer {unknown[0]}",
-            why=f"it is none of the layers of the architecture {architecture!r}",
-            way_out="give one tensor type and no importance matrix",
-        )
-    return {name: f"{stored}.weight" for name, stored in found.items()}

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError
-from artifacts.manifest import sha256_file
 from stages.data import images, prompts
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
@@ -22,6 +21,7 @@ from stages.lppo.workers import Workers
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.resources import Resources, device_of
+from stages.runtimes import imatrix
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
@@ -59,10 +59,14 @@ class Hardening(Stage[P]):
     libraries = ("torch", "transformers", "peft")
     parallel = True
 
+    def references(self) -> Mapping[str, str]:
+        return imatrix.referred(self.params.imatrix)
+
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         from stages.lppo.quantization import check_quantizer
 
         planned = super().plan(inputs)
+        imatrix.check_named(self.params.imatrix, inputs)
         for names in self.params.prompts.kinds().values():
             for name in names:
                 prompts.check_set(name)
@@ -98,12 +102,7 @@ class Hardening(Stage[P]):
             )
 
     def fingerprint(self) -> str:
-        imatrix = self.params.imatrix
-        if imatrix is None:
-            return ""
-        if not imatrix.is_file():
-            raise RecipeError(f"imatrix: there is no file {imatrix}", way_out="make it with llama.cpp's llama-imatrix")
-        return sha256_file(imatrix)
+        return imatrix.named_digest(self.params.imatrix)
 
     def downloads(self) -> Sequence[str]:
         return (*prompts.packages(), *images.packages())
@@ -161,7 +160,7 @@ class Hardening(Stage[P]):
             params.lora(),
             quantizer=params.rounding(),
             checkpoint=source,
-            imatrix=params.imatrix,
+            imatrix=imatrix.locate(params.imatrix, context),
             temperature=params.temperature if isinstance(params, LPPOParams) else 1.0,
             gradient_checkpointing=params.gradient_checkpointing,
             shards=shards,
@@ -225,17 +224,18 @@ class LPPOStage(Hardening[LPPOParams]):
 
     def references(self) -> Mapping[str, str]:
         model = self.params.reward_model
-        return {"reward_model": model} if model is not None and not _is_model_id(model) else {}
+        named = {"reward_model": model} if model is not None and not _is_model_id(model) else {}
+        return {**super().references(), **named}
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         planned = super().plan(inputs)
-        for id in self.references().values():
-            if id in inputs and inputs[id].type != "reward-model":
-                raise RecipeError(
-                    f"reward_model: the stage '{id}' makes an artifact of type {inputs[id].type!r}",
-                    why="rewards come from a sequence classifier",
-                    way_out="name a stage that uses reward-model, or hub:ID",
-                )
+        id = self.references().get("reward_model")
+        if id is not None and id in inputs and inputs[id].type != "reward-model":
+            raise RecipeError(
+                f"reward_model: the stage '{id}' makes an artifact of type {inputs[id].type!r}",
+                why="rewards come from a sequence classifier",
+                way_out="name a stage that uses reward-model, or hub:ID",
+            )
         return planned
 
     def fingerprint(self) -> str:

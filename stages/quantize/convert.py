@@ -12,59 +12,25 @@ told every name; the same checkpoint gives the same bytes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import Final, Literal
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
-from stages.runtimes.llamacpp_library import library, log_tail, threads
+from stages.quantize.types import TYPES
+from stages.runtimes.imatrix import Importance, native_importance
+from stages.runtimes.llamacpp_library import library, logged, threads
 from stages.runtimes.mixture import language_model_class
 
-# llama.cpp's type names and file-type numbers (enum llama_ftype; tools/quantize/quantize.cpp).
-TYPES: Final[Mapping[str, int]] = {
-    "F32": 0,
-    "F16": 1,
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q2_K": 10,
-    "Q3_K_S": 11,
-    "Q3_K_M": 12,
-    "Q3_K_L": 13,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_K_S": 16,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "IQ2_XXS": 19,
-    "IQ2_XS": 20,
-    "Q2_K_S": 21,
-    "IQ3_XS": 22,
-    "IQ3_XXS": 23,
-    "IQ1_S": 24,
-    "IQ4_NL": 25,
-    "IQ3_S": 26,
-    "IQ3_M": 27,
-    "IQ2_S": 28,
-    "IQ2_M": 29,
-    "IQ4_XS": 30,
-    "IQ1_M": 31,
-    "BF16": 32,
-    "TQ1_0": 36,
-    "TQ2_0": 37,
-    "Q1_0": 40,
-    "Q2_0": 41,
-}
-# The quantizer stops at these without an importance matrix ("this quantization requires an importance matrix!").
-NEED_IMATRIX: Final = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K_S"})
-
 FloatType = Literal["F16", "F32"]
+_LONGEST_TEXT: Final = 127  # bytes, in llama.cpp's structure
 
 
 def convert_language_model(
@@ -169,8 +135,22 @@ def _own_architecture(config: Mapping[str, object]) -> str:
     return language_model_class({key: value for key, value in config.items() if key != "text_config"})
 
 
-def quantize_model(source: Path, target: Path, type: str) -> None:
+def quantize_model(
+    source: Path,
+    target: Path,
+    type: str,
+    *,
+    tensors: Mapping[str, str] = MappingProxyType({}),
+    importance: Importance | None = None,
+    notes: Mapping[str, str | int] = MappingProxyType({}),
+    pure: bool = False,
+) -> None:
     """Quantize a GGUF by `llama_model_quantize`; the file appears whole or not at all.
+
+    Args:
+        type: of the file. tensors: types of single tensors, by name; their rows must allow them (`types.resolve`).
+        notes: more keys for the file's metadata; texts of at most 127 bytes.
+        pure: no mixture: every matrix gets the file type's own.
 
     Raises:
         StageError: llama.cpp refuses.
@@ -179,11 +159,49 @@ def quantize_model(source: Path, target: Path, type: str) -> None:
     params = lib.llama_model_quantize_default_params()
     params.ftype = TYPES[type]
     params.nthread = threads()
+    params.pure = pure
+    # What these point to must outlive the call.
+    entries = None if importance is None else native_importance(lib, importance)
+    if entries is not None:
+        params.imatrix = entries
+    overrides = _tensor_overrides(lib, tensors)
+    if tensors:
+        params.tt_overrides = overrides
+    keys = _key_overrides(lib, notes)
+    if notes:
+        params.kv_overrides = keys
     part = target.with_suffix(".part")
-    status = int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(part), params))
+    with logged() as lines:
+        status = int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(part), params))
     if status:
         part.unlink(missing_ok=True)
         raise StageError(
-            f"llama.cpp could not quantize to {type}", where=str(source), why=log_tail(), way_out="choose another type"
+            f"llama.cpp could not quantize to {type}",
+            where=str(source),
+            why=" | ".join(lines[-4:]) or "llama.cpp gave no reason",
+            way_out="choose another type",
         )
     part.replace(target)
+
+
+def _tensor_overrides(lib: ModuleType, tensors: Mapping[str, str]) -> ctypes.Array[ctypes.Structure]:
+    import gguf
+
+    structure: type[ctypes.Structure] = lib.llama_model_tensor_override
+    found = (structure * (len(tensors) + 1))()  # the last one is empty and ends the list
+    for entry, (name, kind) in zip(found, tensors.items(), strict=False):
+        entry.pattern = f"^{re.escape(name)}$".encode()
+        entry.type = int(gguf.GGMLQuantizationType[kind])
+    return found
+
+
+def _key_overrides(lib: ModuleType, notes: Mapping[str, str | int]) -> ctypes.Array[ctypes.Structure]:
+    structure: type[ctypes.Structure] = lib.llama_model_kv_override
+    found = (structure * (len(notes) + 1))()
+    for entry, (key, value) in zip(found, notes.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = lib.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            entry.tag, entry.value.val_str = lib.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()[:_LONGEST_TEXT]
+    return found

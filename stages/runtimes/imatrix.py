@@ -13,17 +13,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Annotated, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.errors import SourceError
+from artifacts.errors import RecipeError, SourceError
+from artifacts.manifest import sha256_file
 from stages.runtimes.gguf_header import read_header
+from stages.stage import Context, Located, Planned
 
 Importance = Mapping[str, NDArray[np.float32]]
 """Mean squared input of each column, (columns,) or for experts (experts * columns,), by the weight's name in GGUF."""
 
+ImatrixName = Annotated[str, Located()]
+"""How a recipe names one: the stage that makes it, or a file (a path, or a name that ends in .gguf)."""
+
+IMATRIX_NAME: Final = "imatrix.gguf"  # in an artifact of type "imatrix"
+_TYPE: Final = "imatrix"
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
 _KEYS: Final = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -67,6 +74,18 @@ def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
     return found
 
 
+def quantize_keys(path: Path) -> dict[str, str | int]:
+    """What llama-quantize writes into a model's metadata about the importance matrix that it used, but for the path."""
+    header = read_header(path)
+    datasets, chunks = header.fields[_KEYS[0]], header.fields[_KEYS[1]]
+    return {
+        "quantize.imatrix.file": path.name,
+        "quantize.imatrix.dataset": ", ".join(map(str, datasets)) if isinstance(datasets, list) else str(datasets),
+        "quantize.imatrix.entries_count": sum(name.endswith(_SUMS) for name in header.tensors),
+        "quantize.imatrix.chunks_count": chunks if isinstance(chunks, int) else 0,
+    }
+
+
 def write_imatrix(
     path: Path, collected: Mapping[str, Collected], *, datasets: Sequence[str], chunks: int, chunk_size: int
 ) -> None:
@@ -108,6 +127,49 @@ def native_importance(lib: ModuleType, importance: Importance) -> ctypes.Array[c
         entry.size = flat.size
     entries.kept = kept  # type: ignore[attr-defined]  # C holds only pointers
     return entries
+
+
+def referred(name: str | None) -> Mapping[str, str]:
+    """What `Stage.references` says of the parameter `imatrix`."""
+    return {} if name is None or _is_file(name) else {_TYPE: name}
+
+
+def check_named(name: str | None, inputs: Mapping[str, Planned]) -> None:
+    """Raises: RecipeError: the stage of that name makes something else."""
+    for id in referred(name).values():
+        if id in inputs and inputs[id].type != _TYPE:
+            raise RecipeError(
+                f"imatrix: the stage '{id}' makes an artifact of type {inputs[id].type!r}",
+                why="what is wanted is an importance matrix",
+                way_out="name a stage that uses imatrix, or a file: ./NAME.gguf",
+            )
+
+
+def named_digest(name: str | None) -> str:
+    """Of a file that a recipe names, for `Stage.fingerprint`; "" for what a stage makes.
+
+    Raises:
+        RecipeError: there is no such file.
+    """
+    if name is None or not _is_file(name):
+        return ""
+    if not Path(name).is_file():
+        raise RecipeError(
+            f"imatrix: there is no file {name}",
+            way_out="make one with a stage `uses: imatrix`, or with llama.cpp's llama-imatrix",
+        )
+    return sha256_file(Path(name))
+
+
+def locate(name: str | None, context: Context) -> Path | None:
+    """The file that a recipe names."""
+    if name is None:
+        return None
+    return Path(name) if _is_file(name) else context.inputs[name].file(IMATRIX_NAME)
+
+
+def _is_file(name: str) -> bool:
+    return name.startswith("/") or name.endswith(".gguf")
 
 
 def _importance(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
