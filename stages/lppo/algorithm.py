@@ -254,13 +254,13 @@ class PPO(Learner):
                 tokens, anchor_tokens = workers.total(counts).tolist()
                 for part in parts(local, params.micro_batch, mask):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
-                if shown is not None and epoch == 0:
+                if shown is not None:
                     demonstrated += self._demonstrate(*shown, local)
                 self.descend()
         names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
         told = dict(zip(names, (workers.total(sums) / (params.ppo_epochs * len(batches))).tolist(), strict=True))
         if shown is not None:
-            told["demonstration_loss"] = float(workers.total(demonstrated)) / len(batches)
+            told["demonstration_loss"] = float(workers.total(demonstrated)) / (params.ppo_epochs * len(batches))
         return told
 
     def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:

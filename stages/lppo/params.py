@@ -245,7 +245,7 @@ class LPPOParams(TrainingParams):
     demonstrations: float = Field(
         default=0.0,
         ge=0,
-        description="weight of the cross-entropy of what should have been said, in the first pass: a refusal after a "
+        description="weight of the cross-entropy of what should have been said, in every pass: a refusal after a "
         "harmful prompt, the original model's own answer after a harmless one (the prompt set's where it refuses), the "
         "right word after a visual question; "
         "0: plain PPO",
