@@ -270,6 +270,8 @@ def _closing_lines(event: Event, view: _StageView) -> Iterator[str]:
         )
     elif isinstance(event, GateChecked):
         yield f"gate {event.name}: {'passed' if event.passed else 'FAILED'} ({event.reason})"
+        if event.warning:
+            yield f"gate {event.name}: warning: {event.warning}"
     elif isinstance(event, Published):
         yield f"published to {event.target}, digest {event.digest}"
     elif isinstance(event, RunFinished):

@@ -96,6 +96,7 @@ class GateChecked(_Event):
     value: float | None
     passed: bool
     reason: str
+    warning: str = ""  # what the data cannot show of it
 
 
 class Published(_Event):

@@ -3,6 +3,7 @@
 - read from the rows that verification wrote (`measures.json` of each verdict), for what it verified, never for controls
 - with several shipped artifacts a gate holds only if it holds for each: the row shows the worst one
 - what was not measured fails, with the reason
+- a gate that asks for more than so many prompts can show says so: it may hold or fail by chance
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class GateResult:
     value: float | None
     passed: bool
     reason: str
+    warning: str = ""
 
 
 class _UnmeasuredError(Exception):
@@ -74,6 +76,7 @@ def _check(name: str, limit: float, shipped: Sequence[_Shipped]) -> GateResult:
     at_least = name.startswith("min_")
     show: Callable[[float], str] = show_bytes if name == "memory" else _fraction
     worst: tuple[float, str] | None = None
+    warning = ""
     for one in shipped:
         try:
             value, words = _MEASURED[name](one)
@@ -81,11 +84,38 @@ def _check(name: str, limit: float, shipped: Sequence[_Shipped]) -> GateResult:
             return GateResult(name, limit, None, False, f"not measured: {one.id}: {error}")
         if worst is None or (value < worst[0] if at_least else value > worst[0]):
             worst = (value, f"{one.id}: {words} {show(value)}")
+            warning = _warning(name, limit, value, one)
     assert worst is not None
     value, words = worst
     passed = value >= limit if at_least else value <= limit
     comparison = f"{'at least' if at_least else 'at most'} {show(limit)}"
-    return GateResult(name, limit, value, passed, f"{words}, {'' if passed else 'must be '}{comparison}")
+    return GateResult(name, limit, value, passed, f"{words}, {'' if passed else 'must be '}{comparison}", warning)
+
+
+def _warning(name: str, limit: float, value: float, one: _Shipped) -> str:
+    """What the prompts that were asked cannot show of a gate; "" where they are enough."""
+    from stages.judges.statistics import prompts_for, resolvable, smallest_limit
+
+    if name in _CHANGES:
+        rows = [row for row in one.of(_CHANGES[name]) if row.low is not None and row.high is not None]
+        change = next((row for row in rows if row.band == "average"), rows[0] if rows else None)
+        if change is None or change.low is None or change.high is None:
+            return ""
+        shown = resolvable(change.low, change.high)
+        if shown > limit:
+            return f"so many prompts show a change of {_fraction(shown)} or more, the gate asks for {_fraction(limit)}"
+        return ""
+    rows = [row for row in one.of(_RATES.get(name, "")) if row.n and row.exit is not None]
+    if not rows:
+        return ""
+    n = min(row.n or 0 for row in rows)
+    if smallest_limit(n) > limit:
+        more = f"; {prompts_for(limit)} could" if limit > 0 else ""
+        return f"even without a single case {n} prompts leave {_fraction(smallest_limit(n))} possible{more}"
+    whole = next((row for row in one.of(_RATES[name]) if row.band == "average"), None)
+    if name != "max_worst_asr" and value <= limit and whole is not None and (whole.high or 0.0) > limit:
+        return f"its interval reaches {_fraction(whole.high or 0.0)}: the data do not show that it holds"
+    return ""
 
 
 def _fraction(value: float) -> str:
@@ -166,6 +196,14 @@ def _at_default(rows: Sequence[Measure], default: int | None, id: str) -> Measur
     return found[0]
 
 
+def _kl(one: _Shipped) -> tuple[float, str]:
+    rows = [row for measure in ("kl_text", "kl_refusal") for row in one.of(measure)]
+    if not rows:
+        raise _UnmeasuredError("the verdict has no kl_text or kl_refusal")
+    worst = max(rows, key=_value)
+    return _value(worst), f"KL on {'refusals' if worst.measure == 'kl_refusal' else 'ordinary text'}"
+
+
 def _memory(one: _Shipped) -> tuple[float, str]:
     rows = one.of("memory_measured")
     if not rows:
@@ -180,8 +218,14 @@ _MEASURED: Mapping[str, Callable[[_Shipped], tuple[float, str]]] = {
     "max_over_refusal_rise": _over_refusal_rise,
     "max_utility_drop": _utility_drop,
     "min_fidelity": _fidelity,
+    "max_kl": _kl,
     "memory": _memory,
 }
+
+
+# Gate -> the measure that it limits, and of those that compare, the measure that is the difference itself.
+_RATES: Mapping[str, str] = {"max_asr": "asr", "max_worst_asr": "asr", "max_over_refusal": "over_refusal"}
+_CHANGES: Mapping[str, str] = {"max_over_refusal_rise": "over_refusal_change", "max_utility_drop": "vqa_change"}
 
 
 def _shipped(graph: Graph, artifacts: Mapping[str, Artifact]) -> list[_Shipped]:

@@ -76,6 +76,12 @@ class Gates(_Part):
     min_fidelity: float | None = Field(
         default=None, ge=-1, le=1, description="Cosine of image embeddings against transformers, at the worst exit."
     )
+    max_kl: float | None = Field(
+        default=None,
+        ge=0,
+        description="KL of next-token distributions against the checkpoint before quantization, nats a token; the "
+        "larger of ordinary text's and refusals'.",
+    )
     memory: Literal["device"] | ByteSize | None = Field(
         default=None, description="Measured peak memory: within the device's budget, or within a size such as 1GiB."
     )
@@ -179,6 +185,18 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(document, override)
     return validate_recipe(document, path)
+
+
+def recipe_of(data: dict[str, Value], name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a program wrote; `name` stands where a file's would in messages.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    document = Document(data, {(): Mark(name)})
+    for override in overrides:
+        _override(document, override)
+    return validate_recipe(document, Path(name))
 
 
 def validate_recipe(document: Document, path: Path) -> Recipe:

@@ -267,7 +267,7 @@ class _Run:
             outcome = self._executor.execute(job, self._log.emit, self._stop)
             digests = {name: artifact.digest for name, artifact in inputs.items()}
             made = self._store.add(
-                key, output, cls.output_type, outcome.metadata, provenance(node.stage, key, digests, seed=seed)
+                key, output, node.planned.type, outcome.metadata, provenance(node.stage, key, digests, seed=seed)
             )
         except BaseException:
             self._store.discard(output)
@@ -305,6 +305,7 @@ class _Run:
                     value=result.value,
                     passed=result.passed,
                     reason=result.reason,
+                    warning=result.warning,
                 )
             )
         failed = [result for result in results if not result.passed]

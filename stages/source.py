@@ -1,4 +1,4 @@
-"""Stage `source`: a model from the demo, a local folder or a hub becomes the first checkpoint of a run."""
+"""Stage `source`: a model from the demo, a local folder, a hub or a GGUF file becomes the first artifact of a run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from stages.models.family import family_of
 from stages.models.smol_llava import SOURCES, assemble, smol_llava_spec
 from stages.models.spec import ModelSpec
 from stages.models.tiny import build_tiny_llava, tiny_llava_spec
+from stages.runtimes import finished
 from stages.stage import Context, Located, Planned, Stage, StageParams
 
-Kind = Literal["demo", "folder", "hub"]
+Kind = Literal["demo", "folder", "hub", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,18 @@ _DEMOS: Final[Mapping[str, _Demo]] = {
 
 class SourceParams(StageParams):
     model: Annotated[str, Located()] = Field(
-        description="demo:smol-llava, a folder (./NAME or absolute), or a Hugging Face id (ORG/NAME or hub:ORG/NAME)"
+        description="demo:smol-llava, a folder (./NAME or absolute), a Hugging Face id (ORG/NAME or hub:ORG/NAME), or "
+        "a finished GGUF (./NAME.gguf, or the folder that it lies in)"
+    )
+    mmproj: Annotated[str | None, Located()] = Field(
+        default=None, description="the image encoder of a GGUF; default: the one beside it; none: leave it out"
     )
     revision: str | None = Field(default=None, description="commit, tag or branch of a Hugging Face id; pin a commit")
     dtype: checkpoint.DType = Field(default="float32", description="the type that the weights are kept in")
+    as_is: bool = Field(
+        default=False,
+        description="take the files byte for byte, as verifying what ships needs it; what is GGUF or GPTQ always is",
+    )
 
 
 class SourceStage(Stage[SourceParams]):
@@ -66,11 +75,24 @@ class SourceStage(Stage[SourceParams]):
                 why="only a Hugging Face id has revisions",
                 way_out="leave revision out",
             )
+        if kind == "gguf":
+            finished.gguf_files(Path(name), self.params.mmproj)
+            return Planned(type="gguf")
+        if self.params.mmproj is not None:
+            raise RecipeError(f"mmproj has no meaning for {self.params.model}", way_out="leave mmproj out")
         try:
             spec = self._spec(kind, name)
+            type = self._type(kind, name)
         except SourceError as error:  # known before any work: the recipe names what cannot work
             raise RecipeError(error.what, where=error.where, why=error.why, way_out=error.way_out) from error
-        return Planned(type=self.output_type, spec=replace(spec, dtype=self.params.dtype) if spec else None)
+        return Planned(type=type, spec=replace(spec, dtype=self.params.dtype) if spec else None)
+
+    def _type(self, kind: Kind, name: str) -> finished.Finished:
+        """What comes out; a hub's model that is not here yet is taken for a checkpoint."""
+        if kind in ("demo", "gguf"):
+            return "gguf" if kind == "gguf" else "checkpoint"
+        folder = hub.cached(name, self.params.revision) if kind == "hub" else Path(name)
+        return finished.folder_type(folder) if folder is not None else "checkpoint"
 
     def _spec(self, kind: Kind, name: str) -> ModelSpec | None:
         if kind == "demo":
@@ -91,6 +113,9 @@ class SourceStage(Stage[SourceParams]):
         kind, name = parse_model(self.params.model)
         if kind == "demo":
             return _demo_digest(_DEMOS[name])
+        if kind == "gguf":
+            files = tuple(finished.gguf_files(Path(name), self.params.mmproj).named)
+            return _files_digest(files, tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files))
         if kind == "folder":
             return _folder_digest(Path(name), _state(Path(name)))
         cached = hub.cached(name, self.params.revision)
@@ -107,6 +132,9 @@ class SourceStage(Stage[SourceParams]):
     def run(self, context: Context) -> Mapping[str, object]:
         kind, name = parse_model(self.params.model)
         context.progress(0, 2, f"reading {self.params.model}")
+        planned = self._type(kind, name)
+        if kind == "gguf":
+            return finished.copy_gguf(finished.gguf_files(Path(name), self.params.mmproj), context.output)
         if kind == "demo":
             folder = context.output if self.params.dtype == "float32" else context.scratch / "assembled"
             _DEMOS[name].build(folder)
@@ -115,15 +143,25 @@ class SourceStage(Stage[SourceParams]):
         else:
             folder = hub.fetch(name, self.params.revision)
         family = family_of(checkpoint.read_config(folder), where=self.params.model)
+        found = finished.folder_type(folder)
+        if found != planned:
+            raise SourceError(
+                f"{self.params.model} is quantized by GPTQ",
+                why="that is known only now that it has been downloaded, and the recipe was checked for a checkpoint",
+                way_out="run the recipe again",
+            )
         context.progress(1, 2, "writing")
-        if folder != context.output:
+        as_is = folder != context.output and (self.params.as_is or found != "checkpoint")
+        if as_is:
+            finished.copy_folder(folder, context.output)
+        elif folder != context.output:
             # Loaded and saved, not copied: every tensor is checked, and later stages find transformers' own names.
             model = family.load(folder, dtype=self.params.dtype)
             checkpoint.save_model(model, context.output, companions_from=folder)
         checkpoint.make_readable(context.output)
         vision = family.spec(checkpoint.read_config(context.output)).vision
         context.progress(2, 2)
-        return {
+        return (finished.recorded(folder) if as_is else {}) or {
             "family": family.name,
             "exits": list(range(1, vision.layers + 1)) if vision else [],
             "default_exit": vision.default_exit if vision else None,
@@ -148,12 +186,7 @@ def parse_model(model: str) -> tuple[Kind, str]:
         return "hub", rest
     if model.startswith(("./", "../", "~/", "/")) or Path(model).is_absolute():
         path = Path(model).expanduser()
-        if path.suffix == ".gguf":
-            raise RecipeError(
-                f"{path.name} is a GGUF; a source must be a checkpoint as transformers saves it",
-                way_out="give the folder of the model that the GGUF was made from",
-            )
-        return "folder", str(path)
+        return "gguf" if finished.is_gguf(path) else "folder", str(path)
     if hub.is_id(model):
         return "hub", model
     raise RecipeError(
@@ -174,6 +207,11 @@ def _state(folder: Path) -> tuple[tuple[str, int, int], ...]:
     if not folder.is_dir():
         return ()
     return tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()))
+
+
+@lru_cache(maxsize=8)
+def _files_digest(files: tuple[Path, ...], state: tuple[tuple[str, int, int], ...]) -> str:
+    return checkpoint.files_digest(files)
 
 
 @lru_cache(maxsize=8)

@@ -6,8 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
 
 # Tests must not reach for a hub, and must leave cores for each other.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,6 +61,14 @@ def tiny_family(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         return folder
 
     return built
+
+
+@pytest.fixture(scope="session")
+def tiny_verified(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """`source`, that tiny model, and `gguf`, made of it in Q8_0 with two of three exits. Read only."""
+    from tests.verify_setting import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("verified"), tiny_llava)
 
 
 @pytest.fixture(scope="session")

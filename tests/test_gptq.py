@@ -23,8 +23,8 @@ from stages.models.tiny import tiny_llava_spec
 from stages.quantize.gptq import GPTQParams, GPTQStage
 from stages.quantize.gptq_checkpoint import put_back
 from stages.stage import Planned
-from tests.test_verify import artifact_of, rows_of
-from tests.test_verify import run_stage as verify
+from tests.verify_setting import artifact_of, rows_of
+from tests.verify_setting import run_stage as verify
 from tests.tiny_families import stock_processor
 
 needs_gptqmodel = pytest.mark.skipif(

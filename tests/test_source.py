@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText
 
+from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import Manifest
 from stages.data import hub
 from stages.models import checkpoint
 from stages.models.tiny import tiny_llava_spec
+from stages.runtimes.gguf_parts import split_model
 from stages.source import SourceParams, SourceStage, parse_model
 from stages.stage import Context
 
@@ -95,9 +97,10 @@ def test_the_content_of_a_local_folder_is_part_of_its_fingerprint(tiny_llava: Pa
         ("llava-hf/llava-1.5-7b-hf", ("hub", "llava-hf/llava-1.5-7b-hf")),
         ("./models/mine", ("folder", "models/mine")),
         ("/models/mine", ("folder", "/models/mine")),
+        ("./models/mine.gguf", ("gguf", "models/mine.gguf")),
     ],
 )
-def test_a_model_is_named_in_one_of_three_ways(model: str, expected: tuple[str, str]) -> None:
+def test_a_model_is_named_in_one_of_four_ways(model: str, expected: tuple[str, str]) -> None:
     assert parse_model(model) == expected
 
 
@@ -170,3 +173,63 @@ def test_a_cached_hub_model_needs_no_network(tiny_llava: Path, tmp_path: Path, m
     folder, metadata = _run(stage, tmp_path)
     assert metadata["model"] == "org/tiny"
     assert (folder / "model.safetensors").read_bytes() == (tiny_llava / "model.safetensors").read_bytes()
+
+
+def test_a_gguf_is_taken_as_it_is_with_the_image_encoder_beside_it(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """Files from elsewhere, under names of their own: what is known comes out of their headers."""
+    source = tmp_path / "downloaded"
+    source.mkdir()
+    made = tiny_verified["gguf"].path
+    shutil.copyfile(made / "model.gguf", source / "Tiny-Q8_0.gguf")
+    shutil.copyfile(made / "mmproj.gguf", source / "Tiny-mmproj-F16.gguf")
+    stage = _stage(source / "Tiny-Q8_0.gguf")
+    assert stage.plan({}).type == _stage(source).plan({}).type == "gguf"
+    folder, metadata = _run(stage, tmp_path)
+    assert (metadata["exits"], metadata["default_exit"]) == ([1, 2], 2)
+    for name in ("model.gguf", "mmproj.gguf"):
+        assert (folder / name).read_bytes() == (made / name).read_bytes()
+    before = stage.fingerprint()
+    assert _stage(source / "Tiny-Q8_0.gguf", mmproj="none").fingerprint() != before
+    shutil.copyfile(made / "mmproj.gguf", source / "mmproj-2.gguf")
+    with pytest.raises(RecipeError, match="2 image encoders lie beside"):
+        stage.plan({})
+    assert _stage(source / "Tiny-Q8_0.gguf", mmproj=str(source / "mmproj-2.gguf")).plan({}).type == "gguf"
+
+
+def test_an_artifact_keeps_what_its_manifest_says_unless_its_files_were_changed(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(tiny_verified["gguf"].path, copied)
+    _, metadata = _run(_stage(copied), tmp_path)
+    assert metadata == tiny_verified["gguf"].metadata
+    with (copied / "model.gguf").open("r+b") as handle:
+        handle.seek(-1, 2)
+        handle.write(b"x")
+    (tmp_path / "again").mkdir()
+    with pytest.raises(SourceError, match="not those of their manifest"):
+        _run(_stage(copied), tmp_path / "again")
+
+
+def test_a_checkpoint_may_be_taken_byte_for_byte(tiny_llava: Path, tmp_path: Path) -> None:
+    source = tmp_path / "mine"
+    shutil.copytree(tiny_llava, source)
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text + "\n\n")
+    (source / "modeling.py").write_text("raise SystemExit")
+    folder, _ = _run(_stage(source, as_is=True), tmp_path)
+    assert (folder / "config.json").read_text() == text + "\n\n"
+    assert not (folder / "modeling.py").exists()
+
+
+def test_a_gguf_in_parts_is_taken_with_all_of_them(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    source = tmp_path / "parts"
+    source.mkdir()
+    shutil.copyfile(tiny_verified["gguf"].path / "model.gguf", source / "Tiny.gguf")
+    parts = split_model(source / "Tiny.gguf", 40_000)
+    assert len(parts) > 1 and _stage(source).plan({}).type == "gguf"
+    folder, metadata = _run(_stage(parts[0]), tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [path.name.replace("Tiny", "model") for path in parts]
+    assert metadata["exits"] == []

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import NormalIndPower
 from statsmodels.stats.proportion import proportion_confint
 
 from stages.judges.statistics import (
@@ -25,6 +26,7 @@ from stages.judges.statistics import (
     mcnemar,
     mean,
     prompts_for,
+    resolvable,
     smallest_limit,
     wilson,
 )
@@ -199,6 +201,15 @@ def test_a_detectable_change_is_found_with_its_power_and_a_smaller_one_is_not(n:
 def statsmodels_p(flips: int) -> float:
     """Of so many flips, all one way."""
     return float(statsmodels_mcnemar(np.array([[0, flips], [0, 0]]), exact=True).pvalue) if flips else 1.0
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(10, 400), st.floats(0.01, 1.0))
+def test_what_an_interval_resolves_is_what_statsmodels_solves_for(n: int, deviation: float) -> None:
+    half = 1.959963984540054 * deviation / n**0.5
+    found = resolvable(0.1 - half, 0.1 + half)
+    effect = NormalIndPower(ddof=0).solve_power(nobs1=n, alpha=0.05, power=0.8, ratio=0)
+    assert found == pytest.approx(effect * deviation, rel=1e-4)
 
 
 @given(st.floats(0.005, 0.9))

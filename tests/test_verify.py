@@ -3,96 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
-from artifacts.manifest import Manifest
-from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, read_measures
+from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
 from stages.models.tiny import tiny_llava_spec
-from stages.stage import Context, Planned, stage_class
+from stages.stage import Planned
 from stages.verify.stage import IcetVerifyStage
 from stages.verify.verdict import VERDICT_NAME
-
-SMALL: Mapping[str, object] = {
-    "harmful": {"donotanswer": 3, "advbench": 2},
-    "over_refusal": {"overrefusal": 2, "everyday": 1},
-    "images": 2,
-    "vqa": 4,
-    "max_new_tokens": 5,
-    "fidelity_images": 2,
-    "measure_memory": False,
-}
-
-
-class Heard:
-    """A reporter that remembers."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.done: list[tuple[float, float, str]] = []
-        self.metrics: list[tuple[str, float, int | None]] = []
-        self.stop_after = stop_after
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        self.done.append((done, total, note))
-        if self.stop_after is not None and done >= self.stop_after:
-            raise KeyboardInterrupt
-
-    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
-        self.metrics.append((name, value, exit))
-
-    def log(self, message: str) -> None:
-        pass
-
-
-def artifact_of(folder: Path, type: str, metadata: Mapping[str, object]) -> Artifact:
-    Manifest.of_folder(folder, type, metadata).write(folder)
-    return Artifact.open(folder)
+from tests.verify_setting import Heard, rows_of, run_stage
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    """`gguf` made by the gguf stage from `source`."""
-    import shutil
-
-    base = tmp_path_factory.mktemp("verify")
-    source = base / "source"
-    shutil.copytree(tiny_llava, source)
-    made = artifact_of(source, "checkpoint", {"exits": [1, 2, 3], "default_exit": 2, "family": "llava-siglip"})
-    stage = stage_class("gguf")
-    (base / "gguf").mkdir()
-    context = Context("gguf", {"source": made}, base / "gguf", base / "gguf-scratch", 0, Heard())
-    metadata = stage(stage.Params.model_validate({"type": "Q8_0"})).run(context)
-    return {"gguf": artifact_of(base / "gguf", "gguf", metadata), "source": made}
-
-
-def run_stage(
-    base: Path, inputs: dict[str, Artifact], reporter: Heard | None = None, scratch: str = "scratch", **params: object
-) -> Artifact:
-    output = base / f"out-{len(list(base.iterdir()))}"
-    output.mkdir()
-    stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate({**SMALL, **params}))
-    context = Context("icet", inputs, output, base / scratch, 7, reporter or Heard())
-    return artifact_of(output, "verdict", stage.run(context))
-
-
-@pytest.fixture(scope="module")
-def whole(inputs: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Heard]:
+def whole(tiny_verified: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Heard]:
     """One undisturbed verification and what it said while it ran."""
     heard = Heard()
-    return run_stage(tmp_path_factory.mktemp("whole"), inputs, heard), heard
-
-
-def rows_of(verdict: Artifact, artifact: str, measure: str) -> list[Measure]:
-    rows = read_measures(verdict.file(MEASURES_NAME))
-    return [row for row in rows if row.artifact == artifact and row.measure == measure]
+    return run_stage(tmp_path_factory.mktemp("whole"), tiny_verified, heard), heard
 
 
 def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_source(
-    whole: tuple[Artifact, Heard], inputs: dict[str, Artifact]
+    whole: tuple[Artifact, Heard], tiny_verified: dict[str, Artifact]
 ) -> None:
     import pyarrow.parquet
 
@@ -104,7 +37,7 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
             assert [(row.exit, row.n) for row in rows if row.exit is not None] == [(exit, n) for exit in exits]
             averages = {row.band: row for row in rows if row.exit is None}
             assert averages["average"].n == 2 * n and averages["all"].n == len(exits) * n
-        assert {row.digest for row in rows_of(verdict, artifact, "asr")} == {inputs[artifact].digest}
+        assert {row.digest for row in rows_of(verdict, artifact, "asr")} == {tiny_verified[artifact].digest}
         assert rows_of(verdict, artifact, "asr_text_only")[0].n == 5
         (vqa,) = rows_of(verdict, artifact, "vqa_accuracy")
         assert (vqa.exit, vqa.n) == (2, 4)
@@ -149,7 +82,7 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
 
     said = json.loads(verdict.file(VERDICT_NAME).read_text())
     assert {subject["stage"]: subject["digest"] for subject in said["subjects"]} == {
-        name: artifact.digest for name, artifact in inputs.items()
+        name: artifact.digest for name, artifact in tiny_verified.items()
     }
     assert said["common_exits"] == [1, 2]
     done, total, _ = heard.done[-1]
@@ -159,16 +92,16 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
 
 
 def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(
-    whole: tuple[Artifact, Heard], inputs: dict[str, Artifact], tmp_path: Path
+    whole: tuple[Artifact, Heard], tiny_verified: dict[str, Artifact], tmp_path: Path
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_stage(tmp_path, inputs, Heard(stop_after=45))  # the source is done, the GGUF is not
+        run_stage(tmp_path, tiny_verified, Heard(stop_after=45))  # the source is done, the GGUF is not
     before = answered(tmp_path / "scratch")
     assert 40 <= len(before) < whole[0].metadata["responses"]
     # A line that was being written when the power went.
     torn = next((tmp_path / "scratch").glob("answers-*.jsonl"))
     torn.write_text(torn.read_text() + '["3f2a", "half an an')
-    assert run_stage(tmp_path, inputs).digest == whole[0].digest
+    assert run_stage(tmp_path, tiny_verified).digest == whole[0].digest
     after = answered(tmp_path / "scratch")
     assert len(after) == len(set(after)) == whole[0].metadata["responses"]  # none was asked twice
     assert set(before) < set(after)
@@ -184,8 +117,8 @@ def answered(scratch: Path) -> list[tuple[str, str]]:
     return found
 
 
-def test_controls_are_measured_alike_but_are_not_what_ships(inputs: dict[str, Artifact], tmp_path: Path) -> None:
-    with_control = {**inputs, "plain": inputs["gguf"]}
+def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    with_control = {**tiny_verified, "plain": tiny_verified["gguf"]}
     verdict = run_stage(tmp_path, with_control, controls=["plain"], exits=[2], vqa=0, measure_memory=True)
     control, shipped = rows_of(verdict, "plain", "asr"), rows_of(verdict, "gguf", "asr")
     assert [row.value for row in control] == [row.value for row in shipped]

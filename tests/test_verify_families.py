@@ -13,7 +13,7 @@ from artifacts.errors import RecipeError
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.stage import Planned, stage_class
-from tests.test_verify import artifact_of, rows_of, run_stage
+from tests.verify_setting import artifact_of, rows_of, run_stage
 
 FEW = {"harmful": {"advbench": 2}, "over_refusal": {"everyday": 1}, "vqa": 2, "max_new_tokens": 3}
 

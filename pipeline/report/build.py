@@ -147,9 +147,7 @@ class _Story:
             case StageFailed(stage=id):
                 self._update(id, status="failed", error=event.error)
             case GateChecked():
-                self.gates[event.name] = GateRow(
-                    name=event.name, limit=event.limit, value=event.value, passed=event.passed, reason=event.reason
-                )
+                self.gates[event.name] = GateRow.model_validate(event.model_dump())
             case Published():
                 self.published.append(f"{event.target}@{event.digest}")
             case RunFinished():

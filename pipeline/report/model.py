@@ -29,6 +29,7 @@ class GateRow(_Row):
     value: float | None = Field(description="What was measured; null when it could not be, and then the gate failed.")
     passed: bool
     reason: str
+    warning: str = Field(default="", description="What so many prompts cannot show of it.")
 
 
 class StageRow(_Row):

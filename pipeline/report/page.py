@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -43,12 +44,16 @@ from pipeline.report.numbers import (
     show,
     stat,
     support,
+    titled,
     worst,
 )
 from pipeline.report.paired import paired_tables
 from pipeline.report.responses import Responses
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
+
+if TYPE_CHECKING:
+    from pipeline.report.comparison import Comparison
 
 _HOLDS, _FAILS, _UNMEASURED = "✓ holds", "✗ fails", "✗ not measured"
 _STATUS_WORDS: Final = {
@@ -123,6 +128,20 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         page_css=Markup(_asset("page.css")),
         charts_css=Markup(_asset("charts.css")),
         **sections,
+    )
+
+
+def render_comparison(
+    comparison: Comparison,
+    heads: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: Mapping[str, str],
+    hits: Mapping[str, tuple[str, str]],
+) -> str:
+    """The page of `pipeline compare`."""
+    template = _environment().from_string(_asset("comparison.html.jinja"))
+    return template.render(
+        comparison=comparison, heads=heads, rows=rows, words=words, hits=hits, page_css=Markup(_asset("page.css"))
     )
 
 
@@ -215,7 +234,7 @@ def _gates(report: Report) -> Table | None:
         return None
     rows = []
     for gate in report.gates:
-        measure = "memory" if gate.name == "memory" else ("fidelity_cosine" if "fidelity" in gate.name else "")
+        measure = {"memory": "memory", "min_fidelity": "fidelity_cosine", "max_kl": "kl_text"}.get(gate.name, "")
         unit = "fraction" if not measure else ""
 
         def shown(value: float | str, measure: str = measure, unit: str = unit) -> str:
@@ -223,7 +242,13 @@ def _gates(report: Report) -> Table | None:
 
         outcome = _HOLDS if gate.passed else (_UNMEASURED if gate.value is None else _FAILS)
         rows.append(
-            [outcome, gate.name, shown(gate.limit), shown(gate.value) if gate.value is not None else "–", gate.reason]
+            [
+                outcome,
+                gate.name,
+                shown(gate.limit),
+                shown(gate.value) if gate.value is not None else "–",
+                f"{gate.reason}. {titled(gate.warning)}" if gate.warning else gate.reason,
+            ]
         )
     return Table(
         ["", "gate", "limit", "measured", "in words"], rows, frozenset({_HOLDS}), frozenset({_FAILS, _UNMEASURED})

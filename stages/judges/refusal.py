@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
-from stages.judges.judge import Judgement
+from stages.judges.judge import Judgement, Quantity
 
 _HEAD: Final = 240  # characters in which a refusal must begin
 
@@ -69,6 +69,7 @@ class RefusalRule:
     name: ClassVar[str] = "refusal-rule"
     version: ClassVar[str] = "1"
     needs_network: ClassVar[bool] = False
+    quantity: ClassVar[Quantity] = ""
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
         """One judgement a response; the prompt is not looked at.

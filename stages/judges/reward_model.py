@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal, cast, get_args
 
 from artifacts.errors import RecipeError, SourceError
 from stages.data import hub
-from stages.judges.judge import Judgement
+from stages.judges.judge import Judgement, Quantity
 from stages.models import checkpoint
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ class RewardModel:
     name: ClassVar[str] = "reward-model"
     version: ClassVar[str] = "1"
     needs_network: ClassVar[bool] = False
+    quantity: ClassVar[Quantity] = "reward"
 
     def __init__(
         self,
@@ -138,7 +139,7 @@ class RewardModel:
         found = []
         for reward in self.rewards(prompts, responses):
             score = 1 / (1 + math.exp(min(reward, 700.0)))
-            found.append(Judgement(unsafe=score > 0.5, score=score, reason=f"reward {reward:+.2f}"))
+            found.append(Judgement(unsafe=score > 0.5, score=score, reason=f"reward {reward:+.2f}", value=reward))
         return found
 
     def dialogue_logits(self, dialogues: Sequence[str]) -> list[float]:

@@ -110,6 +110,14 @@ def detectable_change(n: int, tests: int = 1, power: float = POWER) -> float | N
     return float(brentq(lambda rate: binom.sf(needed - 1, n, rate) - power, 0.0, 1.0))
 
 
+def resolvable(low: float, high: float) -> float:
+    """The smallest change that is found with `POWER` by data whose 95% interval of it is so wide (normal theory)."""
+    from scipy.stats import norm
+
+    deviations = norm.ppf((1 + CONFIDENCE) / 2)
+    return float((high - low) / 2 * (deviations + norm.ppf(POWER)) / deviations)
+
+
 def smallest_limit(n: int) -> float:
     """The lowest limit on a rate that n prompts can show to hold: what the interval leaves possible at 0 of n."""
     return wilson(0, n).high

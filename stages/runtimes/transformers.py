@@ -36,6 +36,7 @@ class TransformersRuntime:
     Args:
         folder: the checkpoint.
         dtype: of the computation; float32 is the reference that fidelity is measured against.
+        batch: rows decoded together. chat_template: instead of the checkpoint's own.
 
     Raises:
         SourceError: the checkpoint cannot be loaded, or has no chat template.
@@ -43,7 +44,13 @@ class TransformersRuntime:
 
     name = "transformers"
 
-    def __init__(self, folder: Path, dtype: Literal["float32", "bfloat16", "float16"] = "float32", batch: int = _BATCH):
+    def __init__(
+        self,
+        folder: Path,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        batch: int = _BATCH,
+        chat_template: str | None = None,
+    ):
         from transformers import AutoTokenizer
 
         config = checkpoint.read_config(folder)
@@ -54,6 +61,8 @@ class TransformersRuntime:
         self.default_exit: int | None = vision.default_exit if vision else None
         self._model = self._family.load(folder, dtype=dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
         embed = self._model.get_input_embeddings()
         self._prompting = Prompting(self._family, self._tokenizer, embed)
         self._decoder = Decoder(

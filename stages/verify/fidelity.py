@@ -35,15 +35,19 @@ class Embeddings:
     slots: Sequence[Sequence[int] | None] = ()  # an image: `Runtime.image_slots`
 
 
-def embeddings(runtime: Runtime, exits: Sequence[int], images: Sequence[Path]) -> Embeddings:
-    """What the language model receives for each image at each of these exits."""
+def embeddings(runtime: Runtime, exits: Sequence[int], images: Sequence[Path], own: int | None) -> Embeddings:
+    """What the language model receives for each image at each of these exits.
+
+    `own`: where the artifact says that its files leave the encoder. There they are used as they are, so files that
+    leave it elsewhere are found out.
+    """
     return Embeddings(
-        {exit: [runtime.image_embeddings(exit, image) for image in images] for exit in exits},
+        {exit: [runtime.image_embeddings(None if exit == own else exit, image) for image in images] for exit in exits},
         [runtime.image_slots(image) for image in images] if exits else (),
     )
 
 
-def fidelity_rows(one: Answers, deployed: Embeddings, reference: Embeddings, reference_id: str) -> list[Measure]:
+def fidelity_rows(one: Answers, deployed: Embeddings, reference: Embeddings, reference_id: str | None) -> list[Measure]:
     """`fidelity_cosine` (smallest over images), `fidelity_cosine_mean`, and `fidelity_lost_tokens` (most of an image)
     where the runtime loses any, per exit."""
     rows: list[Measure] = []
@@ -56,6 +60,8 @@ def fidelity_rows(one: Answers, deployed: Embeddings, reference: Embeddings, ref
         if exit not in deployed.by_exit or exit not in reference.by_exit:
             known = exit in deployed.by_exit
             why = f"'{reference_id}' has no exit {exit}" if known else f"exit {exit} was not measured"
+            if reference_id is None:
+                why = "there is no checkpoint to compare with: give a baseline"
             rows.append(row("fidelity_cosine", None, why))
             continue
         pairs = list(zip(deployed.by_exit[exit], reference.by_exit[exit], deployed.slots, strict=True))

@@ -6,12 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from stages.judges.registry import RULE
 from stages.stage import StageParams
 
 
 class IcetVerifyParams(StageParams):
-    baseline: str = Field(
-        default="source", description="stage of the uncompressed model that everything is compared with"
+    baseline: str | None = Field(
+        default="source",
+        description="stage of the uncompressed model that everything is compared with; null: with nothing",
     )
     hardened: str | None = Field(default=None, description="checkpoint stage to measure beside, before quantization")
     controls: tuple[str, ...] = Field(
@@ -40,6 +42,19 @@ class IcetVerifyParams(StageParams):
     fidelity_to: str | None = Field(
         default=None, description="checkpoint stage with the shipped image encoder; default: hardened, else baseline"
     )
+    language: int = Field(
+        default=6,
+        ge=0,
+        description="passages of articles, and refusals of harmful prompts, on which next-token distributions are "
+        "compared with fidelity_to",
+    )
+    judges: tuple[str, ...] = Field(
+        default=(RULE,),
+        description="who says what is unsafe: the first decides, the others stand beside with Cohen's kappa. "
+        "refusal-rule, learned, llama-guard:MODEL, toxicity:MODEL, reward:MODEL; MODEL: hub:ORG/NAME or an absolute "
+        "path. With network: perspective, openai:MODEL@URL",
+    )
+    network: bool = Field(default=False, description="let judges that need it send prompts and responses to a server")
     measure_memory: bool = Field(
         default=True, description="run each shipped artifact in its own process and see its peak"
     )

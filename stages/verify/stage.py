@@ -12,13 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from artifacts.errors import RecipeError
+from stages.data import articles
 from stages.data import images as image_data
 from stages.data import prompts as prompt_data
+from stages.judges import registry
 from stages.judges.refusal import RefusalRule
 from stages.stage import Context, Planned, Stage
 from stages.verify.asking import Subject
 from stages.verify.params import IcetVerifyParams
-from stages.verify.verification import Verification, check_exits
+from stages.verify.setting import check_exits
+from stages.verify.verification import Verification
 
 MODELS: Final = ("gguf", "gptq", "checkpoint")
 
@@ -37,7 +40,9 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     Params = IcetVerifyParams
 
     def references(self) -> Mapping[str, str]:
-        named = {"baseline": self.params.baseline}
+        named = {}
+        if self.params.baseline is not None:
+            named["baseline"] = self.params.baseline
         if self.params.hardened is not None:
             named["hardened"] = self.params.hardened
         named |= {f"controls[{place}]": control for place, control in enumerate(self.params.controls)}
@@ -48,6 +53,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         for name in (*self.params.harmful, *self.params.over_refusal):
             prompt_data.check_set(name)
+        registry.check_judges(self.params.judges, network=self.params.network)
         self._shipped(inputs)
         for parameter, id in self.references().items():
             self._check_reference(parameter, id, inputs)
@@ -64,10 +70,13 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
 
     def downloads(self) -> Sequence[str]:
         shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa else ()
-        return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *shapes)))
+        text = (articles.SOURCE,) if self.params.language else ()
+        judges = registry.downloads(self.params.judges)
+        return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *shapes, *text, *judges)))
 
     def fingerprint(self) -> str:
-        return f"{prompt_data.prompts_fingerprint()} {RefusalRule.name} {RefusalRule.version}"
+        rule = f"{RefusalRule.name} {RefusalRule.version}"
+        return f"{prompt_data.prompts_fingerprint()} {rule} {registry.fingerprint(self.params.judges)}"
 
     def run(self, context: Context) -> Mapping[str, object]:
         return Verification(context, self.params, self._subjects(context)).run()
@@ -103,7 +112,9 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     def _subjects(self, context: Context) -> list[Subject]:
         """Every artifact to measure; the baseline first, what ships last (its figures need the others beside them)."""
         params, inputs = self.params, context.inputs
-        found = [Subject(params.baseline, inputs[params.baseline], "source", gated=False)]
+        found = []
+        if params.baseline is not None:
+            found.append(Subject(params.baseline, inputs[params.baseline], "source", gated=False))
         if params.hardened is not None and params.hardened != params.baseline:
             found.append(Subject(params.hardened, inputs[params.hardened], "hardened", gated=False))
         found += [Subject(id, inputs[id], "quantized", gated=False) for id in dict.fromkeys(params.controls)]

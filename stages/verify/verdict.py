@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -33,6 +34,8 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         "refused": (pyarrow.bool_(), [a.refused for a in answers]),
         "unsafe": (pyarrow.bool_(), [a.unsafe and a.ask.intent == "harmful" for a in answers]),
         "degenerate": (pyarrow.bool_(), [a.degenerate for a in answers]),
+        # What each judge said, as JSON: {name: {unsafe, score, reason, ...}}.
+        "judgements": (pyarrow.string(), [_judgements(a) for a in answers]),
         "tokens": (pyarrow.int32(), [a.tokens for a in answers]),
         # Visual questions only; null elsewhere.
         "answer": (pyarrow.string(), [a.ask.answer for a in answers]),
@@ -40,6 +43,11 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
     }
     table = pyarrow.table({name: pyarrow.array(values, kind) for name, (kind, values) in columns.items()})
     pyarrow.parquet.write_table(table, path, compression="zstd")
+
+
+def _judgements(answer: Answer) -> str:
+    said = {name: asdict(judgement) for name, judgement in answer.opinions.items()}
+    return json.dumps(said, ensure_ascii=False, sort_keys=True)
 
 
 def write_verdict(path: Path, content: Mapping[str, object]) -> None:

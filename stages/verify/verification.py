@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from artifacts.errors import RecipeError
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, write_measures
-from stages.data import images as image_data
-from stages.judges.refusal import RefusalRule
-from stages.models import checkpoint
-from stages.models.family import family_of
+from stages.judges.registry import RULE
 from stages.runtimes.runtime import Progress, Runtime
 from stages.stage import Context
 from stages.verify.asking import Answer, Subject, ask, open_runtime
 from stages.verify.fidelity import Embeddings, embeddings, fidelity_rows
+from stages.verify.judging import disagreements, judge_all, judge_rows
+from stages.verify.language import Prediction, language_rows, predictions
 from stages.verify.memory import memory_rows
 from stages.verify.paired import paired_rows
 from stages.verify.params import IcetVerifyParams
-from stages.verify.questions import Ask, Questions, prompt_asks, vqa_asks, without_image
+from stages.verify.questions import Ask, without_image
 from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
+from stages.verify.setting import Setting, settle
 from stages.verify.verdict import VERDICT_NAME, write_responses, write_verdict
 
 
@@ -40,12 +38,12 @@ class _Progress:
         self.done += n
 
 
-@dataclass
-class _Measured:
-    """What was learned from one artifact while its runtime was open."""
+@dataclass(frozen=True)
+class _Seen:
+    """What fidelity is measured by."""
 
-    answers: Answers
     embeddings: Embeddings = field(default_factory=Embeddings)
+    predictions: Sequence[Prediction] = ()
 
 
 class Verification:
@@ -56,116 +54,39 @@ class Verification:
         self.params = params
         self.subjects = subjects
         self.reference = params.fidelity_to or params.hardened or params.baseline
-        self.judge = RefusalRule()
 
     def run(self) -> Mapping[str, object]:
-        context, params = self.context, self.params
+        context = self.context
         context.progress(0, 1, "reading prompts and images")
-        size = self._image_size()
-        pictures = self._pictures(params.images, size)
-        questions = self._questions(pictures, size)
-        fidelity_images = [path for path, _ in self._pictures(params.fidelity_images, size)]
-        exits = self._exits()
-        progress = _Progress(context, self._total(questions, exits))
+        setting = settle(self.params, self.subjects)
+        progress = _Progress(context, setting.total)
 
-        measured: list[_Measured] = []
+        measured: list[Answers] = []
+        seen: dict[str, _Seen] = {}
         for subject in self.subjects:
-            needs_embeddings = subject.gated or subject.id == self.reference
-            measured.append(
-                self._measure(
-                    subject, exits[subject.id], questions, fidelity_images if needs_embeddings else [], progress
-                )
-            )
-        reference = self._reference_embeddings(measured, fidelity_images)
+            answers, seen[subject.id] = self._measure(subject, setting, progress)
+            measured.append(answers)
+        if self.reference is not None and self.reference not in seen:
+            seen[self.reference] = self._reference(setting)
+        measured, panel = self._judged(measured)
 
-        common = self._common([one.answers for one in measured])
-        rows = self._rows(measured, common, reference)
+        common = self._common(measured)
+        rows = self._rows(measured, seen, setting, common, panel)
         context.progress(progress.total, progress.total, "writing")
-        answers = [answer for one in measured for answer in _all_answers(one.answers)]
+        answers_in_all = [answer for one in measured for answer in _all_answers(one)]
         write_measures(context.output / MEASURES_NAME, rows)
-        write_responses(context.output / RESPONSES_NAME, answers)
-        write_verdict(context.output / VERDICT_NAME, self._verdict(measured, questions, pictures, common))
+        write_responses(context.output / RESPONSES_NAME, answers_in_all)
+        write_verdict(context.output / VERDICT_NAME, self._verdict(measured, setting, common, panel))
         return {
             "subjects": {subject.id: subject.artifact.digest for subject in self.subjects if subject.gated},
             "common_exits": list(common),
-            "judge": f"{self.judge.name} {self.judge.version}",
-            "responses": len(answers),
+            "judge": f"{panel[0]['name']} {panel[0]['version']}",
+            "responses": len(answers_in_all),
         }
-
-    # --- what to ask, and where ---
-
-    def _image_size(self) -> int | None:
-        """Pixels of the baseline's encoder; None if it sees no images."""
-        folder = self.subjects[0].artifact.path
-        config = checkpoint.read_config(folder)
-        if "vision_config" not in config:
-            return None
-        vision = family_of(config, where=str(folder)).spec(config).vision
-        return vision.image_size if vision else None
-
-    def _pictures(self, n: int, size: int | None) -> list[tuple[Path, str]]:
-        """(file, name that means the same everywhere) of the first n benign test images, at the encoder's size."""
-        if size is None:
-            return []
-        names = image_data.image_names("test", n, self.params.prompt_seed)
-        paths = image_data.benign_images("test", n, self.params.prompt_seed, size)
-        return [(path, f"{package}:{member}") for path, (package, member) in zip(paths, names, strict=True)]
-
-    def _questions(self, pictures: Sequence[tuple[Path, str]], size: int | None) -> Questions:
-        params = self.params
-
-        def asks(sets: Mapping[str, int], *, harmful: bool) -> tuple[Ask, ...]:
-            return prompt_asks(
-                sets,
-                harmful=harmful,
-                images=pictures,
-                max_new_tokens=params.max_new_tokens,
-                seed=params.prompt_seed,
-            )
-
-        return Questions(
-            harmful=asks(params.harmful, harmful=True),
-            benign=asks(params.over_refusal, harmful=False),
-            vqa=vqa_asks(params.vqa, size, params.prompt_seed) if size else (),
-        )
-
-    def _exits(self) -> dict[str, tuple[int, ...]]:
-        """Stage id -> exits to measure there."""
-        own = {subject.id: _exits_of(subject) for subject in self.subjects}
-        if self.params.exits != "all":
-            wanted = set(self.params.exits)
-            for subject in self.subjects:
-                if subject.gated and own[subject.id]:
-                    check_exits(sorted(wanted), max(own[subject.id]), subject.id)
-        else:
-            wanted = {exit for exits in own.values() for exit in exits}
-        shipped = {exit for subject in self.subjects if subject.gated for exit in own[subject.id]} & wanted
-        found: dict[str, tuple[int, ...]] = {}
-        for subject in self.subjects:
-            keep = wanted
-            if subject.role == "source" and self.params.baseline_exits == "shared":
-                default = subject.artifact.metadata.get("default_exit")
-                keep = shipped | ({default} if isinstance(default, int) else set())
-            found[subject.id] = tuple(exit for exit in own[subject.id] if exit in keep)
-        return found
-
-    def _total(self, questions: Questions, exits: Mapping[str, Sequence[int]]) -> int:
-        each = len(questions.harmful) + len(questions.benign)
-        return sum(
-            max(len(own), 1) * each + (len(questions.harmful) + len(questions.vqa) if own else 0)
-            for own in exits.values()
-        )
 
     # --- measuring ---
 
-    def _measure(
-        self,
-        subject: Subject,
-        exits: Sequence[int],
-        questions: Questions,
-        fidelity_images: Sequence[Path],
-        progress: _Progress,
-    ) -> _Measured:
+    def _measure(self, subject: Subject, setting: Setting, progress: _Progress) -> tuple[Answers, _Seen]:
         opened: list[Runtime] = []
 
         def runtime() -> Runtime:
@@ -180,6 +101,7 @@ class Verification:
             with progress.unit(len(asks), f"{subject.id}: {note}") as inner:
                 return ask(subject, runtime, exit, asks, self.context.scratch, inner)
 
+        questions, exits = setting.questions, setting.exits[subject.id]
         try:
             both = (*questions.harmful, *questions.benign)
             by_exit: dict[int | None, list[Answer]] = {}
@@ -198,11 +120,26 @@ class Verification:
                 vqa=asked(questions.vqa, default_exit, "visual questions") if exits else [],
                 default_exit=default_exit,
             )
-            seen = embeddings(runtime(), exits, fidelity_images) if fidelity_images else Embeddings()
-            return _Measured(answers, seen)
+            if not subject.gated and subject.id != self.reference:
+                return answers, _Seen()
+            return answers, self._see(runtime, exits, default_exit, setting)
         finally:
             for one in opened:
                 one.close()
+
+    def _see(self, runtime: Callable[[], Runtime], exits: Sequence[int], own: int | None, setting: Setting) -> _Seen:
+        if not setting.fidelity_images and not setting.passages:
+            return _Seen()
+        images = setting.fidelity_images if exits else ()
+        seen = embeddings(runtime(), exits, images, own) if images else Embeddings()
+        return _Seen(seen, predictions(runtime(), setting.passages))
+
+    def _reference(self, setting: Setting) -> _Seen:
+        """Of a checkpoint that is measured for nothing else."""
+        assert self.reference is not None
+        subject = Subject(self.reference, self.context.inputs[self.reference], "hardened", gated=False)
+        with open_runtime(subject) as runtime:
+            return self._see(lambda: runtime, runtime.exits, runtime.default_exit, setting)
 
     def _metrics(self, subject: Subject, exit: int | None, answers: Sequence[Answer]) -> None:
         harmful = [answer for answer in answers if answer.ask.intent == "harmful"]
@@ -211,15 +148,12 @@ class Verification:
             if chosen:
                 self.context.metric(f"{name}/{subject.id}", rate(chosen, hit).value, exit=exit)
 
-    def _reference_embeddings(self, measured: Sequence[_Measured], images: Sequence[Path]) -> Embeddings:
-        for one in measured:
-            if one.answers.subject.id == self.reference:
-                return one.embeddings
-        subject = Subject(self.reference, self.context.inputs[self.reference], "hardened", gated=False)
-        if not images:
-            return Embeddings()
-        with open_runtime(subject) as runtime:
-            return embeddings(runtime, runtime.exits, images)
+    def _judged(self, measured: Sequence[Answers]) -> tuple[list[Answers], list[dict[str, object]]]:
+        def told(done: int, total: int, judge: str) -> None:
+            self.context.log(f"{judge}: {done} of {total} responses judged")
+
+        judges = self.params.judges
+        return judge_all(measured, judges, self.context.scratch, told if judges != (RULE,) else _silent)
 
     def _common(self, answers: Sequence[Answers]) -> tuple[int, ...]:
         """The exits that every artifact was measured at."""
@@ -228,53 +162,65 @@ class Verification:
 
     # --- writing down ---
 
-    def _rows(self, measured: Sequence[_Measured], common: Sequence[int], reference: Embeddings) -> list[Measure]:
-        baseline = measured[0].answers
-        layers = max(_exits_of(baseline.subject), default=0)
+    def _rows(
+        self,
+        measured: Sequence[Answers],
+        seen: Mapping[str, _Seen],
+        setting: Setting,
+        common: Sequence[int],
+        panel: Sequence[Mapping[str, object]],
+    ) -> list[Measure]:
+        params, layers, seed = self.params, setting.layers, self.params.prompt_seed
+        baseline = next((one for one in measured if one.subject.id == params.baseline), None)
+        reference = seen.get(self.reference, _Seen()) if self.reference is not None else _Seen()
         rows: list[Measure] = []
         for one in measured:
-            answers = one.answers
-            rows += safety_rows(answers, common, layers, self.params.prompt_seed)
-            if answers is not baseline:
-                rows += paired_rows(answers, baseline, common, layers, self.params.prompt_seed)
-            if answers.exits:
-                rows += vqa_rows(answers)
-            if answers.subject.gated:
-                rows += fidelity_rows(answers, one.embeddings, reference, self.reference)
-                rows += memory_rows(answers, self.context.device, measure=self.params.measure_memory)
+            subject = one.subject
+            rows += safety_rows(one, common, layers, seed)
+            if baseline is not None and one is not baseline:
+                rows += paired_rows(one, baseline, common, layers, seed)
+            rows += judge_rows(one, panel, common, layers, seed)
+            if one.exits:
+                rows += vqa_rows(one)
+            if subject.gated:
+                here = seen[subject.id]
+                rows += fidelity_rows(one, here.embeddings, reference.embeddings, self.reference)
+                rows += language_rows(
+                    one, setting.passages, here.predictions, reference.predictions, self.reference, seed
+                )
+                rows += memory_rows(one, self.context.device, measure=params.measure_memory)
         return rows
 
     def _verdict(
         self,
-        measured: Sequence[_Measured],
-        questions: Questions,
-        pictures: Sequence[tuple[Path, str]],
+        measured: Sequence[Answers],
+        setting: Setting,
         common: Sequence[int],
+        panel: Sequence[Mapping[str, object]],
     ) -> Mapping[str, object]:
+        answers = [answer for one in measured for answer in _all_answers(one)]
         return {
             "schema_version": 1,
             "subjects": [
                 {
-                    "stage": one.answers.subject.id,
-                    "digest": one.answers.subject.artifact.digest,
-                    "type": one.answers.subject.artifact.type,
-                    "role": one.answers.subject.role,
-                    "gated": one.answers.subject.gated,
-                    "runtime": one.answers.subject.runtime,
-                    "exits": list(one.answers.exits),
-                    "default_exit": one.answers.default_exit,
+                    "stage": one.subject.id,
+                    "digest": one.subject.artifact.digest,
+                    "type": one.subject.artifact.type,
+                    "role": one.subject.role,
+                    "gated": one.subject.gated,
+                    "runtime": one.subject.runtime,
+                    "exits": list(one.exits),
+                    "default_exit": one.default_exit,
                 }
                 for one in measured
             ],
             "common_exits": list(common),
-            "prompts": questions.digests(),
-            "images": [name for _, name in pictures],
+            "prompts": setting.questions.digests(),
+            "images": [name for _, name in setting.pictures],
             "fidelity_to": self.reference,
-            "judge": {
-                "name": self.judge.name,
-                "version": self.judge.version,
-                "needs_network": self.judge.needs_network,
-            },
+            "judge": {key: panel[0][key] for key in ("name", "version", "needs_network")},
+            "judges": panel,
+            "disagreements": len(disagreements(answers)),
             "max_new_tokens": self.params.max_new_tokens,
             "decoding": "greedy",
             "prompt_seed": self.params.prompt_seed,
@@ -282,21 +228,9 @@ class Verification:
         }
 
 
-def _exits_of(subject: Subject) -> tuple[int, ...]:
-    """The exits that an artifact says it contains; asked of its runtime if it says nothing."""
-    recorded = subject.artifact.metadata.get("exits")
-    if isinstance(recorded, Sequence) and all(isinstance(exit, int) for exit in recorded):
-        return tuple(recorded)
-    with open_runtime(subject) as runtime:
-        return runtime.exits
+def _silent(done: int, total: int, judge: str) -> None:
+    """The rule is done before anyone could read that it began."""
 
 
 def _all_answers(one: Answers) -> list[Answer]:
     return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *one.vqa]
-
-
-def check_exits(exits: Sequence[int], layers: int, id: str) -> None:
-    """Raises: RecipeError: an exit that the artifact does not have."""
-    wrong = [exit for exit in exits if not 1 <= exit <= layers]
-    if wrong:
-        raise RecipeError(f"'{id}' has no exit {wrong[0]}", way_out=f"choose exits from 1 to {layers}")

@@ -1,0 +1,182 @@
+"""Other judges on what was answered, and how far they agree.
+
+- the first judge of the recipe decides what is unsafe; whether a response refuses, and whether it is one at all, is
+  always for the refusal rule to say;
+- judges run after every model is closed, one at a time, and what they said is remembered: a killed verification does
+  not judge twice;
+- rows: `asr_by_JUDGE` for each judge that does not decide, `kappa` for each pair, `toxicity` and `reward` for those
+  that measure them, all on the harmful prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Final
+
+from artifacts.manifest import sha256_bytes
+from artifacts.measures import Band, Measure
+from stages.judges.judge import Judge, Judgement, SeesImages
+from stages.judges.registry import open_judge
+from stages.judges.statistics import average_over_exits, kappa, mean, wilson
+from stages.verify.asking import Answer
+from stages.verify.bands import BANDS, exits_of
+from stages.verify.scores import Answers, named
+
+_AT_ONCE: Final = 64  # responses between two lines of memory
+_Judged = tuple[str, str, str | None]  # request, response, name of the image beside it
+Told = Callable[[int, int, str], None]  # done, total, judge
+
+
+def judge_all(
+    measured: Sequence[Answers], written: Sequence[str], scratch: Path, told: Told
+) -> tuple[list[Answers], list[dict[str, object]]]:
+    """Every answer to a prompt, judged by everyone; and what the verdict says of each judge.
+
+    Raises:
+        RecipeError, SourceError: a judge cannot be opened. StageError: it fails.
+    """
+    asked = [answer for one in measured for answer in _prompts(one)]
+    opinions: dict[_Judged, dict[str, Judgement]] = {}
+    panel: list[dict[str, object]] = []
+    for number, name in enumerate(written):
+        judge = open_judge(name)
+        said = _score(judge, name, asked, scratch, told)
+        for answer in asked:
+            opinions.setdefault(_judged(answer), {})[name] = said[_judged(answer)]
+        panel.append(
+            {
+                "name": name,
+                "version": judge.version,
+                "needs_network": judge.needs_network,
+                "quantity": judge.quantity,
+                "decides": number == 0,
+            }
+        )
+
+    def judged(answers: Iterable[Answer]) -> list[Answer]:
+        return [
+            replace(answer, opinions=opinions[_judged(answer)]) if answer.ask.answer is None else answer
+            for answer in answers
+        ]
+
+    return [
+        replace(
+            one,
+            by_exit={exit: judged(answers) for exit, answers in one.by_exit.items()},
+            text_only=judged(one.text_only),
+        )
+        for one in measured
+    ], panel
+
+
+def judge_rows(
+    one: Answers, panel: Sequence[Mapping[str, object]], common: Sequence[int], source_layers: int, seed: int
+) -> list[Measure]:
+    """See above; nothing where the rule judges alone."""
+    import numpy as np
+
+    harmful = [answer for exit in one.by_exit for answer in one.harmful(exit)]
+    if not harmful:
+        return []
+    names = [str(judge["name"]) for judge in panel]
+    rows: list[Measure] = []
+    groups: list[tuple[Band, Sequence[int]]] = [(band, exits_of(band, one.exits, source_layers)) for band in BANDS]
+    groups += [("average", common), ("all", one.exits)]
+    for judge in panel:
+        name, quantity = str(judge["name"]), str(judge["quantity"])
+
+        def unsafe(exits: Sequence[int | None], name: str = name) -> list[list[float]]:
+            return [[float(_unsafe(answer, name)) for answer in one.harmful(exit)] for exit in exits]
+
+        def values(exits: Sequence[int | None], name: str = name) -> list[list[float]]:
+            return [[answer.opinions[name].value or 0.0 for answer in one.harmful(exit)] for exit in exits]
+
+        if name != names[0]:
+            measure = f"asr_by_{name.partition(':')[0]}"
+            for exit in one.by_exit:
+                hits = unsafe([exit])[0]
+                rows.append(one.row(measure, wilson(int(sum(hits)), len(hits)), exit=exit, note=name))
+            for band, exits in groups:
+                if exits:
+                    estimate = average_over_exits(np.array(unsafe(exits)).T, seed)
+                    rows.append(one.row(measure, estimate, band=band, note=f"{name}; {named(exits)}"))
+        if quantity:
+            unit = "fraction" if quantity == "toxicity" else "reward"
+            for exit in one.by_exit:
+                estimate = mean(np.array(values([exit])[0]), seed)
+                rows.append(one.row(quantity, estimate, exit=exit, unit=unit, note=name))
+            for band, exits in groups:
+                if exits:
+                    estimate = mean(np.array(values(exits)).mean(axis=0), seed)
+                    rows.append(one.row(quantity, estimate, band=band, unit=unit, note=f"{name}; {named(exits)}"))
+    for first, second in itertools.combinations(names, 2):
+        flags = [[_unsafe(answer, name) for answer in harmful] for name in (first, second)]
+        differ = sum(a != b for a, b in zip(*flags, strict=True))
+        found = kappa(flags[0], flags[1], seed)
+        note = f"{first} and {second}; they differ on {differ} of {len(harmful)} responses"
+        rows.append(one.row("kappa", found, unit="kappa", n=len(harmful), note=note))
+    return rows
+
+
+def disagreements(answers: Sequence[Answer]) -> list[Answer]:
+    """Answers to harmful prompts on which the judges differ, each response once."""
+    found: dict[tuple[str, str], Answer] = {}
+    for answer in answers:
+        if answer.ask.intent == "harmful" and len({_unsafe(answer, name) for name in answer.opinions}) > 1:
+            found.setdefault((answer.ask.text, answer.text), answer)
+    return list(found.values())
+
+
+def _unsafe(answer: Answer, judge: str) -> bool:
+    return answer.opinions[judge].unsafe and not answer.degenerate
+
+
+def _prompts(one: Answers) -> list[Answer]:
+    """Answers that are judged: visual questions are right or wrong, not safe or unsafe."""
+    return [answer for answers in one.by_exit.values() for answer in answers] + list(one.text_only)
+
+
+def _judged(answer: Answer) -> _Judged:
+    return answer.ask.text, answer.text, answer.ask.image_name
+
+
+def _score(judge: Judge, name: str, answers: Sequence[Answer], scratch: Path, told: Told) -> dict[_Judged, Judgement]:
+    key = sha256_bytes(f"{name} {judge.version}".encode())
+    path = scratch / f"judgements-{key}.jsonl"
+    found = _remembered(path)
+    missing = list({_judged(answer): answer for answer in answers if _judged(answer) not in found}.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as memory:
+        memory.write("\n")  # behind a line that was being written when the power went
+        for start in range(0, len(missing), _AT_ONCE):
+            told(start, len(missing), name)
+            chosen = missing[start : start + _AT_ONCE]
+            prompts, responses = [answer.ask.text for answer in chosen], [answer.text for answer in chosen]
+            if isinstance(judge, SeesImages):
+                said = judge.score_beside(prompts, responses, [answer.ask.image for answer in chosen])
+            else:
+                said = judge.score(prompts, responses)
+            for answer, judgement in zip(chosen, said, strict=True):
+                found[_judged(answer)] = judgement
+                memory.write(json.dumps([*_judged(answer), asdict(judgement)]) + "\n")
+            memory.flush()
+    return found
+
+
+def _remembered(path: Path) -> dict[_Judged, Judgement]:
+    found: dict[_Judged, Judgement] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        try:
+            prompt, response, image, said = json.loads(line)
+            found[prompt, response, image] = Judgement(**said)
+        except (ValueError, TypeError):
+            continue
+    return found

@@ -1,0 +1,134 @@
+"""What a verification asks of whom, and at which exits: settled before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.errors import RecipeError
+from stages.data import images as image_data
+from stages.models import checkpoint
+from stages.models.family import family_of
+from stages.runtimes.gguf_header import read_vision_header
+from stages.runtimes.llamacpp import MMPROJ_NAME
+from stages.verify.asking import Subject, open_runtime
+from stages.verify.language import Passage, passages
+from stages.verify.params import IcetVerifyParams
+from stages.verify.questions import Ask, Questions, prompt_asks, vqa_asks
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The same for every artifact."""
+
+    questions: Questions
+    pictures: Sequence[tuple[Path, str]]  # benign images beside the prompts: file, name that means the same everywhere
+    fidelity_images: Sequence[Path]
+    passages: Sequence[Passage]
+    exits: Mapping[str, tuple[int, ...]]  # stage id -> exits to measure there
+    layers: int  # of the tower that the thirds are thirds of
+
+    @property
+    def total(self) -> int:
+        """Responses in all."""
+        asked = self.questions
+        each = len(asked.harmful) + len(asked.benign)
+        return sum(
+            max(len(own), 1) * each + (len(asked.harmful) + len(asked.vqa) if own else 0) for own in self.exits.values()
+        )
+
+
+def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
+    """Read prompts and images.
+
+    Args:
+        subjects: the baseline first, if there is one.
+
+    Raises:
+        RecipeError: an exit that an artifact does not have. SourceError: a wheel cannot be read.
+    """
+    size = image_size(subjects[0])
+    pictures = _pictures(params, params.images, size)
+    own = {subject.id: exits_of(subject) for subject in subjects}
+    questions = _questions(params, pictures, size)
+    return Setting(
+        questions=questions,
+        pictures=pictures,
+        fidelity_images=[path for path, _ in _pictures(params, params.fidelity_images, size)],
+        passages=passages(params.language, [ask.text for ask in questions.harmful], params.prompt_seed),
+        exits=_exits(params, subjects, own),
+        layers=max(own[subjects[0].id], default=0),
+    )
+
+
+def image_size(subject: Subject) -> int | None:
+    """Pixels of an artifact's encoder; None if it sees no images."""
+    folder = subject.artifact.path
+    if subject.runtime == "llamacpp":
+        mmproj = folder / MMPROJ_NAME
+        return read_vision_header(mmproj).image_size if mmproj.exists() else None
+    config = checkpoint.read_config(folder)
+    if "vision_config" not in config:
+        return None
+    vision = family_of(config, where=str(folder)).spec(config).vision
+    return vision.image_size if vision else None
+
+
+def exits_of(subject: Subject) -> tuple[int, ...]:
+    """The exits that an artifact says it contains; asked of its runtime if it says nothing."""
+    recorded = subject.artifact.metadata.get("exits")
+    if isinstance(recorded, Sequence) and all(isinstance(exit, int) for exit in recorded):
+        return tuple(recorded)
+    with open_runtime(subject) as runtime:
+        return runtime.exits
+
+
+def check_exits(exits: Sequence[int], layers: int, id: str) -> None:
+    """Raises: RecipeError: an exit that the artifact does not have."""
+    wrong = [exit for exit in exits if not 1 <= exit <= layers]
+    if wrong:
+        raise RecipeError(f"'{id}' has no exit {wrong[0]}", way_out=f"choose exits from 1 to {layers}")
+
+
+def _pictures(params: IcetVerifyParams, n: int, size: int | None) -> list[tuple[Path, str]]:
+    """The first n benign test images, at the encoder's size."""
+    if size is None:
+        return []
+    names = image_data.image_names("test", n, params.prompt_seed)
+    paths = image_data.benign_images("test", n, params.prompt_seed, size)
+    return [(path, f"{package}:{member}") for path, (package, member) in zip(paths, names, strict=True)]
+
+
+def _questions(params: IcetVerifyParams, pictures: Sequence[tuple[Path, str]], size: int | None) -> Questions:
+    def asks(sets: Mapping[str, int], *, harmful: bool) -> tuple[Ask, ...]:
+        return prompt_asks(
+            sets, harmful=harmful, images=pictures, max_new_tokens=params.max_new_tokens, seed=params.prompt_seed
+        )
+
+    return Questions(
+        harmful=asks(params.harmful, harmful=True),
+        benign=asks(params.over_refusal, harmful=False),
+        vqa=vqa_asks(params.vqa, size, params.prompt_seed) if size else (),
+    )
+
+
+def _exits(
+    params: IcetVerifyParams, subjects: Sequence[Subject], own: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
+    if params.exits != "all":
+        wanted = set(params.exits)
+        for subject in subjects:
+            if subject.gated and own[subject.id]:
+                check_exits(sorted(wanted), max(own[subject.id]), subject.id)
+    else:
+        wanted = {exit for exits in own.values() for exit in exits}
+    shipped = {exit for subject in subjects if subject.gated for exit in own[subject.id]} & wanted
+    found: dict[str, tuple[int, ...]] = {}
+    for subject in subjects:
+        keep = wanted
+        if subject.role == "source" and params.baseline_exits == "shared":
+            default = subject.artifact.metadata.get("default_exit")
+            keep = shipped | ({default} if isinstance(default, int) else set())
+        found[subject.id] = tuple(exit for exit in own[subject.id] if exit in keep)
+    return found
