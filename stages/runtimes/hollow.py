@@ -1,13 +1,13 @@
 """GGUF files without weights: whole headers, and a hole where the tensors would lie, which takes no disk.
 
-What llama.cpp would make of a model can be asked before there is one: which buffers it needs (`rehearsal`), and, once
-`benchmarks/memory_plan.py` has filled the hole, what a process that runs it takes.
+So llama.cpp can be asked about a model before there is one: which buffers it would need (`rehearsal`), and, since a
+hole reads as zeros, what a process takes that runs a model of these shapes (`benchmarks/memory_plan.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,13 +84,25 @@ def encoder_tensors(vision: VisionSpec, text_width: int) -> dict[str, Tensor]:
     return found | {f"{name}.weight": Tensor(shape, _fitting(type, shape[0])) for name, shape in matrices.items()}
 
 
-def write_hollow_model(target: Path, outline: Outline, tensors: Mapping[str, Tensor]) -> None:
-    """Write a language model without weights; it has a vocabulary of the right size, and no words in it."""
+def write_hollow_model(
+    target: Path,
+    outline: Outline,
+    tensors: Mapping[str, Tensor],
+    write_vocabulary: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> None:
+    """Write a language model without weights.
+
+    Args:
+        write_vocabulary: adds the tokenizer's keys; default: a vocabulary of the right size without words in it.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(target, outline.architecture)
     outline.write_keys(writer)
-    writer.add_tokenizer_model("no_vocab")
+    if write_vocabulary is not None:
+        write_vocabulary(writer)
+    else:
+        writer.add_tokenizer_model("no_vocab")
     size = gguf.Keys.LLM.VOCAB_SIZE.format(arch=outline.architecture)
     if size not in writer.kv_data[0]:
         writer.add_vocab_size(outline.shapes["token_embd.weight"][-1])

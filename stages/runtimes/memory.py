@@ -17,7 +17,8 @@ from typing import Final
 
 from artifacts.errors import StageError
 from stages.runtimes.exits import derive_exit
-from stages.runtimes.gguf_header import check_language_model, check_pair, read_header, read_vision_header
+from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
+from stages.runtimes.gguf_parts import read_model
 
 _UBATCH: Final = 512  # llama.cpp's default
 _GENERATED: Final = 8  # tokens at the end of the full context
@@ -34,7 +35,7 @@ def measure_memory(model: Path, mmproj: Path | None, context: int, exit: int | N
         SourceError: a file is missing or damaged.
         StageError: the files do not belong together, the context is too small, or the process ended badly.
     """
-    header = read_header(model)
+    header = read_model(model)
     check_language_model(header)
     with tempfile.TemporaryDirectory(prefix="icet-memory-") as folder:
         if mmproj is not None:
@@ -75,7 +76,7 @@ def measure_memory(model: Path, mmproj: Path | None, context: int, exit: int | N
     return int(done.stdout.split()[-1])
 
 
-def _peak() -> int:
+def peak_resident() -> int:
     """Peak resident set of this process in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
@@ -116,4 +117,4 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
 
 if __name__ == "__main__":
     _converse(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2] else None, int(sys.argv[3]))
-    sys.stdout.write(f"{_peak()}\n")
+    sys.stdout.write(f"{peak_resident()}\n")

@@ -26,7 +26,8 @@ from typing import Final
 from artifacts.home import cache_dir
 from stages.models.spec import ModelSpec, VisionSpec
 from stages.runtimes.exits import derive_exit
-from stages.runtimes.gguf_header import Header, read_header, read_vision_header
+from stages.runtimes.gguf_header import Header, read_vision_header
+from stages.runtimes.gguf_parts import read_model
 from stages.runtimes.hollow import (
     Tensor,
     encoder_tensors,
@@ -170,7 +171,7 @@ def predict_files(model: Path, mmproj: Path | None, context: int, *, cache_type:
     Raises:
         SourceError: a file is missing or damaged. StageError: llama.cpp does not load one.
     """
-    header = read_header(model)
+    header = read_model(model)
     tokens, merges = (header.fields.get(f"tokenizer.ggml.{key}", []) for key in ("tokens", "merges"))
     assert isinstance(tokens, list) and isinstance(merges, list)
     overhead = process_bytes(mmproj is not None) + _tables(len(tokens), len(merges), _layers(header.tensors))
@@ -180,7 +181,7 @@ def predict_files(model: Path, mmproj: Path | None, context: int, *, cache_type:
 def _of_files(
     model: Path, mmproj: Path | None, context: int, overhead: int, *, cache_type: CacheType = "F16"
 ) -> MemoryPlan:
-    header = read_header(model)
+    header = read_model(model)
     seen = 0
     if mmproj is not None:
         vision = read_vision_header(mmproj)

@@ -12,7 +12,8 @@ from typing import Final
 
 from artifacts.errors import SourceError, StageError
 from artifacts.measures import Measure
-from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME
+from stages.runtimes.gguf_parts import model_file
+from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.verify.scores import Answers
 
 _CONTEXT: Final = 2048  # tokens, where the recipe names no device
@@ -67,4 +68,4 @@ def _files(one: Answers) -> tuple[Path, Path | None]:
     """The language model, and the image encoder where there is one."""
     folder = one.subject.artifact.path
     mmproj = folder / MMPROJ_NAME
-    return folder / MODEL_NAME, mmproj if mmproj.exists() else None
+    return model_file(folder), mmproj if mmproj.exists() else None
