@@ -1,168 +1,201 @@
-"""Publishing: what ships, with the recipe that made it and the proof, into an OCI layout; only if every gate held.
+"""Publishing: what ships, as bundles, signed where there is a key; only if the verdict about these bytes passed.
 
-Each shipped artifact becomes one manifest with one tag. Its layers: the model's files, `recipe.yaml`, `report.json`
-(without run ids and times, so that the same files give the same digest), the artifact's `manifest.json`, and the
-verdict's `measures.json` and `manifest.json`. Responses of models are not published.
+Each shipped artifact becomes one bundle; several get the stage's id behind the tag or folder. Responses of models are
+not published.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
 
 from artifacts.artifact import Artifact
+from artifacts.attestation import Made, Origin, provenance, test_result
+from artifacts.bundle import Bundle
+from artifacts.card import Gate
 from artifacts.errors import GateError, StoreError
-from artifacts.manifest import MANIFEST_NAME
-from artifacts.measures import MEASURES_NAME
-from artifacts.registry.oci_layout import MEDIA_DOC, MEDIA_WEIGHT_CONFIG, MEDIA_WEIGHTS, LayoutFile, write_layout
+from artifacts.registry.place import LAYOUT, REGISTRY, Reference, check_tag
+from artifacts.registry.transfer import Moved, push
+from artifacts.signing import Signer, sign_bundle, sign_statement
+from pipeline.bundling import Run, base_models, bundle_of, lineage, tools, verdicts_of
+from pipeline.events import GateChecked, RunStarted, read_events
 from pipeline.graph import Graph
 from pipeline.report.build import build_report
-from pipeline.report.model import GateRow, Report
+from pipeline.report.model import Report
 from pipeline.rundir import RECIPE_NAME
-
-SCHEME: Final = "oci-layout:"
-_WEIGHTS: Final = (".gguf", ".safetensors")
-# Annotations of ours, beside the standard ones; no domain is claimed that is not ours.
-_DIGEST: Final = "icet-pipeline.artifact"
-_VERDICT: Final = "icet-pipeline.verdict"
-_ROLE: Final = "icet-pipeline.role"
+from pipeline.targets import FOLDER, HUB, Target
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """Where it is now. `digest` is that of the first shipped artifact's manifest; `tags` has every one."""
+    """Where it is now. `digest` is that of the first bundle's manifest; `tags` has every one."""
 
     target: str
     digest: str
-    tags: Mapping[str, str] = field(default_factory=dict)  # tag -> manifest digest
+    tags: Mapping[str, str] = field(default_factory=dict)  # tag, folder or hub id -> manifest digest
+    unverified: bool = False
 
 
-def publish(graph: Graph, run_dir: Path, artifacts: Mapping[str, Artifact]) -> PublishResult:
-    """Write every shipped artifact where the recipe says.
+def publish(
+    graph: Graph,
+    run_dir: Path,
+    artifacts: Mapping[str, Artifact],
+    *,
+    to: str | None = None,
+    signer: Signer | None = None,
+    allow_unverified: bool = False,
+    moved: Moved | None = None,
+) -> PublishResult:
+    """Publish what a run ships.
 
     Args:
         artifacts: recipe stage id -> artifact.
+        to, signer: instead of the recipe's.
+        allow_unverified: publish, marked as unverified, although a gate failed or nothing was verified.
 
     Raises:
-        GateError: a gate of the recipe failed or was not checked. StoreError: nothing to ship, or it cannot be written.
+        GateError: a gate of the recipe failed or was not checked, or no verdict is about these bytes.
+        RecipeError: no such target or key. StoreError: nothing to ship, or it cannot be written.
     """
     where = graph.recipe.publish
-    if where is None:
+    if to is None and where is None:
         raise StoreError("the recipe does not say where to publish", way_out="add `publish: {to: oci-layout:dist}`")
+    target = Target.parse(to if to is not None else where.to if where is not None else "")
+    if signer is None and where is not None and where.sign is not None:
+        signer = Signer(where.sign.expanduser())
+    if signer is not None:
+        signer.load()  # before any work
     report = build_report(run_dir)
-    _refuse_unless_passed(graph, report.gates)
     shipped = [id for id in graph.shipped if id in artifacts]
     if not shipped:
         raise StoreError("there is nothing to publish", why="no shipped artifact was made")
-    folder, tag = _target(where.to, graph.name)
+    run = Run(graph, run_dir / RECIPE_NAME, artifacts, report)
+    problem = _problem(graph, report, [artifacts[id] for id in shipped])
+    if problem is not None and not allow_unverified:
+        raise problem
     written: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        proof = Path(temporary) / "report.json"
-        proof.write_text(report.publishable().model_dump_json(indent=1) + "\n", encoding="utf-8")
-        for id in shipped:
-            name = tag if len(shipped) == 1 else f"{tag}-{id}"
-            written[name] = _write(graph, folder, name, id, artifacts, run_dir / RECIPE_NAME, proof, report)
+    for id in shipped:
+        one = _named(target, graph.name, id if len(shipped) > 1 else "")
+        written[one.tag or one.name] = _publish_one(
+            run, id, one, signer, run_dir, unverified=problem is not None, moved=moved
+        )
     first = next(iter(written))
-    return PublishResult(target=f"{SCHEME}{folder}:{first}", digest=written[first], tags=written)
+    place = f"{target.scheme}{target.name}:{first}" if target.scheme in (LAYOUT, REGISTRY) else target.scheme + first
+    return PublishResult(place, written[first], written, problem is not None)
 
 
-def _target(to: str, name: str) -> tuple[Path, str]:
-    """`oci-layout:FOLDER` or `oci-layout:FOLDER:TAG`; the tag is the recipe's name unless given."""
-    if not to.startswith(SCHEME):
-        raise StoreError(f"cannot publish to {to!r}", way_out="write oci-layout:FOLDER")
-    folder, colon, tag = to.removeprefix(SCHEME).rpartition(":")
-    if not colon or "/" in tag or not tag:
-        folder, tag = to.removeprefix(SCHEME).rstrip(":"), re.sub(r"[^A-Za-z0-9._-]", "-", name)
-    return Path(folder).expanduser(), tag
+def publish_bundle(bundle: Bundle, to: str, *, allow_unverified: bool = False, moved: Moved | None = None) -> str:
+    """Bring a bundle that exists to another place, unchanged. Returns the digest of its manifest.
 
-
-def _refuse_unless_passed(graph: Graph, gates: tuple[GateRow, ...]) -> None:
-    """The runner asks only when all is well; who calls this by another way gets the same answer."""
-    checked = {gate.name: gate for gate in gates}
-    missing = [name for name in graph.recipe.gates.asked() if name not in checked]
-    failed = [gate for gate in gates if not gate.passed]
-    if missing or failed:
+    Raises:
+        GateError: it was published unverified. StoreError: it is damaged, or the place refuses.
+    """
+    if bundle.unverified and not allow_unverified:
         raise GateError(
-            f"nothing is published: {len(failed)} gates failed, {len(missing)} were not checked",
-            why="; ".join([*(f"{gate.name}: {gate.reason}" for gate in failed), *(f"{n}: no result" for n in missing)]),
-            way_out="run the recipe to its end; the report shows every measure",
+            "the bundle is marked as unverified", where=str(bundle.folder), way_out="--allow-unverified passes it on"
         )
+    title = bundle.manifest.annotations.get("org.opencontainers.image.title", "model")
+    return _send(bundle, _named(Target.parse(to), title, ""), moved)
 
 
-def _write(
-    graph: Graph,
-    folder: Path,
-    tag: str,
-    id: str,
-    artifacts: Mapping[str, Artifact],
-    recipe: Path,
-    proof: Path,
-    report: Report,
+def _named(target: Target, name: str, stage: str) -> Target:
+    """The target of one artifact: a tag where there are tags, and the stage's id where several ship."""
+    end = f"-{stage}" if stage else ""
+    if target.scheme in (FOLDER, HUB):
+        return Target(target.scheme, f"{target.name}{end}")
+    tag = (target.tag or re.sub(r"[^A-Za-z0-9._-]", "-", name)) + end
+    check_tag(tag)
+    return Target(target.scheme, target.name, tag)
+
+
+def _problem(graph: Graph, report: Report, shipped: list[Artifact]) -> GateError | None:
+    """Why what ships is not verified; None when it is. The runner asks only when all is well; who calls this by
+    another way gets the same answer."""
+    checked = {gate.name: gate for gate in report.gates}
+    missing = [name for name in graph.recipe.gates.asked() if name not in checked]
+    failed = [gate for gate in report.gates if not gate.passed]
+    measured = {row.digest for row in report.measures}
+    unseen = [artifact.digest[:12] for artifact in shipped if artifact.digest not in measured]
+    reasons = [*(f"{gate.name}: {gate.reason}" for gate in failed), *(f"{name}: no result" for name in missing)]
+    reasons += [f"no verdict is about {digest}" for digest in unseen]
+    if not report.gates:
+        reasons.append("no gate was checked")
+    if not reasons:
+        return None
+    return GateError(
+        f"nothing is published: {len(failed)} gates failed, {len(missing)} were not checked",
+        why="; ".join(reasons),
+        way_out="run the recipe to its end, with icet-verify and gates; the report shows every measure. "
+        "`pipeline publish --allow-unverified` publishes all the same, and marks it",
+    )
+
+
+def _publish_one(
+    run: Run, id: str, target: Target, signer: Signer | None, run_dir: Path, *, unverified: bool, moved: Moved | None
 ) -> str:
-    artifact = artifacts[id]
-    verdicts = {node.id: artifacts[node.id] for node in graph.verdicts if id in node.needs and node.id in artifacts}
-    files = [
-        LayoutFile(
-            path=artifact.path / entry.path,
-            media_type=MEDIA_WEIGHTS if entry.path.endswith(_WEIGHTS) else MEDIA_WEIGHT_CONFIG,
-            title=entry.path,
-            annotations={_ROLE: _role(entry.path)},
-            sha256=entry.sha256,
-        )
-        # The language model first: runners take the first weights that they find.
-        for entry in sorted(artifact.manifest.files, key=lambda entry: (_order(entry.path), entry.path))
-    ]
-    files += [
-        LayoutFile(artifact.path / MANIFEST_NAME, MEDIA_WEIGHT_CONFIG, MANIFEST_NAME, {_ROLE: "manifest"}),
-        LayoutFile(recipe, MEDIA_DOC, RECIPE_NAME, {_ROLE: "recipe"}),
-        LayoutFile(proof, MEDIA_DOC, "report.json", {_ROLE: "report"}),
-    ]
-    for name, verdict in verdicts.items():
-        files += [
-            LayoutFile(verdict.path / MANIFEST_NAME, MEDIA_DOC, f"verdict/{name}/{MANIFEST_NAME}", {_ROLE: "verdict"}),
-            LayoutFile(verdict.file(MEASURES_NAME), MEDIA_DOC, f"verdict/{name}/{MEASURES_NAME}", {_ROLE: "verdict"}),
-        ]
-    annotations = {
-        "org.opencontainers.image.title": graph.name,
-        "org.opencontainers.image.description": report.headline,
-        _DIGEST: artifact.digest,
-        **({_VERDICT: ",".join(verdict.digest for verdict in verdicts.values())} if verdicts else {}),
-    }
-    return write_layout(folder, files, _config(graph, id, artifact), annotations, tag)
+    if target.scheme == FOLDER:
+        bundle = bundle_of(run, id, Path(target.name), unverified=unverified)
+        _attest(bundle, run, id, signer, run_dir)
+        return bundle.digest
+    # Beside the store, so that files can be linked instead of copied.
+    beside = run.artifacts[id].path.parent.parent
+    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=beside if os.access(beside, os.W_OK) else None) as name:
+        bundle = bundle_of(run, id, Path(name) / "bundle", unverified=unverified, link=True)
+        _attest(bundle, run, id, signer, run_dir)
+        return _send(bundle, target, moved)
 
 
-def _role(path: str) -> str:
-    if not path.endswith(_WEIGHTS):
-        return "config"
-    return "mmproj" if "mmproj" in path else "model"
+def _send(bundle: Bundle, target: Target, moved: Moved | None) -> str:
+    if target.scheme == HUB:
+        from artifacts.registry.hub import upload
+
+        upload(bundle, target.name)
+        return bundle.digest
+    if target.scheme == FOLDER:
+        from artifacts.registry.transfer import copy
+
+        return copy(bundle, Path(target.name)).digest
+    place = Reference("layout" if target.scheme == LAYOUT else "registry", target.name).open()
+    return push(bundle, place, target.tag, moved)
 
 
-def _order(path: str) -> int:
-    return ("model", "mmproj", "config").index(_role(path))
+def _attest(bundle: Bundle, run: Run, id: str, signer: Signer | None, run_dir: Path) -> None:
+    """Sign the bundle and what is stated about it; without a signer nothing is stated."""
+    if signer is None:
+        return
+    sign_bundle(bundle, signer)
+    sign_statement(bundle, signer, "provenance", provenance(bundle, _origin(run, id, run_dir)))
+    gates = [Gate(gate.name, gate.limit, gate.value, gate.passed, gate.reason) for gate in run.report.gates]
+    sign_statement(bundle, signer, "test-result", test_result(bundle, gates))
 
 
-def _config(graph: Graph, id: str, artifact: Artifact) -> dict[str, object]:
-    """The ModelPack config: what a registry shows of the model (model-spec, docs/config.md). No dates."""
-    spec = graph.node(id).planned.spec
-    vision = spec is not None and spec.vision is not None
-    config: dict[str, object] = {
-        "architecture": "transformer",
-        "format": artifact.type,
-        "capabilities": {"inputTypes": ["text", "image"] if vision else ["text"], "outputTypes": ["text"]},
-    }
-    quantization = artifact.metadata.get("type") or (spec.quantization if spec is not None else None)
-    if isinstance(quantization, str):
-        config["quantization"] = quantization
-    descriptor: dict[str, object] = {"name": graph.name}
-    if spec is not None:
-        descriptor["family"] = spec.family
-    try:
-        descriptor["vendor"] = f"icet-pipeline {version('icet-pipeline')}"
-    except PackageNotFoundError:
-        descriptor["vendor"] = "icet-pipeline"
-    return {"descriptor": descriptor, "config": config}
+def _origin(run: Run, id: str, run_dir: Path) -> Origin:
+    events = read_events(run_dir)
+    started = next((event.time for event in events if isinstance(event, RunStarted)), 0.0)
+    checked = max((event.time for event in events if isinstance(event, GateChecked)), default=started)
+    source = str(run.graph.recipe.source.get("model", ""))
+    made = []
+    for stage in lineage(run, id):
+        manifest = run.artifacts[stage].manifest
+        how = manifest.provenance
+        made.append(
+            Made(
+                stage, run.graph.node(stage).uses, manifest.digest, how.key, how.code_version, how.seed, how.params,
+                how.inputs,
+            )
+        )  # fmt: skip
+    return Origin(
+        run=run_dir.name,
+        recipe=run.recipe.read_text(encoding="utf-8"),
+        source=source,
+        started=started,
+        checked=checked,
+        stages=made,
+        verdicts={name: verdict.digest for name, verdict in verdicts_of(run, id).items()},
+        versions={**tools(run, id), **run.report.versions},
+        base_models=base_models(source),
+    )

@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
-from artifacts.errors import RecipeError
+from artifacts.errors import PipelineError, RecipeError
 from pipeline.device import ByteSize, Device, device, device_names
 from pipeline.explain import explain, nearest
 from pipeline.matrix import expand_matrix
+from pipeline.targets import Target
 from pipeline.yaml_source import Document, Mark, Place, Value, merge, parse_scalar, plain, read_yaml
 from stages.resources import Resources
 
@@ -101,11 +102,11 @@ class Gates(_Part):
 class Publish(_Part):
     """Where the shipped artifact goes once every gate holds."""
 
-    to: str = Field(description="oci-layout:FOLDER, an OCI image layout; FOLDER is relative to the working directory.")
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.to.removeprefix("oci-layout:")).expanduser()
+    to: str = Field(
+        description="oci-layout:FOLDER, oci:HOST/NAME:TAG, folder:FOLDER or hf:USER/NAME; FOLDER is relative to the "
+        "working directory."
+    )
+    sign: Path | None = Field(default=None, description="Private key, an elliptic curve's in PEM, that signs it.")
 
 
 class Recipe(_Part):
@@ -216,13 +217,6 @@ def validate_recipe(document: Document, path: Path) -> Recipe:
 
 def _check(document: Document) -> Recipe:
     data = document.data
-    publish = data.get("publish")
-    if isinstance(publish, dict) and "sign" in publish:
-        raise RecipeError(
-            "signing is not available in this version",
-            where=str(document.mark(("publish", "sign"))),
-            way_out="remove `sign`; the OCI layout can be signed afterwards, by its digest",
-        )
     if "recipe" not in data:
         raise RecipeError(
             "the key 'recipe' is missing",
@@ -250,15 +244,18 @@ def _refuse_unavailable(recipe: Recipe) -> None:
             where=recipe.where("gates", "memory"),
             way_out=f"add `device:`, one of {', '.join(device_names())}; or give the gate a size such as 1GiB",
         )
-    if recipe.publish is not None and (
-        not recipe.publish.to.startswith("oci-layout:") or recipe.publish.to == "oci-layout:"
-    ):
-        raise RecipeError(
-            f"cannot publish to {recipe.publish.to!r}",
-            where=recipe.where("publish", "to"),
-            why="this version publishes to a local OCI image layout only",
-            way_out="write `to: oci-layout:FOLDER`; standard OCI tools copy that to any registry",
-        )
+    if recipe.publish is not None:
+        try:
+            Target.parse(recipe.publish.to)
+        except PipelineError as error:
+            where = recipe.where("publish", "to")
+            raise RecipeError(error.what, where=where, why=error.why, way_out=error.way_out) from None
+        if recipe.publish.sign is not None and not recipe.publish.sign.expanduser().is_file():
+            raise RecipeError(
+                f"there is no key {recipe.publish.sign}",
+                where=recipe.where("publish", "sign"),
+                way_out="make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+            )
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> Document:

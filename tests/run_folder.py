@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from artifacts.artifact import Artifact
@@ -70,6 +72,31 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def tiny_gguf(architecture: str, numbers: int) -> bytes:
+    """A GGUF file with one tensor, that no model is in."""
+    import gguf
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        writer = gguf.GGUFWriter(path, architecture)
+        if architecture != "clip":
+            writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_tensor("token_embd.weight", np.zeros((1, numbers), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
 @dataclass
 class RunFolder:
     """Builds the folder; `events` may be changed before `write`."""
@@ -101,7 +128,7 @@ class RunFolder:
 
     def _make(self) -> dict[str, Artifact]:
         weights = {"model.safetensors": bytes(200_000), "config.json": b"{}"}
-        gguf = {"model.gguf": b"GGUF" + bytes(90_000), "mmproj.gguf": b"GGUF" + bytes(20_000)}
+        gguf = {"model.gguf": tiny_gguf("llama", 22_500), "mmproj.gguf": tiny_gguf("clip", 5_000)}
         trained: dict[str, object] = {
             "default_exit": 9, "steps": 40, "weights_of_step": 36, "objective": "ppo", "quantizer": "Q4_0"
         }  # fmt: skip

@@ -13,24 +13,25 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registry_setting import attest
 
+from artifacts.bundle import Bundle, BundleFile, write_bundle
 from artifacts.errors import StoreError
 from artifacts.manifest import sha256_bytes
-from artifacts.registry import oci_layout as oci
-from artifacts.registry.oci_layout import LayoutFile, layout_damage, read_tags, write_layout
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHTS
+from artifacts.registry.oci_layout import Layout, layout_damage, read_tags
+from artifacts.registry.transfer import attestations_of, pull, push, resolve
 
 CONFIG = {"descriptor": {"name": "tiny"}, "config": {"format": "gguf", "quantization": "Q4_0"}}
 NEEDS_SKOPEO = pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed (apt install skopeo)")
 
 
-def _files(folder: Path, weights: bytes = b"GGUF" + bytes(range(256)) * 64) -> list[LayoutFile]:
-    folder.mkdir(exist_ok=True)
-    (folder / "model.gguf").write_bytes(weights)
-    (folder / "recipe.yaml").write_text("recipe: 1\n")
-    return [
-        LayoutFile(folder / "model.gguf", oci.MEDIA_WEIGHTS, "model.gguf", sha256=sha256_bytes(weights)),
-        LayoutFile(folder / "recipe.yaml", oci.MEDIA_DOC, "recipe.yaml", {"org.example.role": "recipe"}),
+def _bundle(folder: Path, weights: bytes = b"GGUF" + bytes(range(256)) * 64) -> Bundle:
+    files = [
+        BundleFile("model.gguf", weights, MEDIA_WEIGHTS, "model", sha256=sha256_bytes(weights)),
+        BundleFile("recipe.yaml", b"recipe: 1\n", MEDIA_DOC, "recipe"),
     ]
+    return write_bundle(folder, files, CONFIG, {"org.opencontainers.image.title": "tiny"})
 
 
 def _manifest(target: Path, digest: str) -> dict[str, object]:
@@ -40,13 +41,13 @@ def _manifest(target: Path, digest: str) -> dict[str, object]:
 
 def test_a_layout_holds_what_the_specification_asks_for(tmp_path: Path) -> None:
     target = tmp_path / "dist"
-    digest = write_layout(target, _files(tmp_path / "in"), CONFIG, {"org.opencontainers.image.title": "tiny"}, "v1")
+    digest = push(_bundle(tmp_path / "in"), Layout(target), "v1")
 
     assert layout_damage(target) == []
     assert json.loads((target / "oci-layout").read_bytes()) == {"imageLayoutVersion": "1.0.0"}
     index = json.loads((target / "index.json").read_bytes())
     assert index["schemaVersion"] == 2
-    assert index["manifests"][0]["digest"] == digest
+    assert [entry["digest"] for entry in index["manifests"]] == [digest]
     assert index["manifests"][0]["annotations"] == {"org.opencontainers.image.ref.name": "v1"}
     manifest = _manifest(target, digest)
     assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
@@ -65,7 +66,7 @@ def test_a_layout_holds_what_the_specification_asks_for(tmp_path: Path) -> None:
 @NEEDS_SKOPEO
 def test_skopeo_inspects_and_copies_it(tmp_path: Path) -> None:
     target = tmp_path / "dist"
-    digest = write_layout(target, _files(tmp_path / "in"), CONFIG, {}, "v1")
+    digest = push(_bundle(tmp_path / "in"), Layout(target), "v1")
 
     raw = subprocess.run(["skopeo", "inspect", "--raw", f"oci:{target}:v1"], capture_output=True, check=True).stdout
     assert f"sha256:{sha256_bytes(raw)}" == digest
@@ -75,53 +76,43 @@ def test_skopeo_inspects_and_copies_it(tmp_path: Path) -> None:
     assert layout_damage(copy) == []
 
 
-def test_the_same_input_gives_the_same_digest_anywhere(tmp_path: Path) -> None:
-    first = write_layout(tmp_path / "a", _files(tmp_path / "in"), CONFIG, {"b": "2", "a": "1"}, "v1")
-    second = write_layout(
-        tmp_path / "b", _files(tmp_path / "other"), dict(reversed(CONFIG.items())), {"a": "1", "b": "2"}, "v2"
-    )
-    assert first == second
-
-
 def test_a_second_tag_joins_the_layout_and_the_same_tag_moves(tmp_path: Path) -> None:
     target = tmp_path / "dist"
-    one = write_layout(target, _files(tmp_path / "in"), CONFIG, {}, "v1")
-    two = write_layout(target, _files(tmp_path / "in", b"other"), CONFIG, {}, "v2")
+    one = push(_bundle(tmp_path / "one"), Layout(target), "v1")
+    two = push(_bundle(tmp_path / "two", b"other"), Layout(target), "v2")
     assert read_tags(target) == {"v1": one, "v2": two}
-    moved = write_layout(target, _files(tmp_path / "in", b"third"), CONFIG, {}, "v1")
+    moved = push(_bundle(tmp_path / "three", b"third"), Layout(target), "v1")
     assert read_tags(target) == {"v1": moved, "v2": two}
     assert layout_damage(target) == []
 
 
 def test_a_good_blob_is_reused_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
-    target, files = tmp_path / "dist", _files(tmp_path / "in")
-    digest = write_layout(target, files, CONFIG, {}, "v1")
-    blob = target / "blobs/sha256" / str(files[0].sha256)
+    target, bundle = tmp_path / "dist", _bundle(tmp_path / "in")
+    digest = push(bundle, Layout(target), "v1")
+    blob = target / "blobs/sha256" / bundle.manifest.files["model.gguf"].hex
     before = blob.stat().st_ino
-    assert write_layout(target, files, CONFIG, {}, "v1") == digest
+    assert push(bundle, Layout(target), "v1") == digest
     assert blob.stat().st_ino == before
 
     blob.write_bytes(b"X" * blob.stat().st_size)
     assert layout_damage(target) != []
-    assert write_layout(target, files, CONFIG, {}, "v1") == digest
+    assert push(bundle, Layout(target), "v1") == digest
     assert layout_damage(target) == []
 
 
 def test_editing_a_published_blob_leaves_the_source_alone(tmp_path: Path) -> None:
-    files = _files(tmp_path / "in")
-    write_layout(tmp_path / "dist", files, CONFIG, {}, "v1")
-    assert not files[0].path.samefile(tmp_path / "dist/blobs/sha256" / str(files[0].sha256))
+    bundle = _bundle(tmp_path / "in")
+    push(bundle, Layout(tmp_path / "dist"), "v1")
+    blob = tmp_path / "dist/blobs/sha256" / bundle.manifest.files["model.gguf"].hex
+    assert not (bundle.folder / "model.gguf").samefile(blob)
 
 
-def test_a_file_that_is_not_the_verified_one_is_refused_and_the_old_layout_stays(tmp_path: Path) -> None:
-    target, files = tmp_path / "dist", _files(tmp_path / "in")
-    digest = write_layout(target, files, CONFIG, {}, "v1")
-    shutil.rmtree(target / "blobs")
-    shutil.copytree(tmp_path / "in", tmp_path / "spare")
-    write_layout(target, files, CONFIG, {}, "v1")
-    (tmp_path / "in" / "model.gguf").write_bytes(b"tampered")
-    with pytest.raises(StoreError, match="not the file that was verified"):
-        write_layout(target, files, CONFIG, {}, "v1")
+def test_a_damaged_bundle_is_not_published_and_the_old_layout_stays(tmp_path: Path) -> None:
+    target, bundle = tmp_path / "dist", _bundle(tmp_path / "in")
+    digest = push(bundle, Layout(target), "v1")
+    (bundle.folder / "model.gguf").write_bytes(b"tampered")
+    with pytest.raises(StoreError, match="bundle is damaged"):
+        push(bundle, Layout(target), "v1")
     assert read_tags(target) == {"v1": digest}
     assert layout_damage(target) == []
     assert not list(target.glob(".incoming-*"))
@@ -130,36 +121,36 @@ def test_a_file_that_is_not_the_verified_one_is_refused_and_the_old_layout_stays
 @pytest.mark.parametrize("moment", ["blob", "index"])
 def test_a_killed_write_leaves_the_old_layout_valid(tmp_path: Path, moment: str) -> None:
     target = tmp_path / "dist"
-    digest = write_layout(target, _files(tmp_path / "in"), CONFIG, {}, "v1")
-    new = tmp_path / "new.gguf"
-    new.write_bytes(b"new weights" * 1000)
+    digest = push(_bundle(tmp_path / "old"), Layout(target), "v1")
+    new = _bundle(tmp_path / "new", b"new weights" * 1000)
     script = textwrap.dedent(
         f"""
-        import os, sys
+        import os
         from pathlib import Path
+        from artifacts.bundle import Bundle
         from artifacts.registry import oci_layout as oci
-        keep, replace = oci._keep, oci._replace
+        from artifacts.registry.transfer import push
+        replace = oci._replace
         def die(*arguments):
             os.kill(os.getpid(), 9)
         if {moment!r} == "blob":
             oci._keep = die
         else:
             oci._replace = lambda target, name, data: die() if name == "index.json" else replace(target, name, data)
-        files = [oci.LayoutFile(Path({str(new)!r}), oci.MEDIA_WEIGHTS, "model.gguf")]
-        oci.write_layout(Path({str(target)!r}), files, {{}}, {{}}, "v1")
+        push(Bundle.open(Path({str(new.folder)!r})), oci.Layout(Path({str(target)!r})), "v1")
         """
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -9
     assert read_tags(target) == {"v1": digest}
     assert layout_damage(target) == []
-    write_layout(target, _files(tmp_path / "in"), CONFIG, {}, "v2")
+    push(new, Layout(target), "v2")
     assert not list(target.glob(".incoming-*"))
 
 
 def test_two_writers_at_once_lose_no_tag(tmp_path: Path) -> None:
-    files = _files(tmp_path / "in")
+    bundle = _bundle(tmp_path / "in")
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda n: write_layout(tmp_path / "dist", files, CONFIG, {"n": str(n)}, f"v{n}"), range(8)))
+        list(pool.map(lambda n: push(bundle, Layout(tmp_path / "dist"), f"v{n}"), range(8)))
     assert sorted(read_tags(tmp_path / "dist")) == [f"v{n}" for n in range(8)]
     assert layout_damage(tmp_path / "dist") == []
 
@@ -167,7 +158,7 @@ def test_two_writers_at_once_lose_no_tag(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_clear_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError) as caught:
-        write_layout(tmp_path / "file" / "dist", _files(tmp_path / "in"), CONFIG, {}, "v1")
+        push(_bundle(tmp_path / "in"), Layout(tmp_path / "file" / "dist"), "v1")
     assert caught.value.way_out and "free some space" in caught.value.way_out
 
 
@@ -176,34 +167,36 @@ def test_a_damaged_index_is_not_overwritten(tmp_path: Path) -> None:
     target.mkdir()
     (target / "index.json").write_text("{torn")
     with pytest.raises(StoreError, match="index of this OCI layout"):
-        write_layout(target, _files(tmp_path / "in"), CONFIG, {}, "v1")
+        push(_bundle(tmp_path / "in"), Layout(target), "v1")
     assert (target / "index.json").read_text() == "{torn"
 
 
 @pytest.mark.parametrize("tag", ["", "-v1", "a b", "a/b", "x" * 129, "v1\n"])
 def test_a_tag_that_no_registry_would_take_is_refused(tmp_path: Path, tag: str) -> None:
     with pytest.raises(StoreError, match="no OCI tag"):
-        write_layout(tmp_path / "dist", _files(tmp_path / "in"), CONFIG, {}, tag)
+        push(_bundle(tmp_path / "in"), Layout(tmp_path / "dist"), tag)
 
 
-def test_a_title_that_would_unpack_elsewhere_is_refused(tmp_path: Path) -> None:
-    files = [LayoutFile(tmp_path / "x", oci.MEDIA_DOC, "../x")]
-    with pytest.raises(StoreError, match="outside its folder"):
-        write_layout(tmp_path / "dist", files, CONFIG, {}, "v1")
+def test_what_attests_a_model_lies_beside_it_and_goes_with_it(tmp_path: Path) -> None:
+    layout, bundle = Layout(tmp_path / "dist"), _bundle(tmp_path / "in")
+    attest(bundle, "provenance.intoto.json", b'{"a": 1}')
+    push(bundle, layout, "v1")
+    push(bundle, layout, "v1")
+    manifest = resolve(layout, "v1")
+    assert list(attestations_of(layout, manifest)) == [("provenance.intoto.json", b'{"a": 1}')]
+    assert layout.tags() == ["v1"] and layout_damage(tmp_path / "dist") == []
+    push(_bundle(tmp_path / "other", b"other"), layout, "v1")
+    assert layout.referrers(manifest.digest) == []
 
 
 @settings(max_examples=20, deadline=None)
 @given(contents=st.lists(st.binary(max_size=200), min_size=1, max_size=4))
 def test_every_file_comes_back_byte_for_byte(tmp_path_factory: pytest.TempPathFactory, contents: list[bytes]) -> None:
-    folder = tmp_path_factory.mktemp("layout")
-    files = []
-    for number, content in enumerate(contents):
-        path = folder / f"{number}.bin"
-        path.write_bytes(content)
-        files.append(LayoutFile(path, oci.MEDIA_DOC, path.name))
-    digest = write_layout(folder / "dist", files, CONFIG, {}, "v1")
-    layers = _manifest(folder / "dist", digest)["layers"]
-    assert isinstance(layers, list)
-    stored = [(folder / "dist/blobs/sha256" / layer["digest"].removeprefix("sha256:")).read_bytes() for layer in layers]
-    assert stored == contents
-    assert layout_damage(folder / "dist") == []
+    folder = tmp_path_factory.mktemp("many")
+    files = [BundleFile(f"{n}.bin", content, MEDIA_DOC, "doc") for n, content in enumerate(contents)]
+    bundle = write_bundle(folder / "in", files, CONFIG, {})
+    layout = Layout(folder / "dist")
+    assert push(bundle, layout, "v1") == bundle.digest
+    pulled = pull(layout, resolve(layout, bundle.digest), folder / "out")
+    assert [(pulled.folder / name).read_bytes() for name in pulled.manifest.files] == contents
+    assert pulled.damage() == [] and pulled.digest == bundle.digest

@@ -40,7 +40,7 @@ def _content(layout: Path, layer: dict[str, object]) -> bytes:
     return (layout / "blobs" / "sha256" / str(layer["digest"]).removeprefix("sha256:")).read_bytes()
 
 
-def test_what_ships_is_published_with_recipe_report_and_verdict(folder: RunFolder, tmp_path: Path) -> None:
+def test_what_ships_is_published_with_its_papers_and_its_proof(folder: RunFolder, tmp_path: Path) -> None:
     run = folder.write(run=tmp_path / "run")
     result = publish(_graph(tmp_path), run, folder.artifacts)
 
@@ -49,10 +49,12 @@ def test_what_ships_is_published_with_recipe_report_and_verdict(folder: RunFolde
     assert read_tags(layout) == {"smol-llava-laptop-2gb": result.digest} == dict(result.tags)
     assert layout_damage(layout) == []
     layers = _layers(layout, result.digest)
-    assert list(layers) == [
-        "model.gguf", "mmproj.gguf", "manifest.json", "recipe.yaml", "report.json",
-        "verdict/icet/manifest.json", "verdict/icet/measures.json",
-    ]  # fmt: skip
+    assert list(layers)[:2] == ["model.gguf", "mmproj.gguf"]
+    assert {
+        "manifest.json", "recipe.yaml", "report.json", "verdict/icet/manifest.json", "verdict/icet/measures.json",
+        "README.md", "NOTICE.md", "RUN.md", "Modelfile", "chat_template.jinja", "memory.json", "exits.svg",
+        "bom.cdx.json",
+    } <= set(layers)  # fmt: skip
     for name in ("model.gguf", "mmproj.gguf"):
         assert _content(layout, layers[name]) == folder.artifacts["gguf"].file(name).read_bytes()
     report = json.loads(_content(layout, layers["report.json"]))
@@ -101,10 +103,11 @@ def test_a_file_that_changed_after_it_was_verified_is_not_published(tmp_path: Pa
     model = folder.artifacts["gguf"].file("model.gguf")
     model.parent.chmod(0o755)
     model.chmod(0o644)
-    model.write_bytes(b"GGUF" + b"x" * (model.stat().st_size - 4))
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
     with pytest.raises(StoreError, match="not the file that was verified"):
         publish(_graph(tmp_path), run, folder.artifacts)
     assert not (tmp_path / "dist" / "index.json").exists()
+    assert not list(folder.store.root.glob(".bundle-*"))
 
 
 def test_a_tag_may_be_given_and_two_shipped_artifacts_get_one_each(folder: RunFolder, tmp_path: Path) -> None:

@@ -300,7 +300,8 @@ def test_a_matrix_that_means_nothing_is_refused(tmp_path: Path, old: str, new: s
     [
         ("{to: ghcr.io/me/model}", "cannot publish", "oci-layout"),
         ("{to: 'oci-layout:'}", "cannot publish", "oci-layout"),
-        ("{to: oci-layout:dist, sign: key.pem}", "signing is not available", "remove `sign`"),
+        ("{to: oci-layout:dist, sign: key.pem}", "there is no key key.pem", "openssl"),
+        ("{to: 'oci:me:secret@ghcr.io/me/model'}", "names no registry", "oci:HOST/NAME"),
     ],
 )
 def test_publishing_that_this_version_cannot_do_is_refused_before_work(

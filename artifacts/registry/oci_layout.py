@@ -1,15 +1,11 @@
-"""Writing an OCI image layout: a plain folder that every registry tool can read, copy and push.
+"""An OCI image layout: a plain folder that every registry tool can read, copy and push.
 
-Format: OCI image specification v1.1 (image-layout.md, manifest.md, image-index.md). The manifest is a CNCF ModelPack
-artifact (modelpack/model-spec, docs/spec.md and docs/config.md). Why ModelPack and not Docker's
-`application/vnd.docker.ai.*` types: it is vendor neutral; each file is one uncompressed layer whose digest is the
-file's own SHA-256; modctl, KitOps and Kubernetes image volumes read it, and so does Docker Model Runner (it takes the
-first `weight.v1.raw` layer of a config with format "gguf"), while Docker's types are read by Docker's runner alone.
+Format: OCI image specification v1.1 (image-layout.md, image-index.md).
 
 - Blobs are named by their digest and written before anything names them; `index.json` is replaced last, in one rename.
   A write killed at any moment leaves the old layout valid.
-- The same input gives the same manifest digest: canonical JSON, no dates, no host facts.
 - Blobs are copied, never linked: who edits a published file must not damage the store it came from.
+- What refers to a manifest (attestations) stands in `index.json` without a tag, and goes when its subject has gone.
 """
 
 from __future__ import annotations
@@ -20,108 +16,97 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
-
-MEDIA_INDEX: Final = "application/vnd.oci.image.index.v1+json"
-MEDIA_MANIFEST: Final = "application/vnd.oci.image.manifest.v1+json"
-ARTIFACT_TYPE: Final = "application/vnd.cncf.model.manifest.v1+json"
-MEDIA_CONFIG: Final = "application/vnd.cncf.model.config.v1+json"
-MEDIA_WEIGHTS: Final = "application/vnd.cncf.model.weight.v1.raw"  # GGUF, mmproj
-MEDIA_WEIGHT_CONFIG: Final = "application/vnd.cncf.model.weight.config.v1.raw"  # what describes the weights
-MEDIA_DOC: Final = "application/vnd.cncf.model.doc.v1.raw"  # recipe, report
+from artifacts.registry.manifest import MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, read_object
+from artifacts.registry.place import LAYOUT, NotFoundError, check_tag
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
-TITLE: Final = "org.opencontainers.image.title"
-FILEPATH: Final = "org.cncf.model.filepath"  # ModelPack's name for the same thing; both kinds of tools find it
-
 LAYOUT_NAME: Final = "oci-layout"
 INDEX_NAME: Final = "index.json"
 _LAYOUT_VERSION: Final = "1.0.0"  # imageLayoutVersion; v1.1 of the specification keeps 1.0.0
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")  # distribution-spec, <reference> as a tag
 _INCOMING: Final = ".incoming-"
 _CHUNK: Final = 4 << 20  # bytes read at once
 
 
-@dataclass(frozen=True)
-class LayoutFile:
-    """One file that becomes one layer.
+class Layout:
+    """A place (`artifacts.registry.place`) in a folder; made when something is first put there."""
 
-    Attributes:
-        title: the name under which a tool unpacks it; relative, forward slashes.
-        sha256: what the file should hash to, if known; a source that differs is refused.
-    """
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    path: Path
-    media_type: str
-    title: str
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    sha256: str | None = None
+    @property
+    def name(self) -> str:
+        return f"{LAYOUT}{self.folder}"
 
+    def tags(self) -> list[str]:
+        return sorted(read_tags(self.folder))
 
-def write_layout(
-    target: Path,
-    files: Sequence[LayoutFile],
-    config: Mapping[str, object],
-    annotations: Mapping[str, str],
-    tag: str,
-) -> str:
-    """Write one manifest with its blobs into the layout at `target` and point `tag` at it.
+    def manifest(self, reference: str) -> bytes:
+        _check_layout(self.folder)
+        digests = {str(entry["digest"]): str(entry["digest"]) for entry in _read_index(self.folder)}
+        digest = {**digests, **read_tags(self.folder)}.get(reference)
+        if digest is None or not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+            known = ", ".join(self.tags()) or "none"
+            raise NotFoundError(f"there is no {reference}", where=self.name, why=f"its tags are: {known}")
+        return b"".join(self.read(Descriptor(MEDIA_MANIFEST, digest, 0)))
 
-    A layout that is already there is added to; its other tags stay. `config` is a ModelPack config without `modelfs`,
-    which is filled in here.
+    def referrers(self, digest: str) -> list[Descriptor]:
+        found = []
+        for entry in _read_index(self.folder):
+            descriptor = Descriptor.parse(entry, self.name)
+            if _subject(self.folder, entry) == digest:
+                found.append(descriptor)
+        return found
 
-    Returns:
-        The manifest's digest, `sha256:` and 64 hex digits.
+    def read(self, blob: Descriptor, offset: int = 0) -> Iterator[bytes]:
+        path = _blob(self.folder, blob.digest)
+        try:
+            handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+        except OSError as error:
+            raise NotFoundError(f"blob {blob.digest} cannot be read", where=self.name, why=error.strerror) from error
+        with handle:
+            handle.seek(offset)
+            while chunk := handle.read(_CHUNK):
+                yield chunk
 
-    Raises:
-        StoreError: a bad tag or title, a missing or changed file, a folder that cannot be written or that holds
-            something which is not a layout.
-    """
-    if not _TAG.fullmatch(tag):
-        raise StoreError(
-            f"{tag!r} is no OCI tag",
-            why="a tag has up to 128 letters, digits, '.', '_' and '-', and starts with a letter, a digit or '_'",
-            way_out="give another name after the path, as in oci-layout:dist:NAME",
-        )
-    for file in files:
-        if file.title.startswith("/") or ".." in file.title.split("/"):
-            raise StoreError(f"{file.title!r} would be unpacked outside its folder", where=str(file.path))
-    with _writing(target), _locked(target):
-        index = _read_index(target)
-        _remove_leftovers(target)
-        layers = [_put_file(target, file) for file in files]
-        model_config = {**config, "modelfs": {"type": "layers", "diffIds": [layer["digest"] for layer in layers]}}
-        manifest = {
-            "schemaVersion": 2,
-            "mediaType": MEDIA_MANIFEST,
-            "artifactType": ARTIFACT_TYPE,
-            "config": {"mediaType": MEDIA_CONFIG, **_put_bytes(target, canonical_json(model_config))},
-            "layers": layers,
-            "annotations": dict(annotations),
-        }
-        stored = _put_bytes(target, canonical_json(manifest))
-        entry: dict[str, object] = {
-            "mediaType": MEDIA_MANIFEST,
-            "artifactType": ARTIFACT_TYPE,
-            **stored,
-            "annotations": {REF_NAME: tag},
-        }
-        others = [known for known in index if _ref_name(known) != tag]
-        manifests = sorted([*others, entry], key=lambda known: (_ref_name(known) or "", str(known.get("digest"))))
-        _replace(target, LAYOUT_NAME, canonical_json({"imageLayoutVersion": _LAYOUT_VERSION}))
-        _replace(
-            target,
-            INDEX_NAME,
-            canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": manifests}),
-        )
-    return str(stored["digest"])
+    def put_blob(self, blob: Descriptor, source: Path | bytes) -> bool:
+        with _writing(self.folder), _locked(self.folder):
+            _remove_leftovers(self.folder)
+            known = _blob(self.folder, blob.digest)
+            if known.is_file() and known.stat().st_size == blob.size and sha256_file(known) == blob.hex:
+                return False
+            if isinstance(source, bytes):
+                _put_bytes(self.folder, source)
+            else:
+                _put_file(self.folder, source, blob)
+        return True
+
+    def put_manifest(self, data: bytes, tag: str | None = None, subject: Descriptor | None = None) -> None:
+        if tag is not None:
+            check_tag(tag)
+        kind = read_object(data, self.name).get("artifactType")
+        with _writing(self.folder), _locked(self.folder):
+            index = _read_index(self.folder)
+            digest = _put_bytes(self.folder, data)
+            entry = Descriptor(
+                MEDIA_MANIFEST,
+                digest,
+                len(data),
+                {REF_NAME: tag} if tag is not None else {},
+                str(kind) if kind is not None else "",
+            ).to_dict()
+            others = [
+                known
+                for known in index
+                if (_ref_name(known) != tag or tag is None) and not (known["digest"] == digest and not _ref_name(known))
+            ]
+            _replace_index(self.folder, [*others, entry])
 
 
 def read_tags(target: Path) -> dict[str, str]:
@@ -130,8 +115,7 @@ def read_tags(target: Path) -> dict[str, str]:
     Raises:
         StoreError: there is no layout, or it cannot be read.
     """
-    if not (target / LAYOUT_NAME).is_file():
-        raise StoreError(f"{target} is no OCI layout", why=f"it has no file {LAYOUT_NAME}")
+    _check_layout(target)
     found = {}
     for entry in _read_index(target):
         name = _ref_name(entry)
@@ -179,6 +163,11 @@ def _descriptor_damage(target: Path, descriptor: Mapping[str, object], where: st
     return []
 
 
+def _check_layout(target: Path) -> None:
+    if not (target / LAYOUT_NAME).is_file():
+        raise NotFoundError(f"{target} is no OCI layout", why=f"it has no file {LAYOUT_NAME}")
+
+
 def _blob(target: Path, digest: str) -> Path:
     return target / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
@@ -189,17 +178,30 @@ def _ref_name(entry: Mapping[str, object]) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def _subject(target: Path, entry: Mapping[str, object]) -> str | None:
+    """The digest that an untagged manifest refers to."""
+    if _ref_name(entry) is not None:
+        return None
+    try:
+        subject = read_object(_blob(target, str(entry["digest"])).read_bytes(), str(target)).get("subject")
+    except OSError:
+        return None
+    return str(subject.get("digest")) if isinstance(subject, dict) else None
+
+
 def _read_index(target: Path) -> list[dict[str, object]]:
     """The manifests that `index.json` names; none when there is no layout yet."""
     path = target / INDEX_NAME
     try:
         index = json.loads(path.read_bytes())
         manifests = index["manifests"]
-        if not isinstance(manifests, list) or not all(isinstance(entry, dict) for entry in manifests):
-            raise ValueError("'manifests' is no list of objects")
+        if not isinstance(manifests, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("digest"), str) for entry in manifests
+        ):
+            raise ValueError("'manifests' is no list of descriptors")
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             "the index of this OCI layout cannot be read",
             where=str(path),
@@ -209,50 +211,41 @@ def _read_index(target: Path) -> list[dict[str, object]]:
     return manifests
 
 
-def _put_file(target: Path, file: LayoutFile) -> dict[str, object]:
-    """Copy one file in, hashing as it streams; a good blob that is already there is kept."""
-    if file.sha256 is not None and file.path.is_file():
-        known = _blob(target, file.sha256)
-        if known.is_file() and known.stat().st_size == file.path.stat().st_size and sha256_file(known) == file.sha256:
-            return _layer(file, file.sha256, known.stat().st_size)
+def _replace_index(target: Path, entries: list[dict[str, object]]) -> None:
+    here = {str(entry["digest"]) for entry in entries}
+    kept = [entry for entry in entries if (subject := _subject(target, entry)) is None or subject in here]
+    manifests = sorted(kept, key=lambda known: (_ref_name(known) or "", str(known.get("digest"))))
+    _replace(target, LAYOUT_NAME, canonical_json({"imageLayoutVersion": _LAYOUT_VERSION}))
+    _replace(target, INDEX_NAME, canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": manifests}))
+
+
+def _put_file(target: Path, source: Path, blob: Descriptor) -> None:
+    """Copy one file in, hashing as it streams."""
     hasher = hashlib.sha256()
-    size = 0
     try:
-        source = file.path.open("rb")
+        handle = source.open("rb")
     except OSError as error:
-        raise StoreError(f"{file.title} cannot be read", where=str(file.path), why=error.strerror) from error
-    with source, _incoming(target) as (handle, temporary):
-        while chunk := source.read(_CHUNK):
+        raise StoreError(f"{source.name} cannot be read", where=str(source), why=error.strerror) from error
+    with handle, _incoming(target) as (incoming, temporary):
+        while chunk := handle.read(_CHUNK):
             hasher.update(chunk)
-            size += len(chunk)
-            _write_all(handle, chunk)
-        digest = hasher.hexdigest()
-        if file.sha256 is not None and digest != file.sha256:
+            _write_all(incoming, chunk)
+        if hasher.hexdigest() != blob.hex:
             raise StoreError(
-                f"{file.title} is not the file that was verified",
-                where=str(file.path),
-                why=f"it hashes to {digest}, its manifest says {file.sha256}",
-                way_out="run the recipe again: the damaged artifact is set aside and rebuilt",
+                f"{source.name} changed while it was published",
+                where=str(source),
+                why=f"it hashes to {hasher.hexdigest()}, its manifest says {blob.hex}",
+                way_out="make the bundle again",
             )
-        _keep(target, handle, temporary, digest)
-    return _layer(file, digest, size)
+        _keep(target, incoming, temporary, blob.hex)
 
 
-def _layer(file: LayoutFile, digest: str, size: int) -> dict[str, object]:
-    return {
-        "mediaType": file.media_type,
-        "digest": f"sha256:{digest}",
-        "size": size,
-        "annotations": {TITLE: file.title, FILEPATH: file.title, **file.annotations},
-    }
-
-
-def _put_bytes(target: Path, data: bytes) -> dict[str, object]:
+def _put_bytes(target: Path, data: bytes) -> str:
     digest = sha256_bytes(data)
     with _incoming(target) as (handle, temporary):
         _write_all(handle, data)
         _keep(target, handle, temporary, digest)
-    return {"digest": f"sha256:{digest}", "size": len(data)}
+    return f"sha256:{digest}"
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -1,0 +1,143 @@
+"""`RUN.md` and `Modelfile`: the exact commands for this very bundle, made from its own file names and figures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+MODELFILE: Final = "Modelfile"
+QUESTION: Final = "What is in the picture?"
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """What the commands need to know.
+
+    Attributes:
+        model: the file to give to llama.cpp; "" for a checkpoint, whose folder is given.
+        prompt: a turn of the chat template in Ollama's form, `{{ .Prompt }}` where the user speaks; "" when unknown.
+    """
+
+    name: str
+    model: str
+    mmproj: str
+    context: int  # tokens
+    template: str = ""  # file name of the chat template
+    prompt: str = ""
+
+
+def modelfile(what: Runnable) -> str:
+    """Ollama's Modelfile: a second FROM is the image encoder (ollama, docs/modelfile.md)."""
+    lines = [f"FROM ./{what.model}"]
+    if what.mmproj:
+        lines.append(f"FROM ./{what.mmproj}")
+    if what.prompt:
+        lines.append(f'TEMPLATE """{what.prompt}"""')
+    return "\n".join([*lines, f"PARAMETER num_ctx {what.context}", "PARAMETER temperature 0", ""])
+
+
+def llama_server(what: Runnable) -> list[str]:
+    """The command line of llama.cpp's server."""
+    return ["llama-server", *_files(what), "--host", "127.0.0.1", "--port", "8080"]
+
+
+def run_guide(what: Runnable) -> str:
+    """The whole text of RUN.md."""
+    return _checkpoint_guide(what) if not what.model else _gguf_guide(what)
+
+
+def _gguf_guide(what: Runnable) -> str:
+    ask = [*_files(what), *(["--image", "picture.png"] if what.mmproj else []), "-p", _question(what), "-n", "128"]
+    if not what.mmproj:
+        ask.append("-no-cnv")
+    package = ["docker", "model", "package", "--gguf", what.model]
+    if what.mmproj:
+        package += ["--mmproj", what.mmproj]
+    if what.template:
+        package += ["--chat-template", what.template]
+    return "\n".join(
+        [
+            f"# Running {what.name}",
+            "",
+            "Every command is meant for this folder. The context of "
+            f"{what.context} tokens is the one that the memory plan (`memory.json`) is made for.",
+            "",
+            *_own(what),
+            "## llama.cpp",
+            "",
+            *_block(llama_server(what)),
+            *_block(["llama-mtmd-cli" if what.mmproj else "llama-cli", *ask]),
+            "## Ollama",
+            "",
+            *_block(["ollama", "create", what.name, "-f", MODELFILE], ["ollama", "run", what.name]),
+            "## Docker Model Runner",
+            "",
+            "From a registry it runs as it is: `docker model run HOST/NAME:TAG`. From this folder:",
+            "",
+            *_block([*package, what.name], ["docker", "model", "run", what.name]),
+            "## transformers",
+            "",
+            *_transformers_of_gguf(what),
+        ]
+    )
+
+
+def _transformers_of_gguf(what: Runnable) -> list[str]:
+    if what.mmproj:
+        return ["transformers reads no mmproj files: of this model it can load the language part only.", ""]
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained(".", gguf_file="{what.model}")',
+        f'tokenizer = AutoTokenizer.from_pretrained(".", gguf_file="{what.model}")',
+        "```",
+        "",
+    ]
+
+
+def _checkpoint_guide(what: Runnable) -> str:
+    auto = "AutoModelForImageTextToText" if what.mmproj else "AutoModelForCausalLM"
+    return "\n".join(
+        [
+            f"# Running {what.name}",
+            "",
+            "A GPTQ checkpoint: llama.cpp, Ollama and Docker Model Runner do not read it.",
+            "",
+            *_block(["pipeline", "chat", ".", *(["--image", "picture.png"] if what.mmproj else [])]),
+            "## transformers",
+            "",
+            "Needs `gptqmodel` and `optimum` beside transformers.",
+            "",
+            "```python",
+            f"from transformers import {auto}, AutoProcessor",
+            "",
+            f'model = {auto}.from_pretrained(".")',
+            'processor = AutoProcessor.from_pretrained(".")',
+            "```",
+            "",
+        ]
+    )
+
+
+def _own(what: Runnable) -> list[str]:
+    chat = ["pipeline", "chat", ".", *(["--image", "picture.png"] if what.mmproj else []), "--prompt", _question(what)]
+    return [
+        "## This pipeline",
+        "",
+        *_block(["pipeline", "check", ".", "--key", "signer.pub"], chat, ["pipeline", "serve", "."]),
+    ]
+
+
+def _files(what: Runnable) -> list[str]:
+    return ["-m", what.model, *(["--mmproj", what.mmproj] if what.mmproj else []), "-c", str(what.context), "--jinja"]
+
+
+def _question(what: Runnable) -> str:
+    return QUESTION if what.mmproj else "What is the capital of France?"
+
+
+def _block(*commands: Sequence[str]) -> list[str]:
+    return ["```sh", *(shlex.join(command) for command in commands), "```", ""]

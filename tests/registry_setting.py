@@ -1,0 +1,81 @@
+"""A real registry on loopback (Debian's docker-registry), which tests may kill and start again; and small bundles."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from artifacts.bundle import Bundle, BundleFile, write_bundle
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHTS
+
+NEEDS_REGISTRY = pytest.mark.skipif(
+    shutil.which("docker-registry") is None, reason="docker-registry is not installed (apt install docker-registry)"
+)
+CONFIG = {"descriptor": {"name": "tiny"}, "config": {"format": "gguf", "quantization": "Q4_0"}}
+
+
+class RegistryServer:
+    """One docker-registry process. Its uploads outlive it: the secret that signs their addresses is fixed."""
+
+    def __init__(self, folder: Path, htpasswd: Path | None = None) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.root = folder / "data"
+        self._config = folder / "config.yml"
+        auth = f"auth: {{htpasswd: {{realm: models, path: {htpasswd}}}}}\n" if htpasswd is not None else ""
+        self._config.write_text(
+            "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
+            f"storage: {{filesystem: {{rootdirectory: {self.root}}}, delete: {{enabled: true}}}}\n"
+            f"http: {{addr: '127.0.0.1:{self.port}', secret: fixed}}\n{auth}"
+        )
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def host(self) -> str:
+        return f"localhost:{self.port}"
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            ["docker-registry", "serve", str(self._config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(200):
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                    return
+            except OSError:
+                time.sleep(0.05)
+        raise RuntimeError("the registry did not start")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://{self.host}/v2/{path}") as answer:
+            found: bytes = answer.read()
+        return found
+
+
+def small_bundle(folder: Path, weights: bytes = b"GGUF" + bytes(range(256)) * 64) -> Bundle:
+    """Two layers; attestations as a test puts them there."""
+    files = [
+        BundleFile("model.gguf", weights, MEDIA_WEIGHTS, "model"),
+        BundleFile("verdict/icet/measures.json", b"[]\n", MEDIA_DOC, "verdict"),
+    ]
+    return write_bundle(folder, files, CONFIG, {"org.opencontainers.image.title": "tiny"})
+
+
+def attest(bundle: Bundle, name: str, content: bytes) -> None:
+    """Put a file where what was signed about a bundle lies."""
+    (bundle.folder / "attestations").mkdir(exist_ok=True)
+    (bundle.folder / "attestations" / name).write_bytes(content)
