@@ -142,12 +142,14 @@ def _located(recipe: Recipe, model: type[StageParams], key: str, value: object, 
         return (base / Path(value).expanduser()).resolve()
     if not any(isinstance(mark, Located) for mark in (*field.metadata, *_marks(field.annotation))):
         return value
-    if isinstance(value, list):
-        return [_absolute(item, base) for item in value]
     return _absolute(value, base)
 
 
 def _absolute(value: object, base: Path) -> object:
+    if isinstance(value, list):
+        return [_absolute(item, base) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute(item, base) for key, item in value.items()}
     if isinstance(value, str) and value.startswith(("./", "../", "~/")):
         return str((base / Path(value).expanduser()).resolve())
     return value

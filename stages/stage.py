@@ -32,7 +32,7 @@ class StageParams(BaseModel):
 
 @dataclass(frozen=True)
 class Located:
-    """Marks a parameter, or the items of a list, that may be a path: `Annotated[str, Located()]`.
+    """Marks a parameter, or the items of a list or mapping, that may be a path: `Annotated[str, Located()]`.
 
     What begins with "./", "../" or "~/" is taken from the folder of the file in which it is written.
     """
@@ -132,6 +132,10 @@ class Stage(ABC, Generic[P]):
 
     def __init__(self, params: P):
         self.params = params
+
+    def uses_device(self) -> bool:
+        """Whether `run` reads the device profile with these parameters; only then does a stage of that kind see it."""
+        return type(self).reads_device
 
     def references(self) -> Mapping[str, str]:
         """Parameters that name other stages of the recipe: parameter name -> stage id. They become edges too."""

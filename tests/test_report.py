@@ -74,7 +74,7 @@ def test_the_json_has_what_the_issue_promises_and_reads_back(folder: RunFolder) 
     data = json.loads(machine.read_text())
     assert {"run", "recipe", "status", "artifacts", "gates", "measures"} <= set(data)
     assert data["status"] == "passed"
-    assert set(data["gates"][0]) == {"name", "limit", "value", "passed", "reason"}
+    assert set(data["gates"][0]) == {"name", "limit", "value", "passed", "reason", "warning"}
     wanted = {"artifact", "role", "runtime", "exit", "band", "measure", "value", "low", "high", "n"}
     assert wanted <= set(data["measures"][0])
     names = {row["measure"] for row in data["measures"]}

@@ -24,6 +24,20 @@ MEASURE_WORDS: Final = {
     "flips_to_safe": "answered before, refuses now",
     "mcnemar_p": "exact McNemar p",
     "kl": "KL to the reference",
+    "kl_text": "KL to the model before quantization, ordinary text",
+    "kl_refusal": "KL to the model before quantization, refusals",
+    "perplexity": "perplexity",
+    "mcnemar_p_holm": "exact McNemar p, Holm over exits",
+    "asr_change": "change of the attack success rate",
+    "over_refusal_change": "change of over-refusal",
+    "vqa_change": "change of easy-VQA accuracy",
+    "asr_detectable": "smallest change that so many prompts show",
+    "asr_any_exit": "attack success rate at any exit",
+    "asr_mixture": "attack success rate, exits drawn",
+    "asr_typographic": "attack success rate, request in the picture",
+    "asr_random-image": "attack success rate, a picture for each request",
+    "unsafe_by_quantization": "safe before quantization, unsafe in the file",
+    "kappa": "agreement of judges (Cohen's kappa)",
     "clip_fraction": "clip fraction",
     "refusal": "refusal of harmful requests",
     "reward": "reward",
@@ -47,6 +61,14 @@ def percent(value: float) -> str:
     """0..1 as a percentage with one decimal; whole ones without."""
     shown = f"{100 * value:.1f}"
     return f"{shown.removesuffix('.0')}%"
+
+
+def points(row: Measure) -> str:
+    """A change of a share with its interval, in percentage points: `-12.5 (-20 to -4.1)`."""
+    value, low, high = (
+        f"{100 * number:+.1f}".removesuffix(".0") for number in (row.value, row.low, row.high) if number is not None
+    )
+    return f"{value} ({low} to {high})"
 
 
 def plain(value: float, digits: int = 4) -> str:

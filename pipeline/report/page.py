@@ -48,6 +48,7 @@ from pipeline.report.numbers import (
     worst,
 )
 from pipeline.report.paired import paired_tables
+from pipeline.report.published import published_table
 from pipeline.report.responses import Responses
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
@@ -117,6 +118,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         tiles=_tiles(report),
         bands=_bands(report),
         paired=paired_tables(report),
+        published=published_table(report),
         files=_files(report),
         measures=_measures(report),
         versions=Table(["what", "version"], sorted(report.versions.items())) if report.versions else None,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pipeline.report.figures import Table
 from pipeline.report.model import Report, Subject
-from pipeline.report.numbers import percent, show
+from pipeline.report.numbers import percent, points, show
 
-_PARTS = ("flips_to_unsafe", "flips_to_safe", "mcnemar_p")
+_PARTS = ("flips_to_unsafe", "flips_to_safe", "asr_change", "mcnemar_p", "mcnemar_p_holm")
+_HEADS = ("refused before, answers now", "answered before, refuses now", "change of ASR, points", "p", "p, Holm")
 
 
 def paired_tables(report: Report) -> tuple[Table, Table] | None:
@@ -15,17 +16,21 @@ def paired_tables(report: Report) -> tuple[Table, Table] | None:
     single = [line for subject in report.subjects for line in _lines(report, subject, single=True)]
     if not whole and not single:
         return None
-    head = ["against the source", "where", "refused before, answers now", "answered before, refuses now", "p", "note"]
+    head = ["against the source", "where", *_HEADS, "note"]
     return Table(head, whole or single), Table(head, single if whole else [])
 
 
 def _lines(report: Report, subject: Subject, *, single: bool) -> list[list[str]]:
     found: dict[int | None, dict[str, list[str]]] = {}
     for row in report.measures:
+        if row.band in ("early", "middle", "late"):
+            continue
         if row.artifact == subject.artifact and row.measure in _PARTS and (row.exit is not None) == single:
             shown = "–" if row.value is None else show(row.value, row.unit, row.measure)
-            if row.measure != "mcnemar_p" and row.value is not None and row.n:
+            if row.unit == "prompts" and row.value is not None and row.n:
                 shown = f"{row.value:.0f} of {row.n:,} ({percent(row.value / row.n)})"
+            elif row.measure == "asr_change" and row.low is not None:
+                shown = points(row)
             found.setdefault(row.exit, {})[row.measure] = [shown, row.note]
     lines = []
     for exit, parts in sorted(found.items(), key=lambda item: item[0] or 0):

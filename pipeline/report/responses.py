@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -115,7 +115,8 @@ def _read(path: Path) -> list[_Row]:
 
 
 def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
-    telling = _telling(rows)
+    undone = _undone(report, rows)
+    telling = _telling(rows, undone)
     groups: dict[tuple[str, int | None], dict[tuple[int, str, bool], list[_Row]]] = {}
     for row in rows:
         groups.setdefault((row.artifact, row.exit), {}).setdefault(row.part, []).append(row)
@@ -134,7 +135,13 @@ def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
                 chosen = sorted(members, key=lambda row: telling[row.prompt_id])[:each]
                 embedded += len(chosen)
                 words = f"{label} ({len(chosen)} of {len(members)})"
-                found.append(Group(words, harmful, [_answer(row) for row in chosen]))
+                found.append(
+                    Group(
+                        words,
+                        harmful,
+                        [_answer(row, (row.artifact, row.exit, row.prompt_id) in undone) for row in chosen],
+                    )
+                )
             exits.append(Exit(_exit_label(exit, defaults.get(artifact), groups[artifact, exit]), found))
         if exits:
             models.append(Model(f"{labels.get(artifact, artifact)} ({artifact})", exits))
@@ -149,18 +156,34 @@ def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int,
     return f"{name}: {sum(row.unsafe for row in harmful)} of {len(harmful)} harmful requests answered"
 
 
-def _telling(rows: Iterable[_Row]) -> dict[str, tuple[float, int]]:
-    """Prompt id -> sort key: prompts on which models and exits differ most come first, then the order of asking."""
+def _undone(report: Report, rows: Iterable[_Row]) -> set[tuple[str, int | None, str]]:
+    """(artifact, exit, prompt) of what ships where quantization undid a refusal: safe before it, unsafe in the file."""
+    kinds = {subject.kind: subject.artifact for subject in report.subjects}
+    before = kinds.get("hardened", kinds.get("source"))
+    shipped = {subject.artifact for subject in report.subjects if subject.kind == "shipped"}
+    harmful = [row for row in rows if row.intent == "harmful"]
+    safe = {(row.exit, row.prompt_id) for row in harmful if row.artifact == before and row.refused}
+    return {
+        (row.artifact, row.exit, row.prompt_id)
+        for row in harmful
+        if row.artifact in shipped and row.unsafe and (row.exit, row.prompt_id) in safe
+    }
+
+
+def _telling(rows: Iterable[_Row], undone: Set[tuple[str, int | None, str]]) -> dict[str, tuple[bool, float, int]]:
+    """Prompt id -> sort key: first prompts whose refusal quantization undid at some exit, then those on which models
+    and exits differ most, then the order of asking."""
     judged: dict[str, list[bool]] = {}
     for row in rows:
         judged.setdefault(row.prompt_id, []).append(row.unsafe)
+    first = {id for _, _, id in undone}
     return {
-        id: (abs(sum(flags) / len(flags) - 0.5) if any(flags) else 1.0, place)
+        id: (id not in first, abs(sum(flags) / len(flags) - 0.5) if any(flags) else 1.0, place)
         for place, (id, flags) in enumerate(judged.items())
     }
 
 
-def _answer(row: _Row) -> Answer:
+def _answer(row: _Row, undone: bool = False) -> Answer:
     text = row.response if len(row.response) <= _LONGEST else f"{row.response[:_LONGEST]} …"
     chips = []
     if row.answer is not None:
@@ -173,4 +196,6 @@ def _answer(row: _Row) -> Answer:
         chips.append(Chip("unsafe", "answered") if row.unsafe else Chip("safe", "refused"))
     else:
         chips.append(Chip("unsafe", "refused") if row.refused else Chip("safe", "answered"))
+    if undone:
+        chips.append(Chip("unsafe", "safe before quantization"))
     return Answer(row.prompt, text or "(empty)", row.unsafe, chips)

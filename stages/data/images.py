@@ -50,6 +50,10 @@ PACKAGES: Final[Mapping[str, str]] = {
 }
 
 
+_LEGIBLE: Final = 336  # pixels a side
+_MARGIN: Final = 12  # pixels
+
+
 def packages() -> tuple[str, ...]:
     """The wheels that are read."""
     return tuple(PACKAGES.values())
@@ -88,8 +92,50 @@ def benign_images(split: str, n: int, seed: int = 0, size: int | None = None) ->
         raise StageError(
             f"there are {len(names)} benign {split} images, not {n}", way_out=f"ask for at most {len(names)}"
         )
+    return pictures(names, size)
+
+
+def pictures(names: Sequence[tuple[str, str]], size: int | None = None) -> list[Path]:
+    """Files of these (package, member) images, as `benign_images` gives them."""
     paths = [extract_image(package, member) for package, member in names]
     return paths if size is None else [_squared(path, size) for path in paths]
+
+
+def typographic(text: str, size: int) -> Path:
+    """The file of a square picture of `size` pixels, or more where that is too small to read, with a text in it.
+
+    Black on white, in Pillow's own font, as large as fits; the same text gives the same bytes.
+
+    Raises:
+        StageError: the cache folder cannot be written.
+    """
+    import io
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = max(size, _LEGIBLE)
+    picture = Image.new("RGB", (side, side), "white")
+    draw = ImageDraw.Draw(picture)
+    room = side - 2 * _MARGIN
+    for points in range(side // 6, 7, -1):
+        font = ImageFont.load_default(points)
+        lines: list[str] = []
+        for word in text.split():
+            longer = f"{lines[-1]} {word}" if lines else word
+            if lines and draw.textlength(longer, font) <= room:
+                lines[-1] = longer
+            else:
+                lines.append(word)
+        left, top, right, bottom = draw.multiline_textbbox((_MARGIN, _MARGIN), "\n".join(lines), font)
+        if right - left <= room and bottom - top <= room:
+            break
+    draw.multiline_text((_MARGIN, _MARGIN), "\n".join(lines), "black", font)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    name = hashlib.sha256(f"{size} {text}".encode()).hexdigest()[:32]
+    path = cache_dir() / "images" / "typographic" / f"{name}.png"
+    _keep(path, buffer.getvalue())
+    return path
 
 
 def extract_image(package: str, member: str) -> Path:

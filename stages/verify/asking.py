@@ -122,7 +122,7 @@ def ask(
     else:
         progress(len(asks), len(asks))
     found = [memory.known[key] for key in keys]
-    judgements = RefusalRule().score([ask.text for ask in asks], [text for text, _ in found])
+    judgements = RefusalRule().score([ask.judged for ask in asks], [text for text, _ in found])
     return [
         Answer(subject, exit if ask.image else None, ask, text, tokens, judgement)
         for ask, (text, tokens), judgement in zip(asks, found, judgements, strict=True)

@@ -68,6 +68,10 @@ def judge_all(
             one,
             by_exit={exit: judged(answers) for exit, answers in one.by_exit.items()},
             text_only=judged(one.text_only),
+            attacks={
+                name: {exit: judged(answers) for exit, answers in by_exit.items()}
+                for name, by_exit in one.attacks.items()
+            },
         )
         for one in measured
     ], panel
@@ -127,7 +131,7 @@ def disagreements(answers: Sequence[Answer]) -> list[Answer]:
     found: dict[tuple[str, str], Answer] = {}
     for answer in answers:
         if answer.ask.intent == "harmful" and len({_unsafe(answer, name) for name in answer.opinions}) > 1:
-            found.setdefault((answer.ask.text, answer.text), answer)
+            found.setdefault((answer.ask.judged, answer.text), answer)
     return list(found.values())
 
 
@@ -137,11 +141,12 @@ def _unsafe(answer: Answer, judge: str) -> bool:
 
 def _prompts(one: Answers) -> list[Answer]:
     """Answers that are judged: visual questions are right or wrong, not safe or unsafe."""
-    return [answer for answers in one.by_exit.values() for answer in answers] + list(one.text_only)
+    attacked = [answer for by_exit in one.attacks.values() for answers in by_exit.values() for answer in answers]
+    return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *attacked]
 
 
 def _judged(answer: Answer) -> _Judged:
-    return answer.ask.text, answer.text, answer.ask.image_name
+    return answer.ask.judged, answer.text, answer.ask.image_name
 
 
 def _score(judge: Judge, name: str, answers: Sequence[Answer], scratch: Path, told: Told) -> dict[_Judged, Judgement]:
@@ -155,7 +160,7 @@ def _score(judge: Judge, name: str, answers: Sequence[Answer], scratch: Path, to
         for start in range(0, len(missing), _AT_ONCE):
             told(start, len(missing), name)
             chosen = missing[start : start + _AT_ONCE]
-            prompts, responses = [answer.ask.text for answer in chosen], [answer.text for answer in chosen]
+            prompts, responses = [answer.ask.judged for answer in chosen], [answer.text for answer in chosen]
             if isinstance(judge, SeesImages):
                 said = judge.score_beside(prompts, responses, [answer.ask.image for answer in chosen])
             else:

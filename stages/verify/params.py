@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stages.data.prompt_files import PromptFile
 from stages.judges.registry import RULE
-from stages.stage import StageParams
+from stages.stage import Located, StageParams
+from stages.verify.attacks import Attack
+from stages.verify.overlap import Overlap
 
 
 class IcetVerifyParams(StageParams):
@@ -26,7 +29,22 @@ class IcetVerifyParams(StageParams):
         default={"overrefusal": 10, "pairs": 5, "everyday": 5},
         description="prompt sets that should be answered and how many test prompts of each",
     )
+    sets: dict[str, Annotated[PromptFile, Located()]] = Field(
+        default={},
+        description="prompt sets of your own, by the names that harmful and over_refusal use: {source: FILE, layout: "
+        "NAME} for advbench, harmbench, strongreject, xstest, redteam-2k, jailbreakv-28k as published; or {source, "
+        "columns: {prompt: COLUMN, category, id}, where: {COLUMN: VALUE}, intent, licence}",
+    )
+    overlap: Overlap = Field(
+        default="refuse",
+        description="what to do with prompts like those that something in the artifact's lineage was trained on",
+    )
     images: int = Field(default=4, ge=1, description="benign images that stand beside the prompts, in turn")
+    attacks: tuple[Attack, ...] = Field(
+        default=(),
+        description="other ways to ask the harmful prompts at every exit. typographic: the request stands in the "
+        "picture; random-image: each beside a picture of its own",
+    )
     vqa: int = Field(default=100, ge=0, description="easy-VQA test questions at the default exit")
     exits: Literal["all"] | tuple[int, ...] = Field(
         default="all", description="exits to measure, or all of the artifact"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from artifacts.manifest import canonical_json, sha256_bytes
+from stages.data.prompt_files import PromptFile, load_file
 from stages.data.prompts import Intent, Prompt, load_prompts, normalise
 
 _QUESTIONS_A_PICTURE: Final = 2
@@ -16,7 +18,11 @@ _VQA_TOKENS: Final = 8  # "It is a blue triangle." fits
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, whatever the exit. `answer`: the true one, for visual questions."""
+    """One request, whatever the exit.
+
+    `answer`: the true one, for visual questions. `request`: what is really asked, where `text` only points at the
+    image.
+    """
 
     id: str
     set: str
@@ -27,6 +33,12 @@ class Ask:
     image_name: str | None  # stable name of the image, never a path of this machine
     max_new_tokens: int
     answer: str | None = None
+    request: str | None = None
+
+    @property
+    def judged(self) -> str:
+        """What judges take for the request."""
+        return self.request or self.text
 
 
 @dataclass(frozen=True)
@@ -57,18 +69,20 @@ def prompt_asks(
     images: Sequence[tuple[Path, str]],
     max_new_tokens: int,
     seed: int,
+    files: Mapping[str, PromptFile] = MappingProxyType({}),
 ) -> tuple[Ask, ...]:
     """The first n test prompts of each set that are harmful, or that are not; each beside one benign image in turn.
 
-    A prompt that another set has asked already is left out.
+    A prompt that another set has asked already is left out. `files`: sets of the user's own, all of them for tests.
 
     Raises:
-        RecipeError: unknown set. SourceError: a wheel cannot be read.
+        RecipeError: unknown set. SourceError: a wheel or a file cannot be read.
     """
     found: list[Ask] = []
     seen: set[str] = set()
     for name, n in sets.items():
-        chosen = [prompt for prompt in load_prompts(name, "test", seed=seed) if (prompt.intent == "harmful") == harmful]
+        known = load_file(name, files[name], seed) if name in files else load_prompts(name, "test", seed=seed)
+        chosen = [prompt for prompt in known if (prompt.intent == "harmful") == harmful]
         for prompt in chosen[:n]:
             if normalise(prompt.text) not in seen:
                 seen.add(normalise(prompt.text))

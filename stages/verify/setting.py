@@ -13,7 +13,9 @@ from stages.models.family import family_of
 from stages.runtimes.gguf_header import read_vision_header
 from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.verify.asking import Subject, open_runtime
+from stages.verify.attacks import attack_asks
 from stages.verify.language import Passage, passages
+from stages.verify.overlap import without_training_prompts
 from stages.verify.params import IcetVerifyParams
 from stages.verify.questions import Ask, Questions, prompt_asks, vqa_asks
 
@@ -27,13 +29,15 @@ class Setting:
     fidelity_images: Sequence[Path]
     passages: Sequence[Passage]
     exits: Mapping[str, tuple[int, ...]]  # stage id -> exits to measure there
+    attacks: Mapping[str, Sequence[Ask]]  # the harmful prompts, asked in other ways
+    dropped: int  # prompts that a training had seen
     layers: int  # of the tower that the thirds are thirds of
 
     @property
     def total(self) -> int:
         """Responses in all."""
         asked = self.questions
-        each = len(asked.harmful) + len(asked.benign)
+        each = len(asked.harmful) + len(asked.benign) + sum(len(asks) for asks in self.attacks.values())
         return sum(
             max(len(own), 1) * each + (len(asked.harmful) + len(asked.vqa) if own else 0) for own in self.exits.values()
         )
@@ -51,13 +55,17 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
     size = image_size(subjects[0])
     pictures = _pictures(params, params.images, size)
     own = {subject.id: exits_of(subject) for subject in subjects}
-    questions = _questions(params, pictures, size)
+    questions, dropped = _questions(params, pictures, size, subjects)
     return Setting(
         questions=questions,
         pictures=pictures,
         fidelity_images=[path for path, _ in _pictures(params, params.fidelity_images, size)],
         passages=passages(params.language, [ask.text for ask in questions.harmful], params.prompt_seed),
         exits=_exits(params, subjects, own),
+        attacks={name: attack_asks(name, questions.harmful, size, params.prompt_seed) for name in params.attacks}
+        if size
+        else {},
+        dropped=dropped,
         layers=max(own[subjects[0].id], default=0),
     )
 
@@ -100,17 +108,27 @@ def _pictures(params: IcetVerifyParams, n: int, size: int | None) -> list[tuple[
     return [(path, f"{package}:{member}") for path, (package, member) in zip(paths, names, strict=True)]
 
 
-def _questions(params: IcetVerifyParams, pictures: Sequence[tuple[Path, str]], size: int | None) -> Questions:
-    def asks(sets: Mapping[str, int], *, harmful: bool) -> tuple[Ask, ...]:
-        return prompt_asks(
-            sets, harmful=harmful, images=pictures, max_new_tokens=params.max_new_tokens, seed=params.prompt_seed
-        )
+def _questions(
+    params: IcetVerifyParams, pictures: Sequence[tuple[Path, str]], size: int | None, subjects: Sequence[Subject]
+) -> tuple[Questions, int]:
+    """What is asked, and how many prompts are not because a training had seen them."""
+    artifacts = [(subject.id, subject.artifact) for subject in subjects]
 
-    return Questions(
-        harmful=asks(params.harmful, harmful=True),
-        benign=asks(params.over_refusal, harmful=False),
-        vqa=vqa_asks(params.vqa, size, params.prompt_seed) if size else (),
-    )
+    def asks(sets: Mapping[str, int], *, harmful: bool) -> tuple[tuple[Ask, ...], int]:
+        found = prompt_asks(
+            sets,
+            harmful=harmful,
+            images=pictures,
+            max_new_tokens=params.max_new_tokens,
+            seed=params.prompt_seed,
+            files=params.sets,
+        )
+        return without_training_prompts(found, artifacts, params.overlap)
+
+    harmful, seen = asks(params.harmful, harmful=True)
+    benign, also = asks(params.over_refusal, harmful=False)
+    vqa = vqa_asks(params.vqa, size, params.prompt_seed) if size else ()
+    return Questions(harmful, benign, vqa), seen + also
 
 
 def _exits(

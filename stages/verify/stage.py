@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from artifacts.errors import RecipeError
-from stages.data import articles
+from stages.data import articles, prompt_files
 from stages.data import images as image_data
 from stages.data import prompts as prompt_data
 from stages.judges import registry
@@ -51,8 +51,13 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         return named
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        for name, file in self.params.sets.items():
+            if name in prompt_data.SETS:
+                raise RecipeError(f"{name!r} is a prompt set of ours", way_out="give yours another name")
+            prompt_files.check_file(name, file)
         for name in (*self.params.harmful, *self.params.over_refusal):
-            prompt_data.check_set(name)
+            if name not in self.params.sets:
+                prompt_data.check_set(name)
         registry.check_judges(self.params.judges, network=self.params.network)
         self._shipped(inputs)
         for parameter, id in self.references().items():
@@ -71,12 +76,14 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     def downloads(self) -> Sequence[str]:
         shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa else ()
         text = (articles.SOURCE,) if self.params.language else ()
-        judges = registry.downloads(self.params.judges)
-        return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *shapes, *text, *judges)))
+        files = [file.source for file in self.params.sets.values() if file.source.startswith(("hub:", "package:"))]
+        more = (*shapes, *text, *files, *registry.downloads(self.params.judges))
+        return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *more)))
 
     def fingerprint(self) -> str:
         rule = f"{RefusalRule.name} {RefusalRule.version}"
-        return f"{prompt_data.prompts_fingerprint()} {rule} {registry.fingerprint(self.params.judges)}"
+        files = [prompt_files.file_digest(file) for file in self.params.sets.values()]
+        return " ".join((prompt_data.prompts_fingerprint(), rule, registry.fingerprint(self.params.judges), *files))
 
     def run(self, context: Context) -> Mapping[str, object]:
         return Verification(context, self.params, self._subjects(context)).run()

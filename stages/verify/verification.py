@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, write_measures
+from stages.data.prompt_files import PromptFile, file_digest
 from stages.judges.registry import RULE
 from stages.runtimes.runtime import Progress, Runtime
 from stages.stage import Context
@@ -15,7 +16,7 @@ from stages.verify.fidelity import Embeddings, embeddings, fidelity_rows
 from stages.verify.judging import disagreements, judge_all, judge_rows
 from stages.verify.language import Prediction, language_rows, predictions
 from stages.verify.memory import memory_rows
-from stages.verify.paired import paired_rows
+from stages.verify.paired import paired_rows, quantization_rows
 from stages.verify.params import IcetVerifyParams
 from stages.verify.questions import Ask, without_image
 from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
@@ -119,6 +120,11 @@ class Verification:
                 text_only=asked(without_image(questions.harmful), None, "without image") if exits else [],
                 vqa=asked(questions.vqa, default_exit, "visual questions") if exits else [],
                 default_exit=default_exit,
+                attacks={
+                    name: {exit: asked(asks, exit, f"exit {exit}, {name}") for exit in exits}
+                    for name, asks in setting.attacks.items()
+                    if exits
+                },
             )
             if not subject.gated and subject.id != self.reference:
                 return answers, _Seen()
@@ -172,6 +178,7 @@ class Verification:
     ) -> list[Measure]:
         params, layers, seed = self.params, setting.layers, self.params.prompt_seed
         baseline = next((one for one in measured if one.subject.id == params.baseline), None)
+        unquantized = next((one for one in measured if one.subject.id == params.hardened), baseline)
         reference = seen.get(self.reference, _Seen()) if self.reference is not None else _Seen()
         rows: list[Measure] = []
         for one in measured:
@@ -179,6 +186,8 @@ class Verification:
             rows += safety_rows(one, common, layers, seed)
             if baseline is not None and one is not baseline:
                 rows += paired_rows(one, baseline, common, layers, seed)
+            if unquantized is not None and subject.gated and subject.runtime != "transformers":
+                rows += quantization_rows(one, unquantized, common)
             rows += judge_rows(one, panel, common, layers, seed)
             if one.exits:
                 rows += vqa_rows(one)
@@ -216,6 +225,14 @@ class Verification:
             ],
             "common_exits": list(common),
             "prompts": setting.questions.digests(),
+            "prompts_dropped": setting.dropped,
+            "prompt_sets": {
+                name: {
+                    "source": file.source.rpartition("/")[2],
+                    **file.meaning().model_dump(include={"intent", "licence"}),
+                }
+                for name, file in self.params.sets.items()
+            },
             "images": [name for _, name in setting.pictures],
             "fidelity_to": self.reference,
             "judge": {key: panel[0][key] for key in ("name", "version", "needs_network")},
@@ -228,9 +245,17 @@ class Verification:
         }
 
 
+def _described(file: PromptFile) -> dict[str, object]:
+    """Where a prompt set came from; of a path only the name, since it says where something lay and not what it is."""
+    source = file.source if file.source.startswith(("hub:", "package:")) else file.source.rpartition("/")[2]
+    meaning = file.meaning()
+    return {"source": source, "intent": meaning.intent, "licence": meaning.licence, "digest": file_digest(file)}
+
+
 def _silent(done: int, total: int, judge: str) -> None:
     """The rule is done before anyone could read that it began."""
 
 
 def _all_answers(one: Answers) -> list[Answer]:
-    return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *one.vqa]
+    attacked = [answer for by_exit in one.attacks.values() for answers in by_exit.values() for answer in answers]
+    return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *one.vqa, *attacked]

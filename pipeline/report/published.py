@@ -1,0 +1,43 @@
+"""The figures as the paper's Table 2 has them (arXiv 2411.04291): AASR, ATS and ATR of early, middle and late exits."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from artifacts.measures import Measure
+from pipeline.report.figures import Cell, Table
+from pipeline.report.model import Report
+from pipeline.report.numbers import Stat, rows_of
+
+_BANDS: Final = ("early", "middle", "late", "average")
+_MEASURES: Final = (("AASR", "asr", 100.0), ("ATS", "toxicity", 100.0), ("ATR", "reward", 1.0))
+
+
+def published_table(report: Report) -> Table | None:
+    """A line for each model and band; ATS and ATR where judges measured them. None if no exit was measured."""
+    found = [(name, measure, scale) for name, measure, scale in _MEASURES if _measured(report, measure)]
+    rows: list[list[Cell]] = []
+    for subject in report.subjects:
+        by_measure = {
+            measure: {row.band: row for row in rows_of(report, subject, measure) if row.band} for _, measure, _ in found
+        }
+        for band in _BANDS:
+            cells = [_cell(by_measure[measure].get(band), scale) for _, measure, scale in found]
+            if any(cell != "–" for cell in cells):
+                rows.append([subject.label, band, *cells])
+    return Table(["model", "exits", *(name for name, _, _ in found)], rows) if rows and len(found) else None
+
+
+def _measured(report: Report, measure: str) -> bool:
+    return any(row.measure == measure and row.band for row in report.measures)
+
+
+def _cell(row: Measure | None, scale: float) -> Cell:
+    if row is None or row.value is None:
+        return "–"
+    inside = []
+    if row.low is not None and row.high is not None:
+        inside.append(f"{scale * row.low:.2f} to {scale * row.high:.2f}")
+    if row.n is not None:
+        inside.append(f"n\u00a0=\u00a0{row.n:,}")
+    return Stat(f"{scale * row.value:.2f}", ", ".join(inside))

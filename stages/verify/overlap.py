@@ -1,0 +1,72 @@
+"""The guard: what a gate measures on must not be what the model was trained on, nor close to it.
+
+Trained on are the train and validation sides of our own prompt sets, by every stage that names prompt sets in its
+parameters (l-ppo, sft, ...) anywhere in an artifact's lineage, as far as the store still has it. Our own sets are
+divided so that no test prompt resembles them; files of the user's own are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal
+
+from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError, StoreError
+from stages.data.prompts import Prompt, Split, resembling
+from stages.verify.questions import Ask
+
+Overlap = Literal["refuse", "drop"]
+NEARLY: Final = 0.8  # cosine (`stages.data.prompts`): the same request in other words
+_SIDES: Final[tuple[Split, ...]] = ("train", "validation")
+_NAMED: Final = 3  # overlaps that a message shows
+
+
+def trained_by(artifact: Artifact) -> str | None:
+    """The stage in an artifact's lineage that trained on prompts, the nearest one; None if there was none."""
+    for ancestor in _lineage(artifact):
+        made = ancestor.manifest.provenance
+        if isinstance(made.params.get("prompts"), dict):
+            return made.stage
+    return None
+
+
+def without_training_prompts(
+    asks: Sequence[Ask], artifacts: Sequence[tuple[str, Artifact]], overlap: Overlap
+) -> tuple[tuple[Ask, ...], int]:
+    """The asks that no training of these artifacts has seen, and how many were dropped.
+
+    Raises:
+        RecipeError: some have been seen, and `overlap` says to refuse.
+    """
+    trained = [(id, stage) for id, artifact in artifacts if (stage := trained_by(artifact)) is not None]
+    if not trained or not asks:
+        return tuple(asks), 0
+    texts = [ask.text for ask in asks]
+    seen: dict[int, Prompt] = {}
+    for side in _SIDES:
+        seen |= resembling(texts, side, NEARLY)
+    if seen and overlap == "refuse":
+        id, stage = trained[0]
+        shown = "; ".join(f"{asks[place].id} is like {prompt.id}" for place, prompt in list(seen.items())[:_NAMED])
+        raise RecipeError(
+            f"{len(seen)} of {len(asks)} prompts resemble what '{id}' was trained on by {stage}",
+            why=f"{shown}{', ...' if len(seen) > _NAMED else ''}: a gate would measure what was learned by heart",
+            way_out="take them out of the file, or say overlap: drop",
+        )
+    return tuple(ask for place, ask in enumerate(asks) if place not in seen), len(seen)
+
+
+def _lineage(artifact: Artifact) -> Iterator[Artifact]:
+    """The artifact and all that it was made from, nearest first."""
+    waiting, seen = [artifact], {artifact.digest}
+    while waiting:
+        one = waiting.pop(0)
+        yield one
+        for digest in one.manifest.provenance.inputs.values():
+            if digest in seen:
+                continue
+            seen.add(digest)
+            try:
+                waiting.append(Artifact.open(artifact.path.parent / digest))
+            except StoreError:
+                continue  # no longer in the store
