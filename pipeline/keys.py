@@ -54,7 +54,7 @@ def content_key(
                 "seed": seed,
                 "libraries": library_versions(stage),
                 "fingerprint": stage.fingerprint(),
-                "device": dict(device) if type(stage).reads_device else {},
+                "device": dict(device) if stage.uses_device() else {},
             }
         )
     )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from artifacts.errors import SourceError
 from stages.data.prompts import Prompt
+from stages.data.refusals import REFUSALS
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
 from stages.lppo.loop import Loop, StepReport
@@ -25,7 +26,7 @@ from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampl
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
 from stages.lppo.supervised import SFT
-from stages.lppo.targets import REFUSALS, Targets, cross_entropy
+from stages.lppo.targets import Targets, cross_entropy
 from stages.lppo.validation import Validation
 from stages.lppo.workers import Alone
 from stages.models.features import ExitFeatures, Features

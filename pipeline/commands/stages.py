@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -140,7 +140,14 @@ def _is_model(part: Any) -> bool:
 
 
 def _type(annotation: Any) -> str:
-    words = {str: "text", int: "whole number", float: "number", bool: "true or false", Path: "path"}
+    words = {
+        str: "text",
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        Path: "path",
+        ByteSize: "number of bytes",
+    }
     found = []
     for part in _parts(annotation):
         origin, inside = get_origin(part), get_args(part)

@@ -182,7 +182,7 @@ def _work(job: Job, reporter: Reporter, rank: int) -> Mapping[str, object]:
         scratch=job.scratch,
         seed=job.seed,
         reporter=reporter,
-        device=job.device if cls.reads_device else _UndeclaredDevice(cls),
+        device=job.device if stage.uses_device() else _UndeclaredDevice(cls),
         team=team,
     )
     return stage.run(context)

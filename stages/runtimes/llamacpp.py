@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 
 from artifacts.errors import SourceError, StageError
 from stages.data.chat import Turn, render
-from stages.runtimes.gguf_header import check_language_model, check_pair, read_header, read_vision_header
+from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
+from stages.runtimes.gguf_parts import model_file, read_model
 from stages.runtimes.llamacpp_cls import check_cls, image_slots
 from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, Sequences, TextModel
 from stages.runtimes.llamacpp_tiles import tile_slots
 from stages.runtimes.llamacpp_vision import AS_SHIPPED, VisionEncoder, read_image
 from stages.runtimes.runtime import Answered, Progress, Request, Response
+from stages.runtimes.sampling import Picker
 
-MODEL_NAME: Final = "model.gguf"
 MMPROJ_NAME: Final = "mmproj.gguf"
 _LOGIT_ROWS: Final = 32  # teacher forcing goes in pieces of this many tokens
 
@@ -61,6 +62,7 @@ class _Slot:
     prefix_length: int = 0
     held: int = 0  # tokens in the KV
     job: _Job | None = None
+    picker: Picker | None = None  # of that answer's tokens
     next: int = 0  # token that the next step appends
     tokens: list[int] = field(default_factory=list)
 
@@ -94,10 +96,10 @@ class LlamaCppRuntime:
                 encoder's position table was not made.
         """
         if model.is_dir():
-            folder, model = model, model / MODEL_NAME
+            folder, model = model, model_file(model)
             if mmproj is None and (folder / MMPROJ_NAME).exists():
                 mmproj = folder / MMPROJ_NAME
-        header = read_header(model)
+        header = read_model(model)
         check_language_model(header)
         vision = read_vision_header(mmproj) if mmproj is not None else None
         if vision is not None:
@@ -303,10 +305,10 @@ class LlamaCppRuntime:
         """Put a job into a free sequence: prefix, prompt, first token."""
         self._take_prefix(number, job)
         slot = self._slots[number]
-        slot.job, slot.tokens = job, []
+        slot.job, slot.tokens, slot.picker = job, [], Picker(job.request)
         logits = self._context().read(number, job.prefix_length, job.after)
         slot.held = job.prompt_length
-        slot.next = int(np.argmax(logits[-1]))
+        slot.next = slot.picker.pick(logits[-1])
 
     def _take_prefix(self, number: int, job: _Job) -> None:
         """Make the KV of a free sequence hold exactly the job's prefix, at the least cost."""
@@ -344,9 +346,12 @@ class LlamaCppRuntime:
             if slot.job is None:
                 slot.held = slot.prefix_length if slot.prefix is not None else 0
                 context.trim(number, slot.held)
-        picked = context.step(
-            [slot.next for slot in rows], [slot.held for slot in rows], lambda row: int(np.argmax(row))
-        )
+
+        def pick(row: int, logits: NDArray[np.float32]) -> int:
+            picker = rows[row].picker
+            return picker.pick(logits) if picker is not None else 0
+
+        picked = context.step([slot.next for slot in rows], [slot.held for slot in rows], pick)
         for number, (slot, token) in enumerate(zip(rows, picked, strict=True)):
             if slot.job is None:
                 context.trim(number, slot.held)
@@ -373,4 +378,4 @@ class LlamaCppRuntime:
         )
 
     def _release(self, slot: _Slot) -> None:
-        slot.job, slot.tokens, slot.next = None, [], 0
+        slot.job, slot.tokens, slot.picker, slot.next = None, [], None, 0

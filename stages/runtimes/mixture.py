@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _ROWS: Final = 2  # a matrix with one row counts as a vector, which llama.cpp does not quantize
 _LONGEST_BLOCK: Final = 256  # numbers that share a scale, in any type
-_NOT_TYPES: Final = frozenset({"F16", "BF16", "MXFP4_MOE", "NVFP4"})
+_NOT_TYPES: Final = frozenset({"F16", "BF16", "NVFP4"})  # NVFP4: llama.cpp reads it and writes none
 # File types that hold tensors which llama.cpp does not write without an importance matrix; a test asks the library.
 NEED_IMATRIX: Final = frozenset(
     {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "Q2_K_S", "IQ3_XXS", "IQ3_XS"}

@@ -1,0 +1,68 @@
+"""mmproj.gguf in any type: written in floats, by us or by llama.cpp's converter, and quantized by llama.cpp.
+
+The patch embedding stays as it is, positions, norms and biases stay F32 (llama-quant.cpp, tensor_allows_quantization).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from stages.models.spec import ModelSpec
+from stages.quantize.convert import convert_image_encoder, quantize_model
+from stages.quantize.mmproj import FloatType, write_mmproj
+from stages.quantize.types import ALIASES
+from stages.runtimes.gguf_header import ClsOrder, read_header
+from stages.runtimes.mixture import Fallback
+
+MmprojType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"
+]
+
+
+def write_encoder(
+    checkpoint: Path,
+    target: Path,
+    spec: ModelSpec,
+    *,
+    scratch: Path,
+    type: MmprojType,
+    name: str,
+    cls: ClsOrder | None,
+) -> tuple[Fallback, ...]:
+    """Write the image encoder of a checkpoint up to its default exit; the file appears whole or not at all.
+
+    Args:
+        cls: as `write_mmproj` takes it.
+
+    Returns:
+        Where rows did not allow the type.
+
+    Raises:
+        StageError: llama.cpp has no such encoder, or tensors are missing.
+    """
+    vision = spec.vision
+    assert vision is not None
+    floats: FloatType = "F32" if type in ("F32", "BF16") else "F16"
+    written = target if type == floats else scratch / f"mmproj-{floats.lower()}.gguf"
+    scratch.mkdir(parents=True, exist_ok=True)
+    if spec.family == "idefics3":
+        convert_image_encoder(checkpoint, written, scratch, type=floats, name=name)
+    else:
+        write_mmproj(checkpoint, written, vision, vision.default_exit, name=name, type=floats, cls=cls)
+    if written == target:
+        return ()
+    quantize_model(written, target, ALIASES.get(type, type), pure=True)
+    before = read_header(written).tensors
+    written.unlink()
+    groups: dict[str, list[str]] = {}
+    for tensor, info in read_header(target).tensors.items():
+        # What stays as it was is either meant to, or its rows allow no other type.
+        uneven = info.type == before[tensor].type == "F16" and len(info.shape) == 2
+        if info.type not in (type, "F32") and (uneven or info.type != before[tensor].type):
+            groups.setdefault(info.type, []).append(tensor)
+    rows = {tensor: info.shape[0] for tensor, info in before.items()}
+    return tuple(
+        Fallback(type, taken, tuple(sorted({rows[name] for name in names})), tuple(names))
+        for taken, names in groups.items()
+    )

@@ -1,0 +1,201 @@
+"""`type: auto`: what is measured is the whole model's KL, the choice is the best that fits, and the file holds it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stage_setting import Told, context_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError, StageError
+from artifacts.manifest import Manifest
+from pipeline.keys import content_key
+from stages.data.calibration import Batch
+from stages.models.tiny import tiny_llava_spec
+from stages.quantize.auto import solve
+from stages.quantize.convert import convert_language_model
+from stages.quantize.gguf import GGUFParams, GGUFStage
+from stages.quantize.options import AutoParams, Option, ProbeMix, groups_of
+from stages.quantize.sensitivity import Divergence, Probe, rounded
+from stages.runtimes.gguf_header import read_header
+from stages.runtimes.mixture import outline_of
+from stages.runtimes.prediction import predict_outline
+from stages.runtimes.rounding import round_weights
+from stages.stage import Context, Planned
+
+AUTO = AutoParams(calibration=ProbeMix(samples=4, length=12, pictures=2), refusals=2)
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 64 and of 256 numbers: the types that they allow are not the same."""
+    folder = tmp_path_factory.mktemp("uneven")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=3,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in (*tiny_llava.glob("token*"), tiny_llava / "chat_template.jinja"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def batch_of(model: LlamaForCausalLM, lengths: list[int]) -> Batch:
+    longest = max(lengths)
+    ids = torch.arange(3, 3 + len(lengths) * longest).reshape(len(lengths), longest)
+    rows = model.get_input_embeddings()(ids).detach()
+    rows[0, 2] = 0.25  # as an image's embedding: no row of the matrix
+    kept = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    return Batch(rows, torch.tensor(lengths), kept)
+
+
+def direct(before: LlamaForCausalLM, after: LlamaForCausalLM, one: Batch, other: Batch) -> float:
+    """KL of two whole models on a batch, each with its own embeddings."""
+    with torch.no_grad():
+        p = before.lm_head(one.through(before.model))[one.counted].log_softmax(-1)
+        q = after.lm_head(other.through(after.model))[other.counted].log_softmax(-1)
+        return float((p.exp() * (p - q)).sum() / len(p))
+
+
+@pytest.mark.parametrize("changed", ["layers.0.mlp.up_proj", "layers.2.self_attn.v_proj", "embed_tokens"])
+def test_what_is_measured_from_the_changed_block_on_is_the_kl_of_the_whole_model(uneven: Path, changed: str) -> None:
+    model, other = LlamaForCausalLM.from_pretrained(uneven), LlamaForCausalLM.from_pretrained(uneven)
+    text, refusal = batch_of(model, [7, 9]), batch_of(model, [5])
+    probe = Probe(model.model, model.lm_head, model.get_input_embeddings(), [text], [refusal])
+    weight = model.model.get_submodule(changed).weight
+    noisy = weight.detach() + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    block = int(changed.split(".")[1]) if "layers" in changed else None
+    with rounded([weight], [noisy]):
+        found = probe.divergence(block)
+    with torch.no_grad():
+        other.model.get_submodule(changed).weight.copy_(noisy)
+    for value, before, lengths in ((found.text, text, [7, 9]), (found.refusal, refusal, [5])):
+        after = before if block is not None else batch_of(other, lengths)
+        assert value == pytest.approx(direct(model, other, before, after), rel=1e-3)
+        assert value > 1e-4
+    assert probe.divergence(0).text < 1e-6  # the weights are back
+
+
+costs = st.floats(0, 1, allow_nan=False)
+few = st.lists(st.tuples(st.integers(1, 40), costs, costs), min_size=1, max_size=4)
+
+
+@given(st.lists(few, min_size=1, max_size=5), st.integers(20, 200))
+@settings(max_examples=25, deadline=None)
+def test_the_choice_is_as_good_as_the_best_of_all_that_fit(
+    groups: list[list[tuple[int, float, float]]], room: int
+) -> None:
+    options = [[Option("Q4_0", 32 * size, Divergence(*cost)) for size, *cost in group] for group in groups]
+    fitting = [
+        sum(option.cost.text + 2 * option.cost.refusal for option in picked)
+        for picked in itertools.product(*options)
+        if sum(option.nbytes for option in picked) <= 32 * room
+    ]
+    if not fitting:
+        with pytest.raises(StageError, match="no choice of types fits"):
+            solve(options, 32 * room, 2.0)
+        return
+    picked = [group[place] for group, place in zip(options, solve(options, 32 * room, 2.0), strict=True)]
+    assert sum(option.nbytes for option in picked) <= 32 * room
+    cost = sum(option.cost.text + 2 * option.cost.refusal for option in picked)
+    assert cost == pytest.approx(min(fitting), abs=1e-6)
+
+
+def ship(context: Context, **params: object) -> Artifact:
+    stage = GGUFStage(GGUFParams.model_validate({"type": "auto", "auto": AUTO, **params}))
+    stage.plan({})
+    Manifest.of_folder(context.output, "gguf", stage.run(context)).write(context.output)
+    return Artifact.open(context.output)
+
+
+def test_the_file_holds_the_types_that_were_chosen_to_the_bit_and_is_as_small_as_asked(
+    uneven: Path, tmp_path: Path
+) -> None:
+    floats = tmp_path / "f16.gguf"
+    convert_language_model(uneven, floats, tmp_path / "links", name="u", metadata={})
+    target = floats.stat().st_size - sum(t.nbytes for t in read_header(floats).tensors.values()) // 2
+    made = ship(context_of("gguf", tmp_path, uneven, Told()), target=target)
+    path = made.file("model.gguf")
+    assert target - 24 * 1024 < path.stat().st_size <= target
+    header = read_header(path)
+    choice = made.metadata["choice"]
+    assert isinstance(choice, dict)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    groups = groups_of(shapes, 1)
+    assert choice["groups"].keys() == {group.name for group in groups} and len(groups) == 3 * 5 + 1
+    stored, original = (
+        {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(file).tensors}
+        for file in (path, floats)
+    )
+    for group in groups:
+        for name in group.tensors:
+            assert header.tensors[name].type == choice["groups"][group.name]
+            np.testing.assert_array_equal(stored[name], round_weights(original[name], header.tensors[name].type))
+    assert len({tensor.type for tensor in header.tensors.values()}) > 2
+    assert choice["expected_kl_text"] > 0 and choice["expected_kl_refusal"] > 0
+
+
+def test_what_was_measured_before_a_crash_is_not_measured_again(uneven: Path, tmp_path: Path) -> None:
+    context = context_of("gguf", tmp_path, uneven, Told())
+    one = ship(context, target=160_000)
+    noted = json.loads((context.scratch / "sensitivity.json").read_text())
+    assert len(noted) == 16
+    # Values that no measurement gives: only what is read can lead to another choice.
+    (context.scratch / "sensitivity.json").write_text(json.dumps({name: [1.0, 1.0] for name in noted}))
+    other = ship(context, target=160_000)
+    assert other.metadata["choice"] != one.metadata["choice"]
+
+
+def test_without_a_target_the_device_s_memory_decides_pictures_counted(tiny_llava: Path, tmp_path: Path) -> None:
+    context = context_of("gguf", tmp_path, tiny_llava, Told())
+    with pytest.raises(StageError, match="how large the file may be"):
+        ship(context)
+    outline, vision = outline_of(tiny_llava), tiny_llava_spec().vision
+    full = predict_outline(outline, dict.fromkeys(outline.shapes, "Q8_0"), 256, vision=vision).total
+    memory = full - 20_000  # of about 80 kB of weights
+    device = {"memory": memory, "context": 256}
+    made = ship(Context("gguf", context.inputs, context.output, context.scratch, 0, Told(), device=device))
+    tensors = read_header(made.file("model.gguf")).tensors
+    types = {name: tensors[name].type for name in outline.shapes}
+    assert memory - 8_000 < predict_outline(outline, types, 256, vision=vision).total <= memory
+
+
+def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
+    planned = {"source": Planned("checkpoint", tiny_llava_spec())}
+    with pytest.raises(RecipeError, match="no GGUF of this model has as few as 20000 bytes") as caught:
+        GGUFStage(GGUFParams.model_validate({"type": "auto", "target": "20kB"})).plan(planned)
+    assert "set target to" in str(caught.value.way_out)
+    for wrong in ({"type": "Q4_0", "target": 5}, {"type": "auto", "tensor_types": {"ffn": "Q4_0"}}):
+        with pytest.raises(ValueError, match="type: auto"):
+            GGUFParams.model_validate(wrong)
+
+
+def test_only_where_the_device_decides_is_it_part_of_the_key() -> None:
+    keys = {
+        (str(params), memory): content_key(
+            GGUFStage(GGUFParams.model_validate(params)), {}, seed=0, device={"memory": memory, "context": 1}
+        )
+        for params in ({"type": "auto"}, {"type": "auto", "target": 9}, {"type": "Q4_0"})
+        for memory in (1, 2)
+    }
+    same = {params: keys[params, 1] == keys[params, 2] for params, _ in keys}
+    assert list(same.values()) == [False, True, True]
