@@ -10,7 +10,7 @@ of a mapped file is counted. See `stages/runtimes/memory.py`.
 - The demo's files are real. Those of the other models have true shapes, types and vocabularies of true size, and hold
   random bytes up to a gibibyte, zeros above: a value takes as much memory as another.
 - Up to 0.2 billion parameters the process does all that `measure_memory` does: it encodes an image, fills the whole
-  context and generates. Larger ones stop each batch after three blocks (`benchmarks/sides/shortened.py`): blocks follow
+  context and generates. Larger ones stop each batch after two blocks (`benchmarks/sides/shortened.py`): blocks follow
   each other in the same memory. That it comes to the same is measured on the smaller ones (`shortened` in the result).
 
 Writes benchmarks/results/memory_plan.json, adding to what is there. Five minutes on two quiet cores.
@@ -47,6 +47,7 @@ RESULTS: Final = Path(__file__).parent / "results" / "memory_plan.json"
 SHORTENED: Final = Path(__file__).parent / "sides" / "shortened.py"
 TYPES: Final = ("Q4_0", "Q4_K_M", "Q8_0")
 CONTEXTS: Final = (512, 2048)  # tokens
+CONTEXTS_OF_LARGE_IMAGES: Final = (1024, 2048)
 WHOLE: Final = 0.2e9  # parameters of the largest model whose context is filled token by token
 RANDOM: Final = 2**30  # bytes of the largest file that is filled
 SPARE: Final = 2 * 2**30  # bytes that must stay free beside the model
@@ -63,6 +64,12 @@ class Model:
     def parameters(self) -> int:
         shapes = outline_of_text(self.spec.text).shapes
         return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def contexts(spec: ModelSpec) -> tuple[int, ...]:
+    """Those that hold an image and what is said of it."""
+    large = spec.vision is not None and spec.vision.image_tokens > min(CONTEXTS) / 2
+    return CONTEXTS_OF_LARGE_IMAGES if large else CONTEXTS
 
 
 SIGLIP: Final = VisionSpec(27, 1152, 4304, 16, 384, 14, 26, projector_hidden=896)  # so400m-patch14-384
@@ -226,14 +233,14 @@ def run(names: list[str], tell: Callable[[Row], None]) -> None:
                     path = floats if type == "F16" else folder / "model.gguf"
                     if path != floats:
                         quantize_model(floats, path, type)
-                    for context in CONTEXTS:
+                    for context in contexts(spec):
                         tell(compare(name, replace(spec, quantization=type), (path, mmproj), context, whole=True))
                 continue
             model = MODELS[name]
             for type in model.types:
                 spec = replace(model.spec, quantization=type)
                 files = write_model(folder, model, type)
-                for context in CONTEXTS:
+                for context in contexts(spec):
                     need = predict_memory(spec, context).total + SPARE
                     if available() < need:
                         print(f"{name} {type}: left out, {need / 2**30:.1f} GiB of free memory are needed", flush=True)

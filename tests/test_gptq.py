@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +20,14 @@ from artifacts.manifest import Manifest
 from stages.data.calibration_mix import CalibrationMix
 from stages.models import checkpoint, gptq
 from stages.models.family import families, family_of
+from stages.models.memory import gptq_bytes
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.gptq import GPTQParams, GPTQStage
 from stages.quantize.gptq_checkpoint import put_back
 from stages.stage import Planned
+from tests.tiny_families import stock_processor
 from tests.verify_setting import artifact_of, rows_of
 from tests.verify_setting import run_stage as verify
-from tests.tiny_families import stock_processor
 
 needs_gptqmodel = pytest.mark.skipif(
     bool(gptq.missing_distributions()),
@@ -232,6 +234,17 @@ def test_the_same_checkpoint_gives_the_same_bytes(model_of: Callable[[str], Path
         (tmp_path / place).mkdir()
         digests.add(run_stage(model_of("llama"), tmp_path / place, bits=4).digest)
     assert len(digests) == 1
+
+
+@needs_gptqmodel
+@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+def test_every_byte_of_the_checkpoint_is_known_from_shapes(
+    kind: str, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    made = run_stage(model_of(kind), tmp_path, bits=4)
+    config = checkpoint.read_config(model_of(kind))
+    spec = replace(family_of(config).spec(config), quantization=str(made.metadata["type"]))
+    assert gptq_bytes(spec) == sum(tensor.nbytes for tensor in tensors(made.path).values())
 
 
 @needs_gptqmodel

@@ -1,6 +1,6 @@
 """One side of benchmarks/memory_plan.py: the conversation of stages/runtimes/memory.py, each batch stopped early.
 
-A batch of the last 512 tokens of the context is stopped after three blocks, since the others would use the same memory.
+A batch of the last 512 tokens of the context is stopped after two blocks, since the others would use the same memory.
 Then one token goes through the whole model. Prints the peak resident set in bytes. It imports what that module imports.
 """
 
@@ -16,7 +16,7 @@ from artifacts.errors import StageError
 from stages.runtimes.gguf_header import read_vision_header
 from stages.runtimes.memory import peak_resident
 
-OPERATIONS: Final = 60  # a block of Llama's has 17
+OPERATIONS: Final = 40  # a block of Llama's has 17
 UBATCH: Final = 512  # tokens
 
 

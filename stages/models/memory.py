@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Final
 
 from stages.models.spec import ModelSpec, TextSpec, VisionSpec
@@ -57,6 +58,9 @@ def _others(text: TextSpec) -> int:
 
 
 def _tower(vision: VisionSpec, text_width: int) -> int:
+    """Numbers in all blocks of the tower, in its last norm, which no mmproj of LLaVA holds, and in the projector."""
     from stages.runtimes.hollow import encoder_tensors
 
-    return sum(math.prod(tensor.shape) for tensor in encoder_tensors(vision, text_width).values())
+    whole = encoder_tensors(replace(vision, default_exit=vision.layers), text_width)
+    last_norm = 0 if vision.shuffle > 1 else 2 * vision.hidden_size
+    return last_norm + sum(math.prod(tensor.shape) for tensor in whole.values())
