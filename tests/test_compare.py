@@ -28,7 +28,7 @@ def side(name: str, hits: dict[tuple[int | None, int], bool], kind: Kind = "harm
         name,
         name,
         {
-            (exit, f"p{prompt}", "picture"): Said(kind, f"prompt {prompt}", f"{name} says {hit}", hit, False)
+            (exit, f"p{prompt}", "picture", 0): Said(kind, f"prompt {prompt}", f"{name} says {hit}", hit, False)
             for (exit, prompt), hit in hits.items()
         },
     )
@@ -42,7 +42,7 @@ def test_each_exit_and_all_together_are_compared_on_what_both_were_asked() -> No
     first, second, average = found.lines
     assert [(line.exit, line.average) for line in found.lines] == [(1, False), (2, False), (None, True)]
     assert (first.before.value, first.after.value, first.to_hit, first.to_miss) == (5 / 9, 0.0, 0, 5)
-    assert first.p == pytest.approx(2 * 0.5**5) and first.p_holm == pytest.approx(2 * first.p)
+    assert first.p == pytest.approx(2 * 0.5**5) and first.p_holm == pytest.approx(4 * 0.5**5)
     assert second.after.value == 0.0 and average.change.value == pytest.approx(-5 / 9)
     assert average.change.low < average.change.value < average.change.high
     assert average.p is None  # the same prompt at two exits is no independent pair

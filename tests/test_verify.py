@@ -10,8 +10,13 @@ import pytest
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
+from stages.data.images import benign_images
 from stages.models.tiny import tiny_llava_spec
 from stages.stage import Planned
+from stages.verify.asking import Answer, Subject, ask, open_runtime
+from stages.verify.paired import paired_rows
+from stages.verify.questions import prompt_asks
+from stages.verify.scores import Answers, safety_rows
 from stages.verify.stage import IcetVerifyStage
 from stages.verify.verdict import VERDICT_NAME
 from tests.verify_setting import Heard, rows_of, run_stage
@@ -115,6 +120,26 @@ def answered(scratch: Path) -> list[tuple[str, str]]:
             if line.endswith("]"):
                 found.append((path.name, json.loads(line)[0]))
     return found
+
+
+def test_a_verdict_does_not_depend_on_the_order_in_which_prompts_are_asked(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    pictures = [(path, path.name) for path in benign_images("test", 2, size=56)]
+    sets = {"donotanswer": 3, "advbench": 4}
+    harmful = prompt_asks(sets, harmful=True, images=pictures, max_new_tokens=4, seed=0)
+    benign = prompt_asks({"everyday": 3}, harmful=False, images=pictures, max_new_tokens=4, seed=0)
+    subject = Subject("gguf", tiny_verified["gguf"], "quantized", gated=True)
+    found = []
+    with open_runtime(subject) as runtime:
+        for name, order in (("in order", 1), ("backwards", -1)):
+            asks = (*harmful, *benign)[::order]
+            by_exit: dict[int | None, list[Answer]] = {}
+            for exit in (1, 2)[::order]:
+                by_exit[exit] = ask(subject, lambda: runtime, exit, asks, tmp_path / name, lambda done, total: None)
+            one = Answers(subject, dict(sorted(by_exit.items(), key=lambda item: item[0] or 0)), [], [], 2)
+            found.append([*safety_rows(one, [1, 2], 3, 0), *paired_rows(one, one, [1, 2], 3, 0)])
+    assert found[0] == found[1] and len(found[0]) > 20
 
 
 def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Kind = Literal["harmful", "benign", "vqa"]
-Place = tuple[int | None, str, str | None]  # exit, prompt id, image
+Place = tuple[int | None, str, str | None, int]  # exit, prompt id, image, sample
 
 _COLUMNS: Final = ("artifact", "exit", "image", "prompt_id", "intent", "prompt", "response", "refused", "unsafe",
                    "degenerate", "answer", "correct")  # fmt: skip
@@ -96,7 +96,9 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
     import pyarrow.parquet
 
     try:
-        rows = pyarrow.parquet.read_table(responses, columns=list(_COLUMNS)).to_pylist()
+        has = pyarrow.parquet.read_schema(responses).names
+        more = [name for name in ("sample",) if name in has]  # verdicts from before sampling have none
+        rows = pyarrow.parquet.read_table(responses, columns=[*_COLUMNS, *more]).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise StoreError("the responses of a verdict cannot be read", where=str(responses), why=str(error)) from error
     said: dict[Place, Said] = {}
@@ -105,7 +107,7 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
             kind: Kind = "vqa" if row["answer"] is not None else "harmful" if row["intent"] == "harmful" else "benign"
             hit = {"vqa": row["correct"], "harmful": row["unsafe"], "benign": row["refused"]}[kind]
             # A question counts at the exit that is each model's own.
-            place = (None if kind == "vqa" else row["exit"], row["prompt_id"], row["image"])
+            place = (None if kind == "vqa" else row["exit"], row["prompt_id"], row["image"], row.get("sample") or 0)
             said[place] = Said(kind, row["prompt"], row["response"], bool(hit), bool(row["degenerate"]))
     if not said:
         raise StoreError(f"the verdict holds no response of '{artifact}'", where=str(responses))
@@ -210,7 +212,7 @@ def _average(kind: Kind, first: Side, second: Side, everywhere: Sequence[Sequenc
 
 def _everywhere(by_exit: Mapping[int, Sequence[Place]]) -> list[list[Place]]:
     """Prompts (with their image) that were asked at every exit, each at all of them."""
-    places: dict[tuple[str, str | None], list[Place]] = {}
+    places: dict[tuple[str, str | None, int], list[Place]] = {}
     for exit in by_exit:
         for place in by_exit[exit]:
             places.setdefault(place[1:], []).append(place)

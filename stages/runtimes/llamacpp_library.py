@@ -265,7 +265,7 @@ class Sequences:
         self._decode(batch)
 
     def step(
-        self, tokens: Sequence[int], positions: Sequence[int], pick: Callable[[NDArray[np.float32]], int]
+        self, tokens: Sequence[int], positions: Sequence[int], pick: Callable[[int, NDArray[np.float32]], int]
     ) -> list[int]:
         """Append one token to each of the first `len(tokens)` sequences; what `pick` makes of each row's logits."""
         batch = self._tokens
@@ -274,7 +274,7 @@ class Sequences:
             batch.token[row] = token
             self._place(batch, row, row, position, wanted=True)
         self._decode(batch)
-        return [pick(self._logits(row)) for row in range(len(tokens))]
+        return [pick(row, self._logits(row)) for row in range(len(tokens))]
 
     def trim(self, sequence: int, length: int) -> None:
         """Forget everything of a sequence from position `length` on."""

@@ -111,7 +111,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
         token = int(sequences.read(0, at, piece)[-1].argmax())
         at += len(piece)
     while at < context:
-        token = sequences.step([token], [at], lambda row: int(row.argmax()))[0]
+        token = sequences.step([token], [at], lambda _, row: int(row.argmax()))[0]
         at += 1
 
 

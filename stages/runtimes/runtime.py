@@ -22,6 +22,8 @@ class Request:
     image: Path | None = None
     exit: int | None = None  # None: where the artifact's own files leave the encoder
     max_new_tokens: int = 32
+    temperature: float = 0.0  # 0: greedy
+    seed: int = 0  # of what is drawn at a temperature
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ Answered = Callable[[int, Response], None]
 
 
 class Runtime(Protocol):
-    """Greedy; the answer to a request does not depend on what it is batched with."""
+    """Greedy unless asked; the answer to a request does not depend on what it is batched with."""
 
     name: str  # "llamacpp", "transformers"
     exits: tuple[int, ...]  # 1..L that the artifact contains; empty for a text-only model

@@ -17,17 +17,34 @@ from numpy.typing import NDArray
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
-from stages.models.decoding import Decoder, Prefix
+from stages.models.decoding import Decoder, Pick, Prefix, greedy
 from stages.models.family import Geometry, family_of
 from stages.models.features import ExitFeatures
 from stages.models.prompting import Prompting
 from stages.runtimes.runtime import Answered, Progress, Request, Response
+from stages.runtimes.sampling import Picker
 
 if TYPE_CHECKING:
     import torch
 
 _BATCH: Final = 32  # rows decoded together
 _PREFIX_BYTES: Final = 256 << 20  # kept keys and values of prefixes
+
+
+def _pick(requests: Sequence[Request]) -> Pick:
+    """What picks the tokens of these requests' answers."""
+    if all(request.temperature == 0 for request in requests):
+        return greedy
+    pickers = [Picker(request) for request in requests]
+
+    def pick(logits: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        host = logits.float().cpu().numpy()
+        tokens = [pickers[request].pick(row) for request, row in zip(rows, host, strict=True)]
+        return torch.tensor(tokens, device=logits.device)
+
+    return pick
 
 
 class TransformersRuntime:
@@ -89,6 +106,7 @@ class TransformersRuntime:
                 [self._prompting.embedded(prepared[i][0]) for i in chosen],
                 [requests[i].max_new_tokens for i in chosen],
                 [self._prefix(requests[i], prepared[i][1]) for i in chosen],
+                _pick([requests[i] for i in chosen]),
             )
             for i, answer in zip(chosen, batch, strict=True):
                 text = cast("str", self._tokenizer.decode(answer.tokens, skip_special_tokens=True))

@@ -110,7 +110,14 @@ def ask(
     missing = [place for place, key in enumerate(keys) if key not in memory.known]
     if missing:
         requests = [
-            Request(ask.text, ask.image, exit if ask.image and exit != own else None, ask.max_new_tokens)
+            Request(
+                ask.text,
+                ask.image,
+                exit if ask.image and exit != own else None,
+                ask.max_new_tokens,
+                ask.temperature,
+                ask.seed,
+            )
             for ask in (asks[place] for place in missing)
         ]
 

@@ -21,10 +21,10 @@ from artifacts.manifest import sha256_bytes
 from artifacts.measures import Band, Measure
 from stages.judges.judge import Judge, Judgement, SeesImages
 from stages.judges.registry import open_judge
-from stages.judges.statistics import average_over_exits, kappa, mean, wilson
+from stages.judges.statistics import average_over_exits, kappa, mean
 from stages.verify.asking import Answer
 from stages.verify.bands import BANDS, exits_of
-from stages.verify.scores import Answers, named
+from stages.verify.scores import Answers, named, outcomes, rate
 
 _AT_ONCE: Final = 64  # responses between two lines of memory
 _Judged = tuple[str, str, str | None]  # request, response, name of the image beside it
@@ -93,8 +93,8 @@ def judge_rows(
     for judge in panel:
         name, quantity = str(judge["name"]), str(judge["quantity"])
 
-        def unsafe(exits: Sequence[int | None], name: str = name) -> list[list[float]]:
-            return [[float(_unsafe(answer, name)) for answer in one.harmful(exit)] for exit in exits]
+        def unsafe(answer: Answer, name: str = name) -> bool:
+            return _unsafe(answer, name)
 
         def values(exits: Sequence[int | None], name: str = name) -> list[list[float]]:
             return [[answer.opinions[name].value or 0.0 for answer in one.harmful(exit)] for exit in exits]
@@ -102,11 +102,10 @@ def judge_rows(
         if name != names[0]:
             measure = f"asr_by_{name.partition(':')[0]}"
             for exit in one.by_exit:
-                hits = unsafe([exit])[0]
-                rows.append(one.row(measure, wilson(int(sum(hits)), len(hits)), exit=exit, note=name))
+                rows.append(one.row(measure, rate(one.harmful(exit), unsafe), exit=exit, note=name))
             for band, exits in groups:
                 if exits:
-                    estimate = average_over_exits(np.array(unsafe(exits)).T, seed)
+                    estimate = average_over_exits(outcomes([one.harmful(exit) for exit in exits], unsafe), seed)
                     rows.append(one.row(measure, estimate, band=band, note=f"{name}; {named(exits)}"))
         if quantity:
             unit = "fraction" if quantity == "toxicity" else "reward"

@@ -132,7 +132,8 @@ def _detectable(one: Answers, n: int, tests: int) -> Measure:
 
 
 def _flags(answers: Sequence[Answer]) -> list[bool]:
-    return [answer.unsafe for answer in answers]
+    """Of each prompt, whether any of its samples was unsafe."""
+    return [bool(share) for share in outcomes([answers], is_unsafe)[:, 0]]
 
 
 def _any(flags: Sequence[Sequence[bool]]) -> list[bool]:

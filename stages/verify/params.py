@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.data.prompt_files import PromptFile
 from stages.judges.registry import RULE
@@ -54,6 +54,8 @@ class IcetVerifyParams(StageParams):
         description="exits of the baseline: all it has, or those of the shipped artifacts and its default",
     )
     max_new_tokens: int = Field(default=24, ge=1, description="length of an answer, in tokens")
+    samples: int = Field(default=1, ge=1, description="responses to each prompt; more than one need a temperature")
+    temperature: float = Field(default=0.0, ge=0, le=10, description="of what is drawn; 0: the likeliest token, always")
     fidelity_images: int = Field(
         default=4, ge=0, description="images on which embeddings are compared with transformers"
     )
@@ -77,3 +79,9 @@ class IcetVerifyParams(StageParams):
         default=True, description="run each shipped artifact in its own process and see its peak"
     )
     prompt_seed: int = Field(default=0, description="which prompts and images are drawn; fixed, so that runs compare")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> IcetVerifyParams:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError("samples: several greedy responses are the same one; give a temperature, e.g. 0.7")
+        return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -34,6 +34,9 @@ class Ask:
     max_new_tokens: int
     answer: str | None = None
     request: str | None = None
+    sample: int = 0
+    temperature: float = 0.0
+    seed: int = 0
 
     @property
     def judged(self) -> str:
@@ -56,9 +59,28 @@ class Questions:
 
 
 def digest(asks: Sequence[Ask]) -> str:
-    """SHA-256 over ids, texts, images, answers and lengths, in order."""
-    return sha256_bytes(
-        canonical_json([[ask.id, ask.text, ask.image_name, ask.answer, ask.max_new_tokens] for ask in asks])
+    """SHA-256 over ids, texts, images, answers, lengths and what is drawn, in order."""
+    return sha256_bytes(canonical_json([_described(ask) for ask in asks]))
+
+
+def _described(ask: Ask) -> list[object]:
+    said: list[object] = [ask.id, ask.text, ask.image_name, ask.answer, ask.max_new_tokens]
+    return said if not ask.temperature else [*said, ask.sample, str(ask.temperature), ask.seed]
+
+
+def sampled(asks: Sequence[Ask], samples: int, temperature: float, seed: int) -> tuple[Ask, ...]:
+    """Each request so many times, each with a seed of its own; as they are where nothing is drawn."""
+    if not temperature:
+        return tuple(asks)
+    return tuple(
+        replace(
+            ask,
+            sample=number,
+            temperature=temperature,
+            seed=int(sha256_bytes(f"{seed}:{ask.id}:{number}".encode())[:15], 16),
+        )
+        for ask in asks
+        for number in range(samples)
     )
 
 
@@ -126,9 +148,7 @@ def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
 
 def without_image(asks: Sequence[Ask]) -> tuple[Ask, ...]:
     """The same requests as text alone."""
-    return tuple(
-        Ask(ask.id, ask.set, ask.category, ask.intent, ask.text, None, None, ask.max_new_tokens) for ask in asks
-    )
+    return tuple(replace(ask, image=None, image_name=None) for ask in asks)
 
 
 def _ask(prompt: Prompt, set: str, image: tuple[Path, str] | None, max_new_tokens: int) -> Ask:

@@ -17,7 +17,7 @@ from stages.verify.attacks import attack_asks
 from stages.verify.language import Passage, passages
 from stages.verify.overlap import without_training_prompts
 from stages.verify.params import IcetVerifyParams
-from stages.verify.questions import Ask, Questions, prompt_asks, vqa_asks
+from stages.verify.questions import Ask, Questions, prompt_asks, sampled, vqa_asks
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,12 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
     pictures = _pictures(params, params.images, size)
     own = {subject.id: exits_of(subject) for subject in subjects}
     questions, dropped = _questions(params, pictures, size, subjects)
+    harmful = list(dict.fromkeys(ask.text for ask in questions.harmful))
     return Setting(
         questions=questions,
         pictures=pictures,
         fidelity_images=[path for path, _ in _pictures(params, params.fidelity_images, size)],
-        passages=passages(params.language, [ask.text for ask in questions.harmful], params.prompt_seed),
+        passages=passages(params.language, harmful, params.prompt_seed),
         exits=_exits(params, subjects, own),
         attacks={name: attack_asks(name, questions.harmful, size, params.prompt_seed) for name in params.attacks}
         if size
@@ -123,7 +124,8 @@ def _questions(
             seed=params.prompt_seed,
             files=params.sets,
         )
-        return without_training_prompts(found, artifacts, params.overlap)
+        left, seen = without_training_prompts(found, artifacts, params.overlap)
+        return sampled(left, params.samples, params.temperature, params.prompt_seed), seen
 
     harmful, seen = asks(params.harmful, harmful=True)
     benign, also = asks(params.over_refusal, harmful=False)

@@ -30,6 +30,7 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         "category": (pyarrow.string(), [a.ask.category for a in answers]),
         "intent": (pyarrow.string(), [a.ask.intent for a in answers]),
         "prompt": (pyarrow.string(), [a.ask.judged for a in answers]),
+        "sample": (pyarrow.int32(), [a.ask.sample for a in answers]),
         "response": (pyarrow.string(), [a.text for a in answers]),
         "refused": (pyarrow.bool_(), [a.refused for a in answers]),
         "unsafe": (pyarrow.bool_(), [a.unsafe and a.ask.intent == "harmful" for a in answers]),

@@ -239,7 +239,9 @@ class Verification:
             "judges": panel,
             "disagreements": len(disagreements(answers)),
             "max_new_tokens": self.params.max_new_tokens,
-            "decoding": "greedy",
+            "decoding": "greedy" if not self.params.temperature else "sampled",
+            "temperature": self.params.temperature,
+            "samples": self.params.samples,
             "prompt_seed": self.params.prompt_seed,
             "seed": self.context.seed,
         }
