@@ -14,13 +14,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stage_setting import Told, context_of
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import Manifest
 from pipeline.keys import content_key
-from stages.data.calibration import Batch
+from stages.data.calibration import Batch, Calibration
+from stages.data.refusals import REFUSALS
+from stages.models.checkpoint import read_config
+from stages.models.family import family_of
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.auto import solve
 from stages.quantize.convert import convert_language_model
@@ -93,6 +96,19 @@ def test_what_is_measured_from_the_changed_block_on_is_the_kl_of_the_whole_model
         assert value == pytest.approx(direct(model, other, before, after), rel=1e-3)
         assert value > 1e-4
     assert probe.divergence(0).text < 1e-6  # the weights are back
+
+
+def test_of_a_refusal_behind_a_prompt_the_predictions_of_its_own_tokens_count(tiny_llava: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llava)
+    family = family_of(read_config(tiny_llava))
+    material = Calibration(family, tiny_llava, model, tokenizer, "train", length=64, pictures=2, seed=0)
+    for number in range(2):
+        passage = material.refusal(number)
+        spoken = tokenizer(REFUSALS[number], add_special_tokens=False).input_ids
+        expected = model.get_input_embeddings()(torch.tensor(spoken))
+        assert len(passage.embeddings) - passage.first == len(spoken) + 1  # and what comes behind
+        torch.testing.assert_close(passage.embeddings[passage.first + 1 :], expected)
 
 
 costs = st.floats(0, 1, allow_nan=False)
