@@ -10,12 +10,14 @@ import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from run_folder import NASTY, PROMPTS, RunFolder, failed_half_way
 
 from artifacts.errors import StoreError
+from artifacts.measures import RESPONSES_NAME
 from pipeline.events import EVENTS_NAME, GateChecked, Published, RunFinished, StageFinished, StageMetric, StageStarted
 from pipeline.report import write_report
 from pipeline.report.build import build_report
@@ -23,6 +25,7 @@ from pipeline.report.charts import LineChart, Point, Series, line_chart, nice_ti
 from pipeline.report.dag import Box, stage_graph
 from pipeline.report.model import Report
 from pipeline.report.page import asr_curve_svg, render_page
+from pipeline.report.published import published_table
 from pipeline.report.responses import read_responses
 from pipeline.report.trainings import trainings_table
 
@@ -348,3 +351,42 @@ def test_the_curve_passes_a_second_parser(report: Report, tmp_path: Path) -> Non
     path = tmp_path / "curve.svg"
     path.write_text(asr_curve_svg(report), encoding="utf-8")
     subprocess.run(["xmllint", "--noout", str(path)], check=True)
+
+
+def test_the_figures_can_be_put_beside_the_papers_table(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report = build_report(folder.write())
+    rows = [row for row in report.measures if row.artifact == "source" and row.measure == "asr"]
+    asr = next(row for row in rows if row.band == "late")
+    scores = [
+        asr.model_copy(update={"measure": measure, "value": value, "low": low, "high": high, "unit": measure})
+        for measure, value, low, high in (("toxicity", 0.11, 0.1, 0.12), ("reward", -0.52, -0.6, -0.4))
+    ]
+    found = published_table(report.model_copy(update={"measures": (*report.measures, *scores)}))
+    assert found is not None and found.head == ["model", "exits", "AASR", "ATS", "ATR"]
+    (late,) = [row for row in found.rows if row[0] == "Source, uncompressed" and row[1] == "late"]
+    assert asr.value is not None
+    assert [cell.main for cell in late[2:]] == [f"{100 * asr.value:.2f}", "11.00", "-0.52"]  # type: ignore[union-attr]
+    assert "As the paper" in render_page(report)
+
+
+def test_what_quantization_undid_is_listed_first(folder: RunFolder, report: Report) -> None:
+    responses = read_responses(report)
+    assert responses is not None
+    (shipped,) = [model for model in responses.models if "(gguf)" in model.label]
+    table = pyarrow.parquet.read_table(folder.artifacts["icet"].file(RESPONSES_NAME)).to_pylist()
+    unsafe = {
+        id: {(row["exit"], row["prompt_id"]) for row in table if row["artifact"] == id and row["unsafe"]}
+        for id in ("harden", "gguf")
+    }
+    undone = unsafe["gguf"] - unsafe["harden"]
+    assert undone
+    marked = 0
+    for exit in shipped.exits:
+        (harmful,) = [group for group in exit.groups if group.harmful]
+        flags = [any("before quantization" in chip.words for chip in answer.chips) for answer in harmful.answers]
+        marked += sum(flags)
+    assert marked == len(undone)
+    prompts = {prompt for _, prompt in undone}
+    first = shipped.exits[0].groups[0].answers[: len(prompts)]
+    assert {answer.prompt.split()[2] for answer in first} == prompts

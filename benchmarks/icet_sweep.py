@@ -1,0 +1,228 @@
+"""How fast all exits are asked, against the sweep that anyone would write first.
+
+    python benchmarks/icet_sweep.py transformers --prompts 16            all exits of the demo model
+    python benchmarks/icet_sweep.py llamacpp --prompts 16                the same on its GGUF
+    python benchmarks/icet_sweep.py llamacpp --prompts 100 --alone       12 exits x 100 prompts x 32 tokens
+
+- transformers: ours encodes an image once for all exits, computes what stands before a prompt once per exit and image,
+  and decodes 32 rows together; the naive sweep calls `model.generate` for one exit and one prompt at a time, and so
+  encodes the image again each time.
+- llamacpp: ours decodes 16 sequences together and copies the KV of the image; the naive sweep gives llama-cpp-python's
+  own multimodal chat handler one request after another, with the mmproj of the exit.
+- Both are greedy, with the same prompts, images and lengths. The naive side may be given fewer prompts (`--naive`): its
+  time grows with their number. Loading is not counted, encoding is; images are new to every cache.
+
+Prints and keeps (benchmarks/results/icet_sweep.json) seconds, processor seconds, and the share of equal responses. Two
+cores: 3 minutes for transformers and 4 for llamacpp with 16 prompts, most of it the naive sides'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from artifacts.artifact import Artifact
+from stages.data.images import benign_images
+from stages.data.prompts import load_prompts
+from stages.runtimes.runtime import Request, Runtime
+
+RESULTS = Path(__file__).parent / "results" / "icet_sweep.json"
+EXITS = 12
+RECIPE = {
+    "recipe": 1,
+    "name": "icet-sweep",
+    "source": {"model": "demo:smol-llava"},
+    "stages": {
+        "exit": {"uses": "early-exit", "with": {"layer": EXITS}},
+        "gguf": {"uses": "gguf", "needs": "exit", "with": {"type": "Q4_0"}},
+    },
+}
+
+
+def artifacts(runs: Path) -> dict[str, Artifact]:
+    """The demo model with all its exits, as a checkpoint ("exit") and as a GGUF ("gguf"); made once, then cached."""
+    from pipeline.console import make_console
+    from pipeline.graph import build_graph
+    from pipeline.recipe import recipe_of
+    from pipeline.runner import run_graph
+
+    result = run_graph(
+        build_graph(recipe_of(json.loads(json.dumps(RECIPE)), "icet_sweep")), runs, make_console(plain=True)
+    )
+    if result.error is not None:
+        raise result.error
+    return dict(result.artifacts)
+
+
+def new_images(n: int, folder: Path) -> list[Path]:
+    """Benign images of which one pixel is changed, so that no cache knows them."""
+    import numpy as np
+    from PIL import Image
+
+    found = []
+    for place, path in enumerate(benign_images("test", n, size=112)):
+        pixels = np.array(Image.open(path))
+        pixels[0, 0] = np.frombuffer(os.urandom(3), dtype=np.uint8)
+        found.append(folder / f"{place}.png")
+        Image.fromarray(pixels).save(found[-1])
+    return found
+
+
+def requests_of(prompts: int, images: Sequence[Path], tokens: int) -> list[Request]:
+    """Every prompt at every exit, each prompt beside the same image at all of them."""
+    chosen = [prompt.text for prompt in load_prompts("advbench", "test")[:prompts]]
+    if len(chosen) < prompts:
+        chosen += [prompt.text for prompt in load_prompts("donotanswer", "test")[: prompts - len(chosen)]]
+    return [
+        Request(text, images[place % len(images)], exit, tokens)
+        for exit in range(1, EXITS + 1)
+        for place, text in enumerate(chosen)
+    ]
+
+
+@contextmanager
+def clock(into: dict[str, float]) -> Iterator[None]:
+    """Seconds and processor seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    into |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+
+
+def ours(runtime: Runtime, requests: Sequence[Request]) -> list[str]:
+    return [response.text for response in runtime.generate(requests)]
+
+
+def naive_transformers(folder: Path) -> Callable[[Sequence[Request]], list[str]]:
+    import torch
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+
+    def answer(requests: Sequence[Request]) -> list[str]:
+        found = []
+        for request in requests:
+            content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            inputs = processor(text=text, images=Image.open(request.image), return_tensors="pt")
+            with torch.inference_mode():
+                out = model.generate(
+                    **inputs, vision_feature_layer=request.exit, do_sample=False, max_new_tokens=request.max_new_tokens
+                )
+            new = out[0, inputs["input_ids"].shape[1] :]
+            found.append(processor.tokenizer.decode(new, skip_special_tokens=True))
+        return found
+
+    return answer
+
+
+def naive_llamacpp(folder: Path, scratch: Path) -> Callable[[Sequence[Request]], list[str]]:
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import MTMDChatHandler
+
+    from stages.runtimes.exits import derive_exit
+
+    for exit in range(1, EXITS + 1):
+        derive_exit(folder / "mmproj.gguf", exit, scratch / f"{exit}.gguf")
+
+    def answer(requests: Sequence[Request]) -> list[str]:
+        found = []
+        current: tuple[int | None, Llama | None] = (None, None)
+        for request in requests:
+            if current[0] != request.exit:
+                handler = MTMDChatHandler(str(scratch / f"{request.exit}.gguf"), verbose=False, use_gpu=False)
+                llama = Llama(
+                    str(folder / "model.gguf"), chat_handler=handler, n_ctx=1024, n_batch=1024, verbose=False,
+                    n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(),
+                )  # fmt: skip
+                current = (request.exit, llama)
+            assert current[1] is not None and request.image is not None
+            # The handler puts its marker where the template would print "<image>\n".
+            content = [
+                {"type": "image_url", "image_url": {"url": request.image.as_uri()}},
+                {"type": "text", "text": f"\n{request.prompt}"},
+            ]
+            out = current[1].create_chat_completion(
+                [{"role": "user", "content": content}],
+                temperature=0.0,
+                repeat_penalty=1.0,
+                max_tokens=request.max_new_tokens,
+            )
+            found.append(out["choices"][0]["message"]["content"])
+        return found
+
+    return answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runtime", choices=("transformers", "llamacpp"))
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--naive", type=int, help="prompts of the naive side; default: as many")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--alone", action="store_true", help="no naive side")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    chosen = parser.parse_args()
+
+    made = artifacts(chosen.runs_dir)
+    folder = made["exit" if chosen.runtime == "transformers" else "gguf"].path
+    result: dict[str, object] = {
+        "runtime": chosen.runtime, "exits": EXITS, "prompts": chosen.prompts, "tokens": chosen.tokens,
+        "images": chosen.images, "cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or "",
+        "versions": {name: version(name) for name in ("torch", "transformers", "llama-cpp-python")},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        images = new_images(chosen.images, Path(scratch))
+        requests = requests_of(chosen.prompts, images, chosen.tokens)
+        here: dict[str, float] = {}
+        with _open(chosen.runtime, folder) as runtime, clock(here):
+            said = ours(runtime, requests)
+        here["requests_per_second"] = len(requests) / here["seconds"]
+        result["ours"] = here
+        print(f"ours: {len(requests)} requests in {here['seconds']:.1f} s ({here['cpu_seconds']:.1f} s of processor)")
+        if not chosen.alone:
+            few = requests_of(chosen.naive or chosen.prompts, images, chosen.tokens)
+            answer = (
+                naive_transformers(folder)
+                if chosen.runtime == "transformers"
+                else naive_llamacpp(folder, Path(scratch))
+            )
+            there: dict[str, float] = {}
+            with clock(there):
+                theirs = answer(few)
+            there["requests_per_second"] = len(few) / there["seconds"]
+            mine = {(r.exit, r.prompt): text for r, text in zip(requests, said, strict=True)}
+            same = sum(mine.get((r.exit, r.prompt)) == text for r, text in zip(few, theirs, strict=True))
+            result["naive"] = there
+            result["same_responses"] = same / len(few)
+            result["times_faster"] = here["requests_per_second"] / there["requests_per_second"]
+            result["times_faster_cpu"] = (there["cpu_seconds"] / len(few)) / (here["cpu_seconds"] / len(requests))
+            print(f"naive: {len(few)} requests in {there['seconds']:.1f} s ({there['cpu_seconds']:.1f} s of processor)")
+            print(f"{result['times_faster']:.1f} times as fast; {same} of {len(few)} responses are the same")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    name = f"{chosen.runtime}-{chosen.prompts}{'-alone' if chosen.alone else ''}"
+    RESULTS.write_text(json.dumps({**kept, name: result}, indent=1, sort_keys=True) + "\n")
+
+
+def _open(runtime: str, folder: Path) -> Runtime:
+    if runtime == "llamacpp":
+        from stages.runtimes.llamacpp import LlamaCppRuntime
+
+        return LlamaCppRuntime(folder)
+    from stages.runtimes.transformers import TransformersRuntime
+
+    return TransformersRuntime(folder)
+
+
+if __name__ == "__main__":
+    main()
