@@ -190,7 +190,7 @@ def _report(bundle: Bundle) -> Finding:
             if name.endswith(MEASURES_NAME)
             for row in _measures(bundle.folder / name)
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StoreError) as error:
         return Finding("report", False, f"it cannot be read: {error}")
     artifact = bundle.manifest.annotations.get(ARTIFACT)
     if not any(row.digest == artifact and row.shipped for row in report.artifacts):

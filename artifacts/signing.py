@@ -102,7 +102,9 @@ def sign_bundle(bundle: Bundle, signer: Signer) -> Path:
     try:
         if signer.certificate is not None:
             config.use_certificate_signer(
-                private_key=signer.key, signing_certificate=signer.certificate, certificate_chain=signer.chain
+                private_key=signer.key,
+                signing_certificate=signer.certificate,
+                certificate_chain=signer.chain or (signer.certificate,),  # it does not take an empty one
             )
         else:
             config.use_elliptic_key_signer(private_key=signer.key, password=signer.password)

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from artifacts.errors import PipelineError
+from pipeline.cli_publish import commands
 
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs.", metavar="FOLDER")]
 Overrides = Annotated[
@@ -294,46 +295,6 @@ def inspect(artifact: ArtifactName, runs_dir: RunsDir = RUNS, as_json: AsJson = 
 
 
 @app.command()
-def chat(
-    artifact: ArtifactName,
-    image: Annotated[Path | None, typer.Option("--image", help="A picture to ask about.", metavar="FILE")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="One question; without it, a conversation.")] = None,
-    exit: Annotated[
-        int | None,
-        typer.Option("--exit", help="Leave the image encoder after this layer; default: the artifact's own."),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Length of an answer.")] = 256,
-    runs_dir: RunsDir = RUNS,
-) -> None:
-    """Ask a model a question. A GGUF in llama.cpp, a checkpoint in transformers; each question stands alone.
-
-    \b
-    Example: pipeline chat gguf --image cat.png --prompt "What is in the picture?"
-    """
-    from pipeline.commands.chat import open_chat
-    from pipeline.commands.load import find_artifact
-
-    with open_chat(find_artifact(artifact, runs_dir), image, exit, max_new_tokens) as conversation:
-        while True:
-            question = prompt if prompt is not None else _ask()
-            if question is None:
-                return
-            if question.strip():
-                for piece in conversation.answer(question):
-                    print(piece, end="", flush=True)
-                print()
-            if prompt is not None:
-                return
-
-
-def _ask() -> str | None:
-    try:
-        return input("> ")
-    except EOFError:
-        return None
-
-
-@app.command()
 def fetch(recipe: RecipeName, set: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
     """Download all that a recipe reads. Afterwards it runs without a network.
 
@@ -490,6 +451,9 @@ def compare(
         _print_json(comparison_dict(found))
     else:
         print(show_comparison(found, responses))
+
+
+commands(app)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.bundle import Bundle, BundleFile, write_bundle
-from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHTS
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_MANIFEST, MEDIA_WEIGHTS
 
 NEEDS_REGISTRY = pytest.mark.skipif(
     shutil.which("docker-registry") is None, reason="docker-registry is not installed (apt install docker-registry)"
@@ -61,7 +61,8 @@ class RegistryServer:
             self._process = None
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://{self.host}/v2/{path}") as answer:
+        asked = urllib.request.Request(f"http://{self.host}/v2/{path}", headers={"Accept": MEDIA_MANIFEST})
+        with urllib.request.urlopen(asked) as answer:
             found: bytes = answer.read()
         return found
 

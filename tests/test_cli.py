@@ -25,6 +25,10 @@ COMMANDS = (
     "schema",
     "inspect",
     "chat",
+    "publish",
+    "pull",
+    "check",
+    "serve",
     "fetch",
     "gc",
     "doctor",
@@ -148,6 +152,12 @@ def test_a_plan_says_what_the_memory_of_the_result_is_for_and_draws_it_against_t
     assert memory["total"] == sum(memory[part] for part in parts) and memory["context"] == 512
     assert set(memory["by_type"]) == {"F32", "Q5_0", "Q8_0"} and sum(memory["by_type"].values()) == memory["weights"]
     assert len(memory["fallbacks"]) == 2
+
+
+def test_a_plan_says_what_there_is_beside_weights_whose_types_are_chosen_while_running(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(CUT + "  gguf: {uses: gguf, needs: exit, with: {type: auto}}\n")
+    text = cli("plan", str(tmp_path / "r.yaml")).output
+    assert re.search(r"^memory   gguf: types are chosen while running: beside the weights \d+ MiB", text, re.MULTILINE)
 
 
 def test_a_plan_says_what_is_not_predicted_of_a_gptq_checkpoint(tmp_path: Path) -> None:

@@ -132,6 +132,9 @@ class Registry:
             if response.status_code == 404:
                 raise NotFoundError(f"blob {blob.digest} is not there", where=self.name)
             self._expect(response, 200, 206)
+            begins = f"bytes {offset}-"
+            if response.status_code == 206 and not response.headers.get("Content-Range", begins).startswith(begins):
+                raise _UnreachableError("it sends another part than was asked for")
             skip = offset if response.status_code == 200 else 0  # it may not know ranges
             got = offset - skip
             try:

@@ -121,7 +121,7 @@ def pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None 
             if moved is not None:
                 moved(name, done, total)
         _download(place, manifest.config, partial, CONFIG_NAME)
-        _attestations(place, manifest, partial)
+        pull_attestations(place, manifest, partial)
         _remove_others(partial, {*names, CONFIG_NAME, MANIFEST_NAME})
         if target.exists():
             target.rmdir()
@@ -222,7 +222,8 @@ def _checked(place: Place, blob: Descriptor, held: int, hasher: hashlib._Hash) -
         )
 
 
-def _attestations(place: Place, manifest: OciManifest, partial: Path) -> None:
+def pull_attestations(place: Place, manifest: OciManifest, partial: Path) -> None:
+    """Bring what attests a manifest into a bundle's folder; what was there before goes."""
     folder = partial / ATTESTATIONS
     if folder.is_symlink() or folder.exists():
         force_remove(folder)

@@ -1,4 +1,4 @@
-"""One question to an artifact, in the runtime that it is made for."""
+"""One question to a model, in the runtime that it is made for, within the memory that it may take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from artifacts.errors import RecipeError
 
 if TYPE_CHECKING:
-    from artifacts.artifact import Artifact
+    from pipeline.commands.model import FoundModel, Room
     from stages.runtimes.runtime import Runtime
 
 
@@ -37,8 +37,10 @@ class Chat:
 
 
 @contextmanager
-def open_chat(artifact: Artifact, image: Path | None, exit: int | None, max_new_tokens: int) -> Iterator[Chat]:
-    """Load the artifact.
+def open_chat(
+    found: FoundModel, image: Path | None, exit: int | None, max_new_tokens: int, room: Room | None = None
+) -> Iterator[Chat]:
+    """Load the model; `room`: the context that it may take, of a GGUF.
 
     Raises:
         RecipeError: not a model, no such exit, or no such image. SourceError, StageError: the model is damaged.
@@ -51,7 +53,7 @@ def open_chat(artifact: Artifact, image: Path | None, exit: int | None, max_new_
             why="an exit is where the image encoder is left",
             way_out="add --image FILE",
         )
-    with _runtime(artifact) as runtime:
+    with _runtime(found, room) as runtime:
         if exit is not None and exit not in runtime.exits:
             exits = runtime.exits
             raise RecipeError(
@@ -62,17 +64,12 @@ def open_chat(artifact: Artifact, image: Path | None, exit: int | None, max_new_
         yield Chat(runtime, image, exit, max_new_tokens)
 
 
-def _runtime(artifact: Artifact) -> Runtime:
-    if artifact.type == "gguf":
+def _runtime(found: FoundModel, room: Room | None) -> Runtime:
+    if found.model is not None:
         from stages.runtimes.llamacpp import LlamaCppRuntime
 
-        return LlamaCppRuntime(artifact.path)
-    if artifact.type in ("checkpoint", "gptq"):
-        from stages.runtimes.transformers import TransformersRuntime
+        context = room.context if room is not None else None
+        return LlamaCppRuntime(found.model, found.mmproj, parallel=1, context=context)
+    from stages.runtimes.transformers import TransformersRuntime
 
-        return TransformersRuntime(artifact.path)
-    raise RecipeError(
-        f"an artifact of type {artifact.type!r} cannot answer",
-        where=str(artifact.path),
-        way_out="choose a gguf, a gptq or a checkpoint",
-    )
+    return TransformersRuntime(found.folder)

@@ -1,0 +1,163 @@
+"""What `chat` and `serve` open: a model wherever it lies, checked where asked, within a device's memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from artifacts.errors import RecipeError, StageError
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from artifacts.attestation_check import Policy
+    from artifacts.bundle import Bundle
+    from pipeline.device import Device
+
+_CELLS: Final = 256  # llama.cpp rounds a context up to multiples of this
+_SHORTEST: Final = 512  # tokens
+BATCH: Final = 512  # tokens read at once; what the memory plan counts with
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model on disk. `model` is the file for llama.cpp, None of a checkpoint."""
+
+    name: str
+    type: str
+    folder: Path
+    model: Path | None = None
+    mmproj: Path | None = None
+    bundle: Bundle | None = None
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a model may take while it answers. `predicted` and `budget` in bytes; None: not known."""
+
+    context: int  # tokens
+    predicted: int | None = None
+    budget: int | None = None
+    device: str = ""
+
+
+def find_model(name: str, runs_dir: Path, policy: Policy | None = None, mmproj: Path | None = None) -> FoundModel:
+    """The model that `name` means: a bundle's folder, a reference, a GGUF file, or what `find_artifact` finds.
+
+    Raises:
+        RecipeError, StoreError: there is none. GateError: the policy refuses it, or nothing is signed.
+    """
+    from artifacts.artifact import Artifact as Opened
+    from artifacts.bundle import MANIFEST_NAME
+    from artifacts.registry.place import looks_like_reference
+    from pipeline.commands.check import refuse_untrusted
+    from pipeline.commands.load import find_artifact
+    from pipeline.commands.pull import kept_bundle
+
+    path = Path(name).expanduser()
+    if looks_like_reference(name) or (path / MANIFEST_NAME).is_file():
+        bundle = kept_bundle(name)
+        if policy is not None:
+            refuse_untrusted(bundle, policy)
+        else:
+            bundle.refuse_damage()
+        title = bundle.manifest.annotations.get("org.opencontainers.image.title", "model")
+        return _of_artifact(Opened.open(bundle.folder), title, bundle)
+    if policy is not None:
+        raise RecipeError(
+            f"{name} is no bundle, so a policy cannot be checked",
+            way_out="give a bundle's folder or a reference; or leave the policy out",
+        )
+    if path.is_file():
+        beside = mmproj or next((p for p in (path.parent / "mmproj.gguf",) if p.is_file()), None)
+        return FoundModel(path.stem, "gguf", path.parent, path, beside)
+    return _of_artifact(find_artifact(name, runs_dir), name, None)
+
+
+def _of_artifact(artifact: Artifact, name: str, bundle: Bundle | None) -> FoundModel:
+    if artifact.type not in ("gguf", "checkpoint", "gptq"):
+        raise RecipeError(
+            f"an artifact of type {artifact.type!r} cannot answer",
+            where=str(artifact.path),
+            way_out="choose a gguf, a gptq or a checkpoint",
+        )
+    if artifact.type != "gguf":
+        return FoundModel(name, artifact.type, artifact.path, bundle=bundle)
+    from stages.runtimes.gguf_parts import model_file
+
+    mmproj = artifact.path / "mmproj.gguf"
+    return FoundModel(
+        name, "gguf", artifact.path, model_file(artifact.path), mmproj if mmproj.is_file() else None, bundle
+    )
+
+
+def room_for(found: FoundModel, device: str | None, context: int | None) -> Room:
+    """The longest context up to what is asked for that fits the device's memory.
+
+    Args:
+        device: a profile's name; None: the one that the bundle was planned for, and none of a loose file.
+        context: tokens; None: the device's.
+
+    Raises:
+        RecipeError: no such device, or not even a short context fits.
+    """
+    from stages.runtimes.gguf_parts import read_model
+
+    assert found.model is not None
+    profile = _profile(found, device)
+    header = read_model(found.model)
+    architecture = header.fields.get("general.architecture")
+    trained = header.fields.get(f"{architecture}.context_length")
+    wanted = context or (profile.context if profile is not None else 4096)
+    wanted = min(wanted, trained) if isinstance(trained, int) else wanted
+    if profile is None:
+        return Room(wanted)
+    return _fitting(found, profile, wanted)
+
+
+def _fitting(found: FoundModel, profile: Device, wanted: int) -> Room:
+    from pipeline.device import show_bytes
+    from stages.runtimes.prediction import predict_files
+
+    assert found.model is not None
+    context = wanted
+    while True:
+        try:
+            needed = predict_files(found.model, found.mmproj, context).total
+        except StageError as error:
+            raise RecipeError(
+                "its memory cannot be planned", where=str(found.model), why=error.what, way_out="leave --device out"
+            ) from error
+        if needed <= profile.memory:
+            return Room(context, needed, profile.memory, profile.name)
+        shorter = max(_SHORTEST, context // 2 // _CELLS * _CELLS)
+        if context <= _SHORTEST:
+            raise RecipeError(
+                f"{found.name} does not fit the device '{profile.name}'",
+                why=f"even a context of {context} tokens needs {show_bytes(needed)}, the device allows "
+                f"{show_bytes(profile.memory)}",
+                way_out="choose a larger device, or a smaller model",
+            )
+        context = shorter
+
+
+def _profile(found: FoundModel, name: str | None) -> Device | None:
+    from pipeline.device import Device, device, device_names
+    from pipeline.explain import nearest
+
+    if name is not None:
+        try:
+            return device(name)
+        except KeyError:
+            raise RecipeError(f"there is no device {name!r}", way_out=nearest(name, device_names())) from None
+    plan = found.folder / "memory.json"
+    if found.bundle is None or "memory.json" not in found.bundle.manifest.files:
+        return None
+    try:
+        data = json.loads(plan.read_bytes())
+        if data.get("budget") is None:
+            return None
+        return Device.model_validate({"name": data["device"], "memory": data["budget"], "context": data["context"]})
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError("the memory plan cannot be read", where=str(plan), why=str(error)) from error
