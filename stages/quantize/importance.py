@@ -62,8 +62,10 @@ class ImatrixStage(Stage[ImatrixParams]):
 
         wanted = self.params.calibration
         source = context.input("checkpoint")
-        family = family_of(checkpoint.read_config(source.path), where=str(source.path))
-        model = family.load(source.path, device=device_of(self.params.device, context.team))
+        config = checkpoint.read_config(source.path)
+        family = family_of(config, where=str(source.path))
+        device = device_of(self.params.device, context.team)
+        model = family.load(source.path, dtype=checkpoint.dtype_of(config), device=device)
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
         context.progress(0, wanted.samples, "reading calibration data")
         material = Calibration(
