@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -34,15 +35,14 @@ def test_every_parameter_is_described_and_its_default_is_what_a_recipe_would_say
         field.alias or field_name for field_name, field in cls.Params.model_fields.items()
     }
     assert all(parameter["description"] for parameter in kind["parameters"])
-    written: dict[str, object] = {}
+    written: dict[str, Any] = {}
     for parameter in kind["parameters"]:
         if parameter["default"] is not None and parameter["type"] != "section":
-            outer, _, inner = parameter["name"].partition(".")
-            value = yaml.safe_load(parameter["default"])
-            if not inner:
-                written[outer] = value
-            elif isinstance(section := written.setdefault(outer, {}), dict):
-                section[inner] = value
+            *sections, inner = parameter["name"].split(".")
+            place = written
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[inner] = yaml.safe_load(parameter["default"])
     required = {p["name"] for p in kind["parameters"] if p["default"] is None}
     optional = {p["name"] for p in kind["parameters"] if p["type"] == "section" and p["default"] == "null"}
     if required or optional:
