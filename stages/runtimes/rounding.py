@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TYPES: Final = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ3_S"),
+    *("MXFP4", "TQ2_0", "TQ1_0"),
     # Without an importance matrix llama.cpp writes none of these (llama-quant.cpp, tensor_requires_imatrix), and for
     # some of them libggml ends the process.
     *("IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
@@ -34,7 +35,7 @@ NEED_IMATRIX: Final = frozenset({"IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M
 # What llama.cpp takes for rows that the blocks of a type do not divide (llama-quant.cpp, tensor_type_fallback); it is
 # compared with the installed library by a test. Rows that these do not divide either stay F16.
 _FALLBACK: Final = {
-    "Q2_K": "Q4_0",
+    **dict.fromkeys(("Q2_K", "Q2_0", "TQ2_0", "TQ1_0"), "Q4_0"),
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
