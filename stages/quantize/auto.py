@@ -32,7 +32,7 @@ from stages.quantize.options import (
     padded,
 )
 from stages.quantize.sensitivity import Divergence
-from stages.quantize.types import ALIASES, FLOATS, Exact
+from stages.quantize.types import ALIASES, FLOATS, TYPES, Exact
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.imatrix import Importance
 from stages.stage import Context
@@ -101,12 +101,12 @@ def automatic(
 
 def exact_of(choice: Choice, shapes: Shapes) -> Exact:
     """What llama.cpp is told: a file type for the metadata, and the type of every tensor."""
-    bytes_of: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
     for name, type in choice.types.items():
         if type not in FLOATS:
-            bytes_of[type] += int(np.prod(shapes[name]))
-    most = bytes_of.most_common(1)[0][0] if bytes_of else "Q8_0"
-    return Exact(ALIASES.get(most, most), choice.types)
+            weights[type] += int(np.prod(shapes[name]))
+    named = (ALIASES.get(type, type) for type, _ in weights.most_common())
+    return Exact(next((name for name in named if name in TYPES), "Q8_0"), choice.types)
 
 
 class _Budget:
