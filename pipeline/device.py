@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -92,54 +92,63 @@ def device(name: str) -> Device:
 
 
 def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
-    """What is wrong, why, and the way out, if a GGUF does not fit; None when it fits or cannot be known here."""
-    from stages.runtimes.prediction import predict_memory
+    """What is wrong, why, and the way out, if a GGUF does not fit; None when it fits or cannot be known here.
 
-    if spec.quantization is None:
-        return None
+    Without `spec.quantization` the types are chosen while the recipe runs; then the smallest there are must fit.
+    """
+    from stages.runtimes.prediction import least_memory, predict_memory
+
+    chosen = spec.quantization is None
 
     def need(spec: ModelSpec, context: int) -> int:
-        return predict_memory(spec, context).total
+        return (least_memory if chosen else predict_memory)(spec, context).total
 
     try:
         needed = need(spec, budget.context)
         if needed <= budget.memory:
             return None
-        by_type = {kind: need(replace(spec, quantization=kind), budget.context) for kind in _KINDS}
+        fewer = {} if chosen else {kind: need(replace(spec, quantization=kind), budget.context) for kind in _KINDS}
     except StageError:
         return None  # no llama.cpp here: `plan` says so
-    what = f"{spec.quantization} does not fit the device '{budget.name}'"
+    what = f"{'no choice of types fits' if chosen else f'{spec.quantization} does not fit'} the device '{budget.name}'"
     why = (
-        f"it needs {show_bytes(needed)} at a context of {budget.context} tokens, "
-        f"the device allows {show_bytes(budget.memory)}"
+        f"{'with the smallest that the shapes allow ' if chosen else ''}it needs {show_bytes(needed)} at a context of "
+        f"{budget.context} tokens, the device allows {show_bytes(budget.memory)}"
     )
-    fitting = [kind for kind in _KINDS if by_type[kind] <= budget.memory]
+    fitting = [kind for kind in fewer if fewer[kind] <= budget.memory]
     if fitting:
-        best = max(fitting, key=lambda kind: by_type[kind])
-        return (
-            what,
-            why,
-            f"the largest type that fits is {best} ({show_bytes(by_type[best])}); or choose a larger device",
-        )
-    return what, why, _smaller(spec, budget, by_type, need)
+        best = max(fitting, key=lambda kind: fewer[kind])
+        return what, why, f"the largest type that fits is {best} ({show_bytes(fewer[best])}); or choose a larger device"
+    if chosen:
+        return what, why, _smaller(spec, budget, "the smallest types", need)
+    kind = min(fewer, key=lambda kind: fewer[kind])
+    return what, why, _smaller(replace(spec, quantization=kind), budget, kind, need)
 
 
-def _smaller(spec: ModelSpec, budget: Device, by_type: Mapping[str, int], need: Callable[[ModelSpec, int], int]) -> str:
-    """What to change where no type fits, each change with its figure, and what all of them come to."""
-    kind = min(by_type, key=lambda kind: by_type[kind])
-    least, context, changes = replace(spec, quantization=kind), budget.context, [kind]
+def _smaller(spec: ModelSpec, budget: Device, types: str, need: Callable[[ModelSpec, int], int]) -> str:
+    """What to change where no type fits, each change with its figure, and what all of them come to.
+
+    Args:
+        spec: with the smallest types, which are called `types`.
+    """
+    smallest, context, changes = need(spec, budget.context), budget.context, [types]
 
     def shown(size: int) -> str:
         return f"{show_bytes(size)}{' and fits' if size <= budget.memory else ''}"
 
-    hints = [f"no type fits: the smallest, {kind}, needs {show_bytes(by_type[kind])}"]
+    hints = [
+        f"no type fits: {types} need {show_bytes(smallest)}"
+        if spec.quantization is None
+        else f"no type fits: the smallest, {types}, needs {show_bytes(smallest)}"
+    ]
     shortest = _shortest_context(spec)
     if shortest < context:
-        hints.append(f"with context: {shortest} it needs {shown(need(least, shortest))}")
+        hints.append(f"with context: {shortest} it needs {shown(need(spec, shortest))}")
         changes.append(f"context: {shortest}")
         context = shortest
+    least = spec
     if spec.vision is not None and spec.vision.default_exit > 1:
-        least = least.with_exit(1)
+        least = spec.with_exit(1)
         exit = f"exit 1 instead of {spec.vision.default_exit}"
         hints.append(f"leaving the image encoder at {exit}, {shown(need(least, budget.context))}")
         changes.append("exit 1")
@@ -148,10 +157,9 @@ def _smaller(spec: ModelSpec, budget: Device, by_type: Mapping[str, int], need: 
         hints.append(f"the least that can be reached, with {', '.join(changes)}, is {shown(reached)}")
     if reached > budget.memory:
         hints.append("start from a smaller model")
-    larger = next((name for name in device_names() if device(name).memory >= by_type[kind]), None)
-    hints.append(
-        f"the smallest device that holds {kind} is '{larger}'" if larger else f"no shipped device holds {kind}"
-    )
+    larger = next((name for name in device_names() if device(name).memory >= smallest), None)
+    held = f"the smallest device that holds {types} is '{larger}'" if larger else f"no shipped device holds {types}"
+    hints.append(held)
     return "; ".join(hints)
 
 

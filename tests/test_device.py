@@ -100,6 +100,16 @@ def test_a_budget_that_nothing_fits_is_refused_with_every_change_and_the_least_t
         build_graph(load_recipe(path))
 
 
+def test_types_that_are_chosen_while_running_are_refused_only_where_no_choice_can_fit(tmp_path: Path) -> None:
+    error = refused(tmp_path, "20MiB", 2048, "auto")
+    assert "no choice of types fits the device 'inline'" in error.what
+    assert re.search(r"with the smallest that the shapes allow it needs \d+ MiB", error.why or "")
+    assert re.search(r"context: 256, exit 1, is \d+ MiB; start from a smaller model", error.way_out or "")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(memory="220MiB", context=512, type="auto"))
+    assert build_graph(load_recipe(path)).shipped == ("gguf",)
+
+
 def test_a_change_that_is_enough_is_said_to_be(tmp_path: Path) -> None:
     error = refused(tmp_path, "230MiB", 4096, "Q4_0")
     assert re.search(r"with context: 256 it needs \d+ MiB and fits;", error.way_out or ""), error.way_out

@@ -21,6 +21,7 @@ from stages.runtimes.hollow import encoder_tensors, text_tensors, write_hollow_m
 from stages.runtimes.memory import measure_memory
 from stages.runtimes.mixture import NEED_IMATRIX, file_types, outline_of, outline_of_text, tensor_types
 from stages.runtimes.prediction import (
+    least_memory,
     planned_fallbacks,
     planned_types,
     predict_files,
@@ -150,6 +151,29 @@ def test_the_type_that_a_shape_does_not_allow_is_named_with_what_is_stored_inste
     assert planned_fallbacks(of_type(smol_llava_spec(), "Q4_0")) != ()  # the head would be Q6_K
     assert planned_fallbacks(of_type(smol_llava_spec(), "Q8_0")) == ()
     assert planned_fallbacks(of_type(smol_llava_spec(), "F16")) == ()
+
+
+def test_types_of_single_tensors_are_planned_and_what_their_rows_do_not_allow_is_named(
+    files: Path, tmp_path: Path
+) -> None:
+    single = (("blk.0.ffn_down.weight", "Q8_0"), ("blk.1.attn_q.weight", "Q6_K"))  # rows of 128, and of 64
+    spec = replace(of_type(tiny_llava_spec(), "Q4_0"), tensor_types=single)
+    quantize_model(
+        files / "f16.gguf",
+        tmp_path / "m.gguf",
+        "Q4_0",
+        tensors={"blk.0.ffn_down.weight": "Q8_0", "blk.1.attn_q.weight": "Q8_0"},
+    )
+    written = read_header(tmp_path / "m.gguf").tensors
+    assert planned_types(spec) == {name: tensor.type for name, tensor in written.items() if len(tensor.shape) > 1}
+    assert str(planned_fallbacks(spec)[0]) == "Q8_0 instead of Q6_K for blk.1.attn_q.weight with rows of 64"
+
+
+def test_the_least_that_a_model_takes_is_no_more_than_with_any_type_and_less_with_an_importance_matrix() -> None:
+    spec = ModelSpec("llama", TextSpec(2, 256, 512, 4, 4, 64, 512, tied_embeddings=False))
+    least = least_memory(spec, 512)
+    assert least_memory(replace(spec, imatrix=True), 512).weights < least.weights
+    assert all(least.weights <= predict_memory(of_type(spec, kind), 512).weights for kind in ("Q2_K", "IQ3_S", "Q4_0"))
 
 
 def test_a_type_that_needs_an_importance_matrix_is_planned_as_if_there_were_one() -> None:

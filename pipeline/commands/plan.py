@@ -113,15 +113,24 @@ def _memory(makes: str, spec: ModelSpec | None, context: int) -> tuple[PlannedMe
     """What the artifact of a stage will take, and what to know of the figure."""
     if makes not in ("gguf", "gptq"):
         return None, ""
-    if spec is None or spec.quantization is None:
+    if spec is None:
         return None, "known once the source has been read"
     if makes == "gptq":
+        if spec.quantization is None:
+            return None, "not known of this stage"
         from stages.models.memory import gptq_bytes
 
         return PlannedMemory(spec.quantization, context, gptq_bytes(spec)), _GPTQ
-    from stages.runtimes.prediction import planned_fallbacks, predict_memory
+    from stages.runtimes.prediction import least_memory, planned_fallbacks, predict_memory
 
     try:
+        if spec.quantization is None:
+            least = least_memory(spec, context)
+            beside = show_bytes(least.total - least.weights)
+            return None, (
+                f"types are chosen while running: beside the weights {beside}, with the smallest types "
+                f"{show_bytes(least.total)}, context {context}"
+            )
         found = predict_memory(spec, context)
         other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
     except StageError as error:

@@ -63,6 +63,7 @@ class ModelSpec:
     dtype: str = "float32"
     quantization: str | None = None
     imatrix: bool = False  # quantized with an importance matrix
+    tensor_types: tuple[tuple[str, str], ...] = ()  # tensor, type: over what the file type gives
 
     def with_exit(self, layer: int, *, at_most: bool = False) -> Self:
         """The same model whose tower is cut after `layer` blocks, or earlier, and whose default exit is there."""

@@ -29,7 +29,7 @@ from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import MmprojType, write_encoder
 from stages.quantize.mmproj import FloatType
 from stages.quantize.options import AutoParams, groups_of, least_bytes
-from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, resolve
+from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, chosen_types, resolve
 from stages.runtimes import imatrix
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.gguf_parts import MODEL_NAME, read_model, split_model
@@ -152,7 +152,9 @@ class GGUFStage(Stage[GGUFParams]):
         if type == AUTO:
             self._check_target(planned.spec.text)
         known = None if type == AUTO else type  # of auto nothing is known but that it fits
-        spec = replace(planned.spec, quantization=known, imatrix=self.params.imatrix is not None)
+        shapes = outline_of_text(planned.spec.text).shapes
+        single = tuple(chosen_types(self.params.wanted(), shapes).items())
+        spec = replace(planned.spec, quantization=known, imatrix=self.params.imatrix is not None, tensor_types=single)
         if spec.vision is not None:  # the file holds the blocks up to the exit
             vision = replace(spec.vision, quantization=self.params.mmproj_type)
             spec = replace(spec, vision=vision).with_exit(vision.default_exit)
@@ -251,7 +253,7 @@ class GGUFStage(Stage[GGUFParams]):
             importance,
             params.auto,
             params.target,
-            spec.vision if spec is not None else None,
+            replace(spec.vision, quantization=params.mmproj_type) if spec is not None and spec.vision else None,
             tell,
         )
         exact = exact_of(choice, {name: tensor.shape for name, tensor in read_header(floats).tensors.items()})

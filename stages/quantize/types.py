@@ -135,6 +135,18 @@ def check_wanted(wanted: Wanted, *, imatrix: bool) -> None:
 IMATRIX_HINT: Final = "add a stage `uses: imatrix` and name it in `imatrix:`, or choose Q2_K, IQ3_S or larger"
 
 
+def chosen_types(wanted: Wanted, matrices: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The types that a recipe gives to single ones of these matrices, whether their rows allow them or not."""
+    chosen: dict[str, str] = {}
+    for pattern, type in wanted.tensors.items():
+        chosen |= {name: type for name in matrices if re.search(pattern, name) and name not in chosen}
+    if wanted.output is not None:
+        chosen[OUTPUT if OUTPUT in matrices else EMBEDDING] = wanted.output
+    if wanted.embedding is not None:
+        chosen[EMBEDDING] = wanted.embedding
+    return chosen
+
+
 def resolve(wanted: Wanted, header: Header, importance: Importance | None) -> Exact:
     """The types of single tensors of the model in this file, by name.
 
@@ -143,22 +155,15 @@ def resolve(wanted: Wanted, header: Header, importance: Importance | None) -> Ex
             matrix that has no entry for the tensor.
     """
     matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
-    chosen: dict[str, str] = {}
-    for pattern, type in wanted.tensors.items():
-        found = [name for name in matrices if re.search(pattern, name)]
-        if not found:
+    for pattern in wanted.tensors:
+        if not any(re.search(pattern, name) for name in matrices):
             raise StageError(
                 f"tensor_types: no matrix of this model has a name with {pattern!r} in it",
                 where=str(header.path),
                 why=f"they are called {', '.join(sorted(matrices)[:3])}, ...",
                 way_out="`pipeline inspect` lists the tensors of a GGUF",
             )
-        chosen |= {name: type for name in found if name not in chosen}
-    tied = OUTPUT not in matrices
-    if wanted.output is not None:
-        chosen[EMBEDDING if tied else OUTPUT] = wanted.output
-    if wanted.embedding is not None:
-        chosen[EMBEDDING] = wanted.embedding
+    chosen = chosen_types(wanted, matrices)
     exact, groups = {}, dict[tuple[str, str], list[str]]()
     for name, type in chosen.items():
         row = matrices[name][0]

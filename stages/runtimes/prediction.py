@@ -17,7 +17,7 @@ import platform
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Final
 
 from artifacts.home import cache_dir
 from stages.models.spec import ModelSpec, VisionSpec
+from stages.runtimes import rounding
 from stages.runtimes.exits import derive_exit
 from stages.runtimes.gguf_header import Header, read_vision_header
 from stages.runtimes.gguf_parts import read_model
@@ -53,6 +54,7 @@ from stages.runtimes.rehearsal import UBATCH, Reserved, rehearse, rehearse_encod
 
 _FORMAT: Final = 1  # raise it when what the probe measures changes
 _PROBE_CONTEXT: Final = 256  # tokens
+_LONGEST: Final = 256  # numbers, a row that every type takes
 _DTYPES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _F32: Final = 4  # bytes
 # Measured, and counted in llama.cpp's structures: a token's text, score and entry in the table of texts; a merge's two
@@ -108,7 +110,8 @@ def planned_types(spec: ModelSpec) -> str | dict[str, str]:
     if kind in _INPUTS:
         return kind
     outline = outline_of_text(spec.text)
-    return tensor_types(outline, kind, importance=_importance(outline, spec, kind))
+    single = {name: _allowed(type, outline.shapes[name][0]) for name, type in spec.tensor_types}
+    return tensor_types(outline, kind, importance=_importance(outline, spec, kind)) | single
 
 
 def planned_fallbacks(spec: ModelSpec) -> tuple[Fallback, ...]:
@@ -121,7 +124,40 @@ def planned_fallbacks(spec: ModelSpec) -> tuple[Fallback, ...]:
     if kind in _INPUTS:
         return ()
     outline = outline_of_text(spec.text)
-    return fallbacks(outline, kind, importance=_importance(outline, spec, kind))
+    single: dict[tuple[str, str], list[str]] = {}
+    for name, type in spec.tensor_types:
+        if (allowed := _allowed(type, outline.shapes[name][0])) != type:
+            single.setdefault((type, allowed), []).append(name)
+    named = [
+        Fallback(*kinds, tuple(sorted({outline.shapes[name][0] for name in names})), tuple(names))
+        for kinds, names in single.items()
+    ]
+    chosen = {name for name, _ in spec.tensor_types}
+    rest = fallbacks(outline, kind, importance=_importance(outline, spec, kind))
+    others = (replace(one, tensors=tuple(name for name in one.tensors if name not in chosen)) for one in rest)
+    return (*named, *(one for one in others if one.tensors))
+
+
+def least_memory(spec: ModelSpec, context: int) -> MemoryPlan:
+    """The same with the smallest type that each matrix allows, those included that need an importance matrix if the
+    model is made with one.
+
+    Raises:
+        StageError: as `predict_memory`.
+    """
+    outline = outline_of_text(spec.text)
+
+    def smallest(row: int, ends: bool) -> str:
+        weighed = spec.imatrix and not ends  # an importance matrix holds nothing of embeddings and head
+        fitting = [type for type in rounding.TYPES if weighed or type not in rounding.NEED_IMATRIX]
+        return min((_allowed(type, row) for type in fitting), key=lambda type: Tensor((_LONGEST, 1), type).nbytes)
+
+    types = {name: smallest(row, "blk." not in name) for name, (row, *_) in outline.shapes.items()}
+    return predict_outline(outline, types, context, vision=spec.vision)
+
+
+def _allowed(type: str, row: int) -> str:
+    return type if type in _INPUTS else rounding.row_type(type, row)
 
 
 def _importance(outline: Outline, spec: ModelSpec, kind: str) -> Importance | None:
