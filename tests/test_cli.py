@@ -24,6 +24,8 @@ COMMANDS = (
     "stages",
     "schema",
     "inspect",
+    "verify",
+    "compare",
     "chat",
     "publish",
     "pull",
