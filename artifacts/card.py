@@ -125,7 +125,7 @@ def _body(card: Card) -> str:
     if card.gates:
         parts += ["| gate | limit | measured | held | |", "| --- | --- | --- | --- | --- |"]
         parts += [
-            f"| {gate.name} | {gate.limit} | {'not measured' if gate.value is None else f'{gate.value:.6g}'} "
+            f"| {gate.name} | {_figure(gate, gate.limit)} | {_figure(gate, gate.value)} "
             f"| {'yes' if gate.passed else '**no**'} | {_cell(gate.reason)} |"
             for gate in card.gates
         ]
@@ -134,6 +134,14 @@ def _body(card: Card) -> str:
     parts += ["", "## Memory", "", _memory(card), "", "## Intended use and limits", "", *_limits(card)]
     parts += ["", "## Licence", "", _licence(card), ""]
     return "\n".join(parts)
+
+
+def _figure(gate: Gate, value: float | str | None) -> str:
+    if value is None:
+        return "not measured"
+    if isinstance(value, str):
+        return value
+    return f"{value / 2**20:,.0f} MiB" if gate.name == "memory" else f"{value:.6g}"
 
 
 def _memory(card: Card) -> str:

@@ -40,7 +40,8 @@ class Run:
     graph: Graph
     recipe: Path  # the recipe as it was run
     artifacts: Mapping[str, Artifact]  # recipe stage id -> artifact
-    report: Report
+    report: Report  # without what differs between two runs that made the same files
+    versions: Mapping[str, str]  # Python, platform and libraries of the run itself
 
 
 def bundle_of(run: Run, id: str, folder: Path, *, unverified: bool, link: bool = False) -> Bundle:
@@ -114,7 +115,7 @@ def _papers(run: Run, id: str, card: Card) -> list[BundleFile]:
 
 
 def _proof(run: Run, id: str) -> list[BundleFile]:
-    proof = run.report.publishable().model_dump_json(indent=1) + "\n"
+    proof = run.report.model_dump_json(indent=1) + "\n"
     found = [
         BundleFile("recipe.yaml", run.recipe, MEDIA_DOC, "recipe"),
         BundleFile("report.json", proof.encode(), MEDIA_DOC, "report"),

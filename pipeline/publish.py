@@ -25,6 +25,7 @@ from pipeline.bundling import Run, base_models, bundle_of, lineage, tools, verdi
 from pipeline.events import GateChecked, RunStarted, read_events
 from pipeline.graph import Graph
 from pipeline.report.build import build_report
+from pipeline.report.headline import headline
 from pipeline.report.model import Report
 from pipeline.rundir import RECIPE_NAME
 from pipeline.targets import FOLDER, HUB, Target
@@ -72,11 +73,11 @@ def publish(
     report = build_report(run_dir)
     shipped = [id for id in graph.shipped if id in artifacts]
     if not shipped:
-        raise StoreError("there is nothing to publish", why="no shipped artifact was made")
-    run = Run(graph, run_dir / RECIPE_NAME, artifacts, report)
+        raise StoreError("there is nothing to publish", why="no shipped artifact was made, or the store lost it")
     problem = _problem(graph, report, [artifacts[id] for id in shipped])
     if problem is not None and not allow_unverified:
         raise problem
+    run = Run(graph, run_dir / RECIPE_NAME, artifacts, _public(report, problem is None), report.versions)
     written: dict[str, str] = {}
     for id in shipped:
         one = _named(target, graph.name, id if len(shipped) > 1 else "")
@@ -132,6 +133,12 @@ def _problem(graph: Graph, report: Report, shipped: list[Artifact]) -> GateError
         way_out="run the recipe to its end, with icet-verify and gates; the report shows every measure. "
         "`pipeline publish --allow-unverified` publishes all the same, and marks it",
     )
+
+
+def _public(report: Report, passed: bool) -> Report:
+    """The report as it is published: the same whenever the same files are, so without this publishing itself."""
+    public = report.publishable().model_copy(update={"status": "passed" if passed else "gate_failed"})
+    return public.model_copy(update={"headline": headline(public)})
 
 
 def _publish_one(
@@ -196,6 +203,6 @@ def _origin(run: Run, id: str, run_dir: Path) -> Origin:
         checked=checked,
         stages=made,
         verdicts={name: verdict.digest for name, verdict in verdicts_of(run, id).items()},
-        versions={**tools(run, id), **run.report.versions},
+        versions={**tools(run, id), **run.versions},
         base_models=base_models(source),
     )

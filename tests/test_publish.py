@@ -12,7 +12,7 @@ from run_folder import RECIPE, RunFolder
 
 from artifacts.errors import GateError, StoreError
 from artifacts.registry.oci_layout import layout_damage, read_tags
-from pipeline.events import GateChecked, StageFinished, StageMetric, StageStarted
+from pipeline.events import GateChecked, Published, StageFinished, StageMetric, StageStarted
 from pipeline.graph import Graph, build_graph
 from pipeline.publish import publish
 from pipeline.recipe import load_recipe
@@ -76,6 +76,7 @@ def test_nothing_that_differs_between_two_runs_is_published(folder: RunFolder, t
         else event
         for event in later
     ]
+    later.append(Published(time=later[-1].time + 1, target="oci-layout:elsewhere", digest="sha256:" + "0" * 64))
     again = publish(_graph(tmp_path), folder.write(later, tmp_path / "second"), folder.artifacts)
     assert again.digest == first.digest
 

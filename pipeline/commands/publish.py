@@ -62,14 +62,14 @@ def publish_named(
 
 
 def _artifacts(folder: Path) -> Mapping[str, Artifact]:
+    """What the run made, as far as its store still holds it."""
     from artifacts.artifact import Artifact
+    from artifacts.store import Store
     from pipeline.commands.load import open_store
     from pipeline.commands.runs import run_artifacts
+    from pipeline.events import RunStarted, read_events
 
-    store = open_store()
-    found = {}
-    for id, digest in run_artifacts(folder).items():
-        path = store.object_path(digest)
-        if path.is_dir():
-            found[id] = Artifact.open(path)
-    return found
+    used = [event.store for event in read_events(folder) if isinstance(event, RunStarted) and event.store]
+    store = Store(Path(used[-1])) if used and Path(used[-1]).is_dir() else open_store()
+    paths = {id: store.object_path(digest) for id, digest in run_artifacts(folder).items()}
+    return {id: Artifact.open(path) for id, path in paths.items() if path.is_dir()}

@@ -6,6 +6,8 @@ names, files of this machine included; and no leave for web pages of other origi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,9 +27,9 @@ def prepare(
     name: str,
     runs_dir: Path,
     *,
-    device: str | None,
-    context: int | None,
-    policy: Policy | None,
+    device: str | None = None,
+    context: int | None = None,
+    policy: Policy | None = None,
     mmproj: Path | None = None,
 ) -> tuple[FoundModel, Room]:
     """Find what is to be served, and decide how much it may take. Nothing is loaded.
@@ -56,8 +58,9 @@ def prepare(
     return found, room_for(found, device, context)
 
 
-def application(found: FoundModel, room: Room, api_key: str | None = None) -> FastAPI:
-    """The server, with the model loaded.
+@contextmanager
+def application(found: FoundModel, room: Room, api_key: str | None = None) -> Iterator[FastAPI]:
+    """The server, with the model loaded; it is freed afterwards.
 
     Raises:
         StoreError: a library is missing. RecipeError: llama.cpp refuses the model.
@@ -101,12 +104,18 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> Fa
     async def health() -> dict[str, object]:
         return {"status": "ok", "model": found.name, "context": room.context}
 
-    return app
+    try:
+        yield app
+    finally:
+        if proxy is not None:
+            proxy.free()
 
 
 def _within_request(url: str) -> str:
     if not url.startswith("data:image/") or len(url) > _LARGEST_IMAGE:
-        raise ValueError("an image must be in the request, as data:image/png;base64,..., and below 24 MB")
+        from fastapi import HTTPException
+
+        raise HTTPException(400, "an image must be in the request, as data:image/png;base64,..., and below 24 MB")
     return url
 
 
@@ -124,7 +133,8 @@ def serve(found: FoundModel, room: Room, host: str, port: int, api_key: str | No
         )
     import uvicorn
 
-    uvicorn.run(application(found, room, api_key), host=host, port=port, log_level="warning")
+    with application(found, room, api_key) as app:
+        uvicorn.run(app, host=host, port=port, log_level="warning")
 
 
 def show_room(found: FoundModel, room: Room, host: str, port: int) -> str:

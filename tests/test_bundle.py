@@ -1,0 +1,142 @@
+"""A bundle's papers: what users and tools read is in the forms that their specifications define, and says the truth."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import jsonschema
+import pytest
+from run_folder import RunFolder
+from test_check import Setting
+
+from artifacts.bundle import Bundle
+from artifacts.errors import RecipeError, StoreError
+from artifacts.registry.hub import upload
+from pipeline.publish import publish
+from pipeline.targets import Target
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return Bundle.open(Setting(tmp_path_factory.mktemp("papers")).root / "bundle")
+
+
+def _text(bundle: Bundle, name: str) -> str:
+    return (bundle.folder / name).read_text(encoding="utf-8")
+
+
+def test_the_manifest_is_what_the_oci_specification_and_modelpack_define(bundle: Bundle) -> None:
+    from oras.schemas import manifest as schema
+
+    manifest = json.loads(bundle.manifest.data)
+    jsonschema.validate(manifest, schema)
+    assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
+    assert manifest["config"]["mediaType"] == "application/vnd.cncf.model.config.v1+json"
+    kinds = {layer["mediaType"] for layer in manifest["layers"]}
+    assert kinds == {f"application/vnd.cncf.model.{kind}.v1.raw" for kind in ("weight", "weight.config", "doc")}
+    config = bundle.config
+    assert set(config) == {"descriptor", "config", "modelfs"}
+    assert config["modelfs"] == {"type": "layers", "diffIds": [layer["digest"] for layer in manifest["layers"]]}
+    assert config["config"]["format"] == "gguf" and config["config"]["quantization"] == "Q4_0"  # type: ignore[index]
+
+
+def test_docker_model_runner_finds_model_encoder_and_template(bundle: Bundle) -> None:
+    """It unpacks by file path, and takes the first GGUF whose name is not an mmproj's (bundle/unpack.go)."""
+    paths = [layer.annotations["org.cncf.model.filepath"] for layer in bundle.manifest.layers]
+    weights = [path for path in paths if path.endswith(".gguf")]
+    assert weights == ["model.gguf", "mmproj.gguf"]
+    assert bundle.named("chat-template") == ["chat_template.jinja"]
+
+
+def test_the_bill_of_materials_is_valid_cyclonedx_and_names_every_file(bundle: Bundle) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = _text(bundle, "bom.cdx.json")
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    bom = json.loads(text)
+    model = bom["metadata"]["component"]
+    assert model["type"] == "machine-learning-model" and "timestamp" not in bom["metadata"]
+    assert {one["name"] for one in model["pedigree"]["ancestors"]} >= {"HuggingFaceTB/SmolLM2-135M-Instruct"}
+    hashes = {one["name"]: one["hashes"][0]["content"] for one in bom["components"] if one["type"] == "file"}
+    assert hashes == {name: bundle.manifest.files[name].hex for name in ("model.gguf", "mmproj.gguf")}
+    metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
+    assert {metric["type"] for metric in metrics} >= {"max_asr", "min_fidelity"}
+
+
+def test_the_card_says_in_the_hubs_format_what_it_is_and_what_was_measured(bundle: Bundle) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(_text(bundle, "README.md"))
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["base_model_relation"] == "quantized"
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct" in data["base_model"]
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    report = json.loads(_text(bundle, "report.json"))
+    assert values == {gate["name"]: gate["value"] for gate in report["gates"]}
+    assert "![Attack success rate at every exit](exits.svg)" in card.content
+    assert "<svg" in _text(bundle, "exits.svg")[:200]
+    for said in ("| exit | early-exit |", "objective: ppo", "layers 1 to 9", "291 MiB predicted"):
+        assert said in card.content
+
+
+def test_commands_name_files_that_are_there_and_the_planned_context(bundle: Bundle) -> None:
+    guide = _text(bundle, "RUN.md")
+    context = str(json.loads(_text(bundle, "memory.json"))["context"])
+    commands = [
+        shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", guide, re.DOTALL) for line in block.splitlines()
+    ]
+    assert {command[0] for command in commands} == {"pipeline", "llama-server", "llama-mtmd-cli", "ollama", "docker"}
+    for command in commands:
+        for file in command:
+            if file.endswith((".gguf", ".jinja", "Modelfile")):
+                assert file in bundle.manifest.files, command
+        if command[0].startswith("llama"):
+            assert command[command.index("-c") + 1] == context
+
+
+def test_ollama_gets_the_prompt_of_the_models_own_template(bundle: Bundle) -> None:
+    text = _text(bundle, "Modelfile")
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("FROM")] == [
+        "./model.gguf",
+        "./mmproj.gguf",
+    ]
+    assert 'TEMPLATE """<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n"""' in text
+    assert "PARAMETER num_ctx 2048" in text
+
+
+def test_no_folder_of_this_machine_is_in_a_bundle(bundle: Bundle) -> None:
+    for name in bundle.manifest.files:
+        assert str(bundle.folder.parent).encode() not in (bundle.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "text", ["dist", "oci-layout:", "folder:", "hf:me", "hf:me/x/y", "oci:ghcr.io/me/x@sha256:" + "0" * 64, "s3:bucket"]
+)
+def test_a_target_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError):
+        Target.parse(text)
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StoreError, match="hub did not take me/model") as caught:
+        upload(bundle, "me/model")
+    assert caught.value.way_out and "hf auth login" in caught.value.way_out
+
+
+def test_a_folder_that_is_there_is_not_written_into(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "made")
+    setting_folder = run.write()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("mine")
+    from pipeline.graph import build_graph
+    from pipeline.recipe import load_recipe
+
+    graph = build_graph(load_recipe(setting_folder / "recipe.yaml"))
+    with pytest.raises(StoreError, match="is there already"):
+        publish(graph, setting_folder, run.artifacts, to=f"folder:{tmp_path / 'taken'}")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["file"]

@@ -1,0 +1,187 @@
+"""On a laptop: a bundle is served within its device's memory and asked through openai's client; nobody else gets in."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+from registry_setting import NEEDS_REGISTRY, RegistryServer
+from test_check import write_key
+from typer.testing import CliRunner
+
+from artifacts.artifact import Artifact
+from artifacts.bundle import Bundle, BundleFile, write_bundle
+from artifacts.errors import GateError, RecipeError, StoreError
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHT_CONFIG, MEDIA_WEIGHTS
+from artifacts.registry.oci_layout import Layout
+from artifacts.registry.remote import Registry
+from artifacts.registry.transfer import push
+from artifacts.signing import Signer, sign_bundle
+from pipeline.cli import app
+from pipeline.commands.check import policy_of
+from pipeline.commands.serve import application, prepare
+from pipeline.commands.serve import serve as run_server
+
+KEY = "k3y-for-tests"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_verified: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A model with its image encoder, planned for 1 GiB and 512 tokens."""
+    made = tiny_verified["gguf"]
+    files = [
+        BundleFile(entry.path, made.path / entry.path, MEDIA_WEIGHTS, "model", sha256=entry.sha256)
+        for entry in sorted(made.manifest.files, key=lambda entry: entry.path, reverse=True)
+    ]
+    plan = {"device": "inline", "budget": 1 << 30, "context": 512}
+    files += [
+        BundleFile("manifest.json", made.path / "manifest.json", MEDIA_WEIGHT_CONFIG, "manifest"),
+        BundleFile("memory.json", json.dumps(plan).encode(), MEDIA_DOC, "memory"),
+    ]
+    config = {"descriptor": {"name": "tiny"}, "config": {"format": "gguf"}}
+    title = {"org.opencontainers.image.title": "tiny"}
+    return write_bundle(tmp_path_factory.mktemp("served") / "bundle", files, config, title)
+
+
+@contextmanager
+def _serving(bundle: str, folder: Path) -> Iterator[str]:
+    import uvicorn
+
+    found, room = prepare(bundle, folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with application(found, room, KEY) as served:
+        server = uvicorn.Server(uvicorn.Config(served, host="127.0.0.1", port=port, log_level="critical"))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.05)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+@NEEDS_REGISTRY
+def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_client(
+    bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
+    registry = RegistryServer(tmp_path / "registry")
+    registry.start()
+    try:
+        push(bundle, Registry(f"{registry.host}/me/tiny"), "v1")
+        reference = f"oci:{registry.host}/me/tiny:v1"
+        picture = base64.b64encode(images[0].read_bytes()).decode()
+        with _serving(reference, tmp_path) as url:
+            assert json.load(urllib.request.urlopen(f"{url}/health"))["status"] == "ok"
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
+            assert [model.id for model in client.models.list()] == ["tiny"]
+
+            def ask(image: str, stream: bool = False) -> openai.types.chat.ChatCompletion:
+                content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is it?"}]
+                asked = [{"role": "user", "content": content}]
+                return client.chat.completions.create(
+                    model="tiny", messages=asked, max_tokens=4, temperature=0, stream=stream
+                )  # type: ignore[call-overload, no-any-return]
+
+            answer = ask(f"data:image/png;base64,{picture}")
+            assert answer.usage is not None and answer.usage.completion_tokens > 0
+            streamed = list(ask(f"data:image/png;base64,{picture}", stream=True))
+            assert len(streamed) > 1
+            for elsewhere in ("file:///etc/hostname", f"{url}/health", "http://169.254.169.254/"):
+                with pytest.raises(openai.BadRequestError) as caught:
+                    ask(elsewhere)
+                assert "must be in the request" in caught.value.response.text
+            with pytest.raises(openai.AuthenticationError):
+                openai.OpenAI(base_url=f"{url}/v1", api_key="other", max_retries=0).models.list()
+            asked = urllib.request.Request(f"{url}/health", headers={"Origin": "https://evil.example"})
+            assert "Access-Control-Allow-Origin" not in urllib.request.urlopen(asked).headers
+    finally:
+        registry.kill()
+
+
+def test_the_context_is_what_the_device_has_room_for(bundle: Bundle, tmp_path: Path) -> None:
+    _, planned = prepare(str(bundle.folder), tmp_path)
+    assert (planned.context, planned.budget) == (512, 1 << 30)
+    assert planned.predicted is not None and planned.predicted < 1 << 30
+    assert prepare(str(bundle.folder), tmp_path, context=256)[1].context == 256
+    small = _planned_for(bundle, tmp_path / "small", planned.predicted // 4)
+    with pytest.raises(RecipeError, match="does not fit the device"):
+        prepare(str(small.folder), tmp_path)
+
+
+def _planned_for(bundle: Bundle, folder: Path, budget: int) -> Bundle:
+    plan = json.dumps({"device": "small", "budget": budget, "context": 512}).encode()
+    files = [
+        BundleFile(name, plan if name == "memory.json" else bundle.folder / name, layer.media_type, "x")
+        for name, layer in bundle.manifest.files.items()
+    ]
+    return write_bundle(folder, files, {"descriptor": {}, "config": {}}, bundle.manifest.annotations)
+
+
+def test_a_policy_is_checked_before_anything_is_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    copy = tmp_path / "b"
+    shutil.copytree(bundle.folder, copy)
+    key = write_key(tmp_path / "signer.pem")
+    sign_bundle(Bundle.open(copy), Signer(key))
+    with pytest.raises(GateError, match="no provenance attestation"):
+        prepare(str(copy), tmp_path, policy=policy_of(key.with_suffix(".pub"), None))
+    (copy / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(StoreError, match="damaged"):
+        prepare(str(copy), tmp_path)
+
+
+def test_what_llama_cpp_does_not_run_is_refused(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not run"):
+        prepare(str(tiny_verified["source"].path), tmp_path)
+
+
+def test_another_machine_gets_in_only_with_a_key(bundle: Bundle, tmp_path: Path) -> None:
+    found, room = prepare(str(bundle.folder), tmp_path)
+    with pytest.raises(RecipeError, match="other machines"):
+        run_server(found, room, "0.0.0.0", 8080, None)
+
+
+def test_a_bundle_a_reference_and_a_file_answer_in_a_chat(bundle: Bundle, images: list[Path], tmp_path: Path) -> None:
+    push(bundle, Layout(tmp_path / "dist"), "v1")
+    said = []
+    for model in (str(bundle.folder), f"oci-layout:{tmp_path / 'dist'}:v1", str(bundle.folder / "model.gguf")):
+        ask = ["chat", model, "--image", str(images[0]), "--prompt", "What is it?", "--max-new-tokens", "3"]
+        result = CliRunner().invoke(app, ask)
+        assert result.exit_code == 0, result.output
+        said.append(result.stdout)
+    assert said[0] == said[1] == said[2]
+
+
+def test_the_command_serves_and_stops(bundle: Bundle, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "pipeline.cli", "serve", str(bundle.folder), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert f"http://127.0.0.1:{port}/v1, context 512" in process.stdout.readline()
+        for _ in range(600):
+            try:
+                assert json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health"))["context"] == 512
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            raise AssertionError("it never answered")
+        process.terminate()
+        assert process.wait(30) is not None
