@@ -102,6 +102,7 @@ class RunFolder:
     """Builds the folder; `events` may be changed before `write`."""
 
     root: Path
+    model: Path | None = None  # a folder whose files ship; default: files that no model is in
     asr: dict[str, float] = field(default_factory=lambda: {"source": 0.32, "harden": 0.07, "plain": 0.46, "gguf": 0.08})
 
     def __post_init__(self) -> None:
@@ -129,6 +130,8 @@ class RunFolder:
     def _make(self) -> dict[str, Artifact]:
         weights = {"model.safetensors": bytes(200_000), "config.json": b"{}"}
         gguf = {"model.gguf": tiny_gguf("llama", 22_500), "mmproj.gguf": tiny_gguf("clip", 5_000)}
+        if self.model is not None:
+            gguf = {name: (self.model / name).read_bytes() for name in gguf}
         trained: dict[str, object] = {
             "default_exit": 9, "steps": 40, "weights_of_step": 36, "objective": "ppo", "quantizer": "Q4_0"
         }  # fmt: skip
