@@ -12,8 +12,10 @@
 - Both are greedy, with the same prompts, images and lengths. The naive side may be given fewer prompts (`--naive`): its
   time grows with their number. Loading is not counted, encoding is; images are new to every cache.
 
-Prints and keeps (benchmarks/results/icet_sweep.json) seconds, processor seconds, and the share of equal responses. Two
-cores: 3 minutes for transformers and 4 for llamacpp with 16 prompts, most of it the naive sides'.
+Prints and keeps (benchmarks/results/icet_sweep.json) seconds, processor seconds, and the share of equal responses. Per
+exit and image our side pays once, so its lead grows with `--prompts`. What is left is arithmetic that both must do:
+four fifths of our time in transformers is matrix products over prompt and answer tokens, which no exit shares with
+another. Responses of llama.cpp differ at near ties: for a single row it takes other kernels (`llamacpp_library`).
 """
 
 from __future__ import annotations

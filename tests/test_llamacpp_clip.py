@@ -200,7 +200,12 @@ def test_a_file_made_for_the_other_order_is_refused_with_the_reason(clip: Path, 
 
 
 def test_a_file_that_does_not_say_its_order_has_that_of_checkpoints(
-    clip: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Path,
+    files: Path,
+    reference: TransformersRuntime,
+    images: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("stages.quantize.mmproj.CLS_KEY", "other.key")
     write(clip, tmp_path / "mmproj.gguf", "first")
@@ -210,6 +215,11 @@ def test_a_file_that_does_not_say_its_order_has_that_of_checkpoints(
         return
     with pytest.raises(StageError, match="do not fit together"):
         LlamaCppRuntime(files / "model.gguf", tmp_path / "mmproj.gguf")
+    # What others have published is measured for what it gives its users.
+    with LlamaCppRuntime(files / "model.gguf", tmp_path / "mmproj.gguf", as_shipped=True) as runtime:
+        kept = [slot for slot in runtime.image_slots(images[0]) or () if slot >= 0]
+        ours, theirs = runtime.image_embeddings(3, images[0]), reference.image_embeddings(3, images[0])
+    assert cosines(ours[: len(kept)], theirs[kept]).min() < 0.99
 
 
 def test_an_arrangement_that_nobody_knows_stops_the_work(pipeline_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

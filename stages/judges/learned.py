@@ -2,7 +2,7 @@
 
 - It sees the content where the refusal rule sees the manner: a polite evasion is safe, a bare refusal phrase before a
   full answer is not.
-- Trained on 1,5xx scored responses (`stages.data.scored_responses`), whose first 60 words count; so long a response is
+- Trained on 1,319 scored responses (`stages.data.scored_responses`), whose first 60 words count; so long a response is
   judged by.
 - The coefficients and their card (grouped cross-validation: no request stands on both sides) are
   `recipes/judges/learned.json`, made again by `python -m recipes.judges.train`.

@@ -26,7 +26,7 @@ from artifacts.errors import SourceError, StageError
 from stages.data.chat import Turn, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import model_file, read_model
-from stages.runtimes.llamacpp_cls import check_cls, image_slots
+from stages.runtimes.llamacpp_cls import check_cls, cls_order, image_slots
 from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, Sequences, TextModel
 from stages.runtimes.llamacpp_tiles import tile_slots
 from stages.runtimes.llamacpp_vision import AS_SHIPPED, VisionEncoder, read_image
@@ -80,6 +80,7 @@ class LlamaCppRuntime:
         parallel: int = 16,
         context: int | None = None,
         chat_template: str | None = None,
+        as_shipped: bool = False,
     ) -> None:
         """Load the model; encoders are loaded when an image needs one.
 
@@ -89,6 +90,8 @@ class LlamaCppRuntime:
             parallel: sequences decoded together, at most.
             context: tokens that a sequence may hold; default: as many as the requests need.
             chat_template: instead of the GGUF's own.
+            as_shipped: take a CLIP tower's position table that llama.cpp will misread, if its file makes no promise: to
+                measure what its users get.
 
         Raises:
             SourceError: a file is missing or damaged.
@@ -104,7 +107,8 @@ class LlamaCppRuntime:
         vision = read_vision_header(mmproj) if mmproj is not None else None
         if vision is not None:
             check_pair(header, vision)
-            check_cls(vision)
+            if vision.cls_order is not None or not as_shipped:
+                check_cls(vision)
         self._model = TextModel(model)
         self._vision = VisionEncoder(self._model, vision) if vision is not None else None
         self._template = chat_template or self._model.chat_template
@@ -174,7 +178,7 @@ class LlamaCppRuntime:
         vision = self._encoder().vision
         if vision.projector == "mlp" and vision.tiles:
             return tile_slots(vision, image)
-        return image_slots(vision.cls_order, vision.pass_tokens) if vision.has_cls else None
+        return image_slots(vision.cls_order or cls_order(), vision.pass_tokens) if vision.has_cls else None
 
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """(continuation tokens, vocabulary): next-token logits at each token of `continuation` (teacher forcing).

@@ -81,7 +81,7 @@ def open_runtime(subject: Subject) -> Runtime:
     if subject.runtime == "llamacpp":
         from stages.runtimes.llamacpp import LlamaCppRuntime
 
-        return LlamaCppRuntime(subject.artifact.path)
+        return LlamaCppRuntime(subject.artifact.path, as_shipped=True)
     from stages.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(subject.artifact.path)

@@ -35,7 +35,7 @@ class Embeddings:
     slots: Sequence[Sequence[int] | None] = ()  # an image: `Runtime.image_slots`
 
 
-def embeddings(runtime: Runtime, exits: Sequence[int], images: Sequence[Path], own: int | None) -> Embeddings:
+def embeddings(runtime: Runtime, exits: Sequence[int], images: Sequence[Path], own: int | None = None) -> Embeddings:
     """What the language model receives for each image at each of these exits.
 
     `own`: where the artifact says that its files leave the encoder. There they are used as they are, so files that
