@@ -51,7 +51,7 @@ def converse(path: Path, mmproj: Path | None, context: int) -> None:
         sequences.read(0, context - 1 - rows, [place % model.vocab_size for place in range(rows)])
     sequences.trim(0, 0)
     left[0] = sys.maxsize
-    sequences.step([0], [context - 1], lambda row: int(row.argmax()))
+    sequences.step([0], [context - 1], lambda _, row: int(row.argmax()))
 
 
 if __name__ == "__main__":
