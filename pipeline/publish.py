@@ -9,18 +9,22 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from artifacts.artifact import Artifact
 from artifacts.attestation import Made, Origin, provenance, test_result
 from artifacts.bundle import Bundle
 from artifacts.card import Gate
+from artifacts.disk import force_remove
 from artifacts.errors import GateError, StoreError
 from artifacts.registry.place import LAYOUT, REGISTRY, Reference, check_tag
 from artifacts.registry.transfer import Moved, push
 from artifacts.signing import Signer, sign_bundle, sign_statement
+from artifacts.store import Store
 from pipeline.bundling import Run, base_models, bundle_of, lineage, tools, verdicts_of
 from pipeline.events import GateChecked, RunStarted, read_events
 from pipeline.graph import Graph
@@ -65,6 +69,12 @@ def publish(
     where = graph.recipe.publish
     if to is None and where is None:
         raise StoreError("the recipe does not say where to publish", way_out="add `publish: {to: oci-layout:dist}`")
+    if missing := [name for name in ("cyclonedx", "huggingface_hub") if find_spec(name) is None]:
+        raise StoreError(
+            "publishing needs libraries that are not installed",
+            why=", ".join(missing),
+            way_out="pip install 'icet-pipeline[publish]'; the run's artifacts are kept, `pipeline publish` goes on",
+        )
     target = Target.parse(to if to is not None else where.to if where is not None else "")
     if signer is None and where is not None and where.sign is not None:
         signer = Signer(where.sign.expanduser())
@@ -146,14 +156,33 @@ def _publish_one(
 ) -> str:
     if target.scheme == FOLDER:
         bundle = bundle_of(run, id, Path(target.name), unverified=unverified)
-        _attest(bundle, run, id, signer, run_dir)
+        try:
+            _attest(bundle, run, id, signer, run_dir)
+        except BaseException:
+            force_remove(bundle.folder)  # a bundle that was to be signed and is not would be taken for another
+            raise
         return bundle.digest
-    # Beside the store, so that files can be linked instead of copied.
-    beside = run.artifacts[id].path.parent.parent
-    with tempfile.TemporaryDirectory(prefix=".bundle-", dir=beside if os.access(beside, os.W_OK) else None) as name:
-        bundle = bundle_of(run, id, Path(name) / "bundle", unverified=unverified, link=True)
+    with _staging(run.artifacts[id]) as folder:
+        bundle = bundle_of(run, id, folder / "bundle", unverified=unverified, link=True)
         _attest(bundle, run, id, signer, run_dir)
         return _send(bundle, target, moved)
+
+
+@contextmanager
+def _staging(artifact: Artifact) -> Iterator[Path]:
+    """A folder in the artifact's own store, where files can be linked instead of copied and `gc` finds leftovers."""
+    root = artifact.path.parent.parent
+    if not os.access(root / "tmp", os.W_OK):
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    store = Store(root)
+    with store.lock(artifact.digest):
+        folder = store.new_output(artifact.digest)
+        try:
+            yield folder
+        finally:
+            store.discard(folder)
 
 
 def _send(bundle: Bundle, target: Target, moved: Moved | None) -> str:
