@@ -1,6 +1,6 @@
 """Memory of what ships: what the shapes predict, and the peak that a process of its own shows.
 
-The measured peak differs by some tens of kilobytes between runs. It is rounded up to whole steps of 8 MiB, so that the
+The measured peak differs by some tens of kilobytes between runs. It is rounded up to whole steps of 2 MiB, so that the
 same files give the same verdict, and a gate errs on the safe side.
 """
 
@@ -17,7 +17,7 @@ from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.verify.scores import Answers
 
 _CONTEXT: Final = 2048  # tokens, where the recipe names no device
-_STEP: Final = 8 * 2**20  # bytes
+_STEP: Final = 2 * 2**20  # bytes
 
 
 def memory_rows(one: Answers, device: Mapping[str, int], *, measure: bool) -> list[Measure]:
