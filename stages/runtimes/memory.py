@@ -19,8 +19,8 @@ from artifacts.errors import StageError
 from stages.runtimes.exits import derive_exit
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import read_model
+from stages.runtimes.rehearsal import UBATCH
 
-_UBATCH: Final = 512  # llama.cpp's default
 _GENERATED: Final = 8  # tokens at the end of the full context
 _SECONDS: Final = 900
 
@@ -96,7 +96,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
     from stages.runtimes.llamacpp_vision import VisionEncoder
 
     model = TextModel(model_path)
-    sequences = Sequences(model, sequences=1, length=context, ubatch=_UBATCH)
+    sequences = Sequences(model, sequences=1, length=context, ubatch=UBATCH)
     at = 0
     if mmproj is not None:
         encoder = VisionEncoder(model, read_vision_header(mmproj))
@@ -107,7 +107,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
         at = len(embeddings)
     token = 0
     while at < context - _GENERATED:
-        piece = [(at + step) % model.vocab_size for step in range(min(_UBATCH, context - _GENERATED - at))]
+        piece = [(at + step) % model.vocab_size for step in range(min(UBATCH, context - _GENERATED - at))]
         token = int(sequences.read(0, at, piece)[-1].argmax())
         at += len(piece)
     while at < context:

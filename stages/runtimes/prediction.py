@@ -3,7 +3,8 @@
 What is predicted is what `stages.runtimes.memory.measure_memory` measures: a process that reads the weights into its
 own memory, fills the whole context 512 tokens at a time, encodes an image and generates, on a CPU.
 
-- weights: exact, tensor by tensor, in the types that llama.cpp gives them (`mixture`);
+- weights: exact, tensor by tensor, in the types that llama.cpp gives them (`mixture`); it rearranges some types for the
+  processor while it reads them and keeps no other copy, but of a table that is embeddings and head at once;
 - keys and values, graphs, logits: llama.cpp's own numbers for these shapes (`rehearsal`), not a formula of ours;
 - image encoder: its file, its graph, and the embeddings on their way to the language model;
 - overhead: a process without a model, measured once on this machine and remembered, and the vocabulary's tables.

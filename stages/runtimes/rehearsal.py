@@ -18,13 +18,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from artifacts.errors import StageError
 from stages.runtimes.llamacpp_library import CacheType, Sequences, TextModel, library, log_tail, logged, vision_library
-
-if TYPE_CHECKING:
-    pass
 
 UBATCH: Final = 512  # tokens computed at once, llama.cpp's default
 
