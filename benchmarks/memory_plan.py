@@ -221,7 +221,7 @@ def available() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-def run(names: list[str], tell: Callable[[Row], None]) -> None:
+def run(names: list[str], types: list[str], tell: Callable[[Row], None]) -> None:
     for name in names:
         with tempfile.TemporaryDirectory(prefix="memory-plan-") as place:
             folder = Path(place)
@@ -229,7 +229,7 @@ def run(names: list[str], tell: Callable[[Row], None]) -> None:
                 from stages.quantize.convert import quantize_model
 
                 spec, floats, mmproj = demo(folder)
-                for type in (*TYPES, "F16"):
+                for type in types:
                     path = floats if type == "F16" else folder / "model.gguf"
                     if path != floats:
                         quantize_model(floats, path, type)
@@ -237,7 +237,7 @@ def run(names: list[str], tell: Callable[[Row], None]) -> None:
                         tell(compare(name, replace(spec, quantization=type), (path, mmproj), context, whole=True))
                 continue
             model = MODELS[name]
-            for type in model.types:
+            for type in (type for type in model.types if type in types):
                 spec = replace(model.spec, quantization=type)
                 files = write_model(folder, model, type)
                 for context in contexts(spec):
@@ -248,7 +248,11 @@ def run(names: list[str], tell: Callable[[Row], None]) -> None:
                     tell(compare(name, spec, files, context, whole=model.parameters <= WHOLE))
 
 
-def save(rows: list[Row]) -> None:
+def save(new: list[Row]) -> None:
+    kept = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.is_file() else []
+    by_place = {(row.model, row.type, row.context): row for row in (*(Row(**row) for row in kept), *new)}
+    names, types = ["demo", *MODELS], [*TYPES, "F16"]
+    rows = sorted(by_place.values(), key=lambda row: (names.index(row.model), types.index(row.type), row.context))
     errors = [error for row in rows for error in (row.from_shapes, row.from_files)]
     processor = next(
         (
@@ -286,10 +290,10 @@ def pairs(rows: list[Row]) -> list[tuple[float, float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", choices=[*TYPES, "F16"], default=[*TYPES, "F16"])
     parser.add_argument("--models", nargs="+", choices=["demo", *MODELS], default=["demo", *MODELS])
     arguments = parser.parse_args()
-    kept = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"] if RESULTS.is_file() else []
-    rows = [Row(**row) for row in kept if row["model"] not in arguments.models]
+    rows: list[Row] = []
 
     def tell(row: Row) -> None:
         rows.append(row)
@@ -301,7 +305,7 @@ def main() -> int:
             flush=True,
         )
 
-    run(arguments.models, tell)
+    run(arguments.models, arguments.types, tell)
     return 0 if all(AIM[0] <= min(pair) and max(pair) <= AIM[1] for pair in pairs(rows)) else 1
 
 
