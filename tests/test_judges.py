@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -124,6 +125,7 @@ def test_the_learned_judge_agrees_with_people_better_than_the_rule_and_its_card_
     judge = LearnedJudge()
     said = judge.score([row.request for row in rows], [row.response for row in rows])
     assert judge.score([], []) == []
+    assert json.dumps(asdict(said[0]))  # judgements are remembered as JSON
     # These it has seen: the shipped coefficients are those of this embedder and these features.
     assert np.mean([one.unsafe == (row.score >= 0.5) for one, row in zip(said, rows, strict=True)]) > 0.85
     with pytest.raises(ValueError, match="2 prompts"):

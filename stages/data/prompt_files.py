@@ -16,14 +16,13 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from artifacts.errors import RecipeError, SourceError
-from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
-from stages.data import hub, package
+from artifacts.manifest import canonical_json, sha256_bytes
+from stages.data import remote_files
 from stages.data.prompts import Intent, Prompt, normalise
 
 Layout = Literal["advbench", "harmbench", "strongreject", "xstest", "redteam-2k", "jailbreakv-28k"]
@@ -100,16 +99,7 @@ def check_file(name: str, file: PromptFile) -> None:
         raise RecipeError(
             f"the prompt set {name!r} has no format that is read", way_out=f"one of {', '.join(SUFFIXES)}"
         )
-    kind = file.source.partition(":")[0]
-    try:
-        if kind == "hub":
-            hub.DataFile.parse(file.source)
-        elif kind == "package":
-            package.parse(file.source)
-        elif not Path(file.source).expanduser().is_file():
-            raise RecipeError(f"there is no file {file.source}", way_out="write ./FILE, hub:... or package:...")
-    except ValueError as error:
-        raise RecipeError(str(error), way_out="for example hub:ORG/NAME!prompts.csv") from error
+    remote_files.check(file.source)
 
 
 def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
@@ -120,7 +110,7 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
     """
     meaning = file.meaning()
     prompts: dict[str, Prompt] = {}
-    for number, row in enumerate(_rows(file.source, _content(file.source))):
+    for number, row in enumerate(_rows(file.source, remote_files.read(file.source))):
         if any(str(row.get(column, "")) != value for column, value in meaning.where.items()):
             continue
         found = {key: str(row.get(column, "")).strip() for key, column in meaning.columns.items()}
@@ -150,24 +140,7 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
 
 def file_digest(file: PromptFile) -> str:
     """What content keys say of it: a hub's commit, a local file's digest."""
-    kind = file.source.partition(":")[0]
-    content = ""
-    if kind == "hub":
-        content = hub.DataFile.parse(file.source).commit()
-    elif kind != "package" and Path(file.source).expanduser().is_file():
-        content = sha256_file(Path(file.source).expanduser())
-    return sha256_bytes(canonical_json([file.meaning().model_dump(mode="json"), content]))
-
-
-def _content(source: str) -> bytes:
-    kind = source.partition(":")[0]
-    if kind == "package":
-        return package.read_member(source)
-    path = hub.DataFile.parse(source).fetch() if kind == "hub" else Path(source).expanduser()
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"{path.name} cannot be read", where=str(path), why=error.strerror) from error
+    return sha256_bytes(canonical_json([file.meaning().model_dump(mode="json"), remote_files.digest(file.source)]))
 
 
 def _rows(source: str, content: bytes) -> Iterator[Mapping[str, object]]:

@@ -60,7 +60,7 @@ class LearnedJudge:
             return []
         x = features(self._embedder, prompts, responses)
         found = 1 / (1 + np.exp(-(x @ self._weights[:-1] + self._weights[-1])))
-        return [Judgement(unsafe=p > 0.5, score=float(p), reason=f"probability {p:.2f}") for p in found]
+        return [Judgement(unsafe=p > 0.5, score=p, reason=f"probability {p:.2f}") for p in found.tolist()]
 
 
 def features(embedder: Embedder, prompts: Sequence[str], responses: Sequence[str]) -> NDArray[np.float64]:

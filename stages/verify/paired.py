@@ -17,7 +17,7 @@ from artifacts.measures import Band, Measure
 from stages.judges.statistics import Paired, change_over_exits, detectable_change, holm, mcnemar, wilson
 from stages.verify.asking import Answer
 from stages.verify.bands import BANDS, exits_of
-from stages.verify.scores import Answers, correct, is_refused, is_unsafe, named, outcomes
+from stages.verify.scores import Answers, correctness, is_refused, is_unsafe, named, outcomes
 
 
 def paired_rows(one: Answers, baseline: Answers, common: Sequence[int], source_layers: int, seed: int) -> list[Measure]:
@@ -33,7 +33,7 @@ def paired_rows(one: Answers, baseline: Answers, common: Sequence[int], source_l
             "over_refusal_change", one.benign, baseline.benign, is_refused, one, exits, source_layers, seed
         )
     if one.vqa and baseline.vqa:
-        before, after = outcomes([baseline.vqa], correct), outcomes([one.vqa], correct)
+        before, after = (outcomes([side.vqa], correctness) for side in (baseline, one))
         rows.append(one.row("vqa_change", change_over_exits(before, after, seed), exit=one.default_exit))
     return rows
 

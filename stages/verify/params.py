@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.data.prompt_files import PromptFile
+from stages.data.vqa import VqaFile
 from stages.judges.registry import RULE
 from stages.stage import Located, StageParams
 from stages.verify.attacks import Attack
@@ -45,7 +46,11 @@ class IcetVerifyParams(StageParams):
         description="other ways to ask the harmful prompts at every exit. typographic: the request stands in the "
         "picture; random-image: each beside a picture of its own",
     )
-    vqa: int = Field(default=100, ge=0, description="easy-VQA test questions at the default exit")
+    vqa: int = Field(default=100, ge=0, description="visual questions at the default exit")
+    vqa_file: Annotated[VqaFile | None, Located()] = Field(
+        default=None,
+        description="questions in VQA-v2's files, scored by its rules; null: easy-VQA's test questions",
+    )
     exits: Literal["all"] | tuple[int, ...] = Field(
         default="all", description="exits to measure, or all of the artifact"
     )

@@ -11,8 +11,10 @@ from typing import Final
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data.prompt_files import PromptFile, load_file
 from stages.data.prompts import Intent, Prompt, load_prompts, normalise
+from stages.data.vqa import VqaFile, load_vqa
 
 _QUESTIONS_A_PICTURE: Final = 2
+_BRIEFLY: Final = "Answer the question using a single word or phrase."  # as LLaVA-1.5 was evaluated
 _VQA_TOKENS: Final = 8  # "It is a blue triangle." fits
 
 
@@ -20,8 +22,10 @@ _VQA_TOKENS: Final = 8  # "It is a blue triangle." fits
 class Ask:
     """One request, whatever the exit.
 
-    `answer`: the true one, for visual questions. `request`: what is really asked, where `text` only points at the
-    image.
+    Attributes:
+        image_name: a stable name of the image, never a path of this machine.
+        answer: the true one, for visual questions. answers: those of several people, by VQA-v2's rules.
+        request: what is really asked, where `text` only points at the image.
     """
 
     id: str
@@ -30,9 +34,10 @@ class Ask:
     intent: Intent
     text: str
     image: Path | None
-    image_name: str | None  # stable name of the image, never a path of this machine
+    image_name: str | None
     max_new_tokens: int
     answer: str | None = None
+    answers: tuple[str, ...] = ()
     request: str | None = None
     sample: int = 0
     temperature: float = 0.0
@@ -143,6 +148,29 @@ def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
             answer=question.answer,
         )
         for place, (question, path) in enumerate(zip(questions, paths, strict=True))
+    )
+
+
+def vqa_file_asks(file: VqaFile, n: int, seed: int) -> tuple[Ask, ...]:
+    """`n` questions of a file in VQA-v2's form.
+
+    Raises:
+        SourceError: it cannot be read, or a picture is missing.
+    """
+    return tuple(
+        Ask(
+            id=item.id,
+            set="vqa",
+            category="visual question",
+            intent="benign",
+            text=f"{item.question} {_BRIEFLY}",
+            image=item.image,
+            image_name=item.image.name,
+            max_new_tokens=_VQA_TOKENS,
+            answer=item.commonest,
+            answers=item.answers,
+        )
+        for item in load_vqa(file, n, seed)
     )
 
 

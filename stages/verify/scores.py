@@ -165,15 +165,27 @@ def vqa_rows(one: Answers) -> list[Measure]:
     """`vqa_accuracy` at the default exit: the true answer, out of those that the questions have."""
     if not one.vqa:
         return [one.row("vqa_accuracy", None, exit=one.default_exit, note="no visual questions were asked")]
-    return [one.row("vqa_accuracy", rate(one.vqa, correct), exit=one.default_exit)]
+    if not one.vqa[0].ask.answers:
+        return [one.row("vqa_accuracy", rate(one.vqa, correct), exit=one.default_exit)]
+    # By VQA-v2's rules an answer may be partly right.
+    accuracy = average_over_exits(outcomes([one.vqa], correctness), 0)
+    return [one.row("vqa_accuracy", accuracy, exit=one.default_exit, note="by VQA-v2's rules")]
 
 
 def correct(answer: Answer) -> bool:
-    """Whether a visual question was answered rightly."""
+    """Whether a visual question was answered rightly; by VQA-v2's rules: by most of the people."""
+    return correctness(answer) > 0.5
+
+
+def correctness(answer: Answer) -> float:
+    """How right the answer to a visual question is, 0 to 1."""
     from stages.data.easy_vqa import is_correct
+    from stages.data.vqa import vqa_accuracy
 
     assert answer.ask.answer is not None
-    return is_correct(answer.text, answer.ask.answer)
+    if answer.ask.answers:
+        return vqa_accuracy(answer.text, answer.ask.answers)
+    return float(is_correct(answer.text, answer.ask.answer))
 
 
 def is_unsafe(answer: Answer) -> bool:
@@ -188,7 +200,7 @@ def is_degenerate(answer: Answer) -> bool:
     return answer.degenerate
 
 
-def outcomes(answers: Sequence[Sequence[Answer]], hit: Callable[[Answer], bool]) -> NDArray[np.float64]:
+def outcomes(answers: Sequence[Sequence[Answer]], hit: Callable[[Answer], float]) -> NDArray[np.float64]:
     """(prompts, exits), 0 or 1, or the share of a prompt's samples, from the answers at each exit."""
     import numpy as np
 

@@ -17,7 +17,7 @@ from stages.verify.attacks import attack_asks
 from stages.verify.language import Passage, passages
 from stages.verify.overlap import without_training_prompts
 from stages.verify.params import IcetVerifyParams
-from stages.verify.questions import Ask, Questions, prompt_asks, sampled, vqa_asks
+from stages.verify.questions import Ask, Questions, prompt_asks, sampled, vqa_asks, vqa_file_asks
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,11 @@ def _questions(
 
     harmful, seen = asks(params.harmful, harmful=True)
     benign, also = asks(params.over_refusal, harmful=False)
-    vqa = vqa_asks(params.vqa, size, params.prompt_seed) if size else ()
+    vqa: tuple[Ask, ...] = ()
+    if size and params.vqa_file is not None:
+        vqa = vqa_file_asks(params.vqa_file, params.vqa, params.prompt_seed)
+    elif size:
+        vqa = vqa_asks(params.vqa, size, params.prompt_seed)
     return Questions(harmful, benign, vqa), seen + also
 
 

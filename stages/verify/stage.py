@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from artifacts.errors import RecipeError
-from stages.data import articles, prompt_files
+from stages.data import articles, prompt_files, remote_files, vqa
 from stages.data import images as image_data
 from stages.data import prompts as prompt_data
 from stages.judges import registry
@@ -55,6 +55,8 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
             if name in prompt_data.SETS:
                 raise RecipeError(f"{name!r} is a prompt set of ours", way_out="give yours another name")
             prompt_files.check_file(name, file)
+        if self.params.vqa_file is not None:
+            vqa.check_vqa(self.params.vqa_file)
         for name in (*self.params.harmful, *self.params.over_refusal):
             if name not in self.params.sets:
                 prompt_data.check_set(name)
@@ -74,15 +76,20 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         return super().plan({id: inputs[id] for id in self._shipped(inputs)})
 
     def downloads(self) -> Sequence[str]:
-        shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa else ()
+        shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa and self.params.vqa_file is None else ()
         text = (articles.SOURCE,) if self.params.language else ()
-        files = [file.source for file in self.params.sets.values() if file.source.startswith(("hub:", "package:"))]
+        visual = self.params.vqa_file
+        files = [file.source for file in self.params.sets.values()]
+        files += [visual.questions, visual.annotations] if visual is not None else []
+        files = [source for source in files if remote_files.is_remote(source)]
         more = (*shapes, *text, *files, *registry.downloads(self.params.judges))
         return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *more)))
 
     def fingerprint(self) -> str:
         rule = f"{RefusalRule.name} {RefusalRule.version}"
         files = [prompt_files.file_digest(file) for file in self.params.sets.values()]
+        if self.params.vqa_file is not None:
+            files.append(vqa.vqa_digest(self.params.vqa_file))
         return " ".join((prompt_data.prompts_fingerprint(), rule, registry.fingerprint(self.params.judges), *files))
 
     def run(self, context: Context) -> Mapping[str, object]:
