@@ -51,7 +51,7 @@ def run_guide(what: Runnable) -> str:
 def _gguf_guide(what: Runnable) -> str:
     ask = [*_files(what), *(["--image", "picture.png"] if what.mmproj else []), "-p", _question(what), "-n", "128"]
     if not what.mmproj:
-        ask.append("-no-cnv")
+        ask.append("-st")  # one turn, by the chat template
     package = ["docker", "model", "package", "--gguf", what.model]
     if what.mmproj:
         package += ["--mmproj", what.mmproj]

@@ -26,9 +26,7 @@ Device = Annotated[
     str | None, typer.Option("--device", help="Memory budget, e.g. laptop-8gb; default: the bundle's own.")
 ]
 Tokens = Annotated[int | None, typer.Option("--context", min=256, help="Tokens of context; default: the device's.")]
-PolicyPath = Annotated[
-    Path | None, typer.Option("--policy", help="Check the bundle against this policy first.", metavar="FILE")
-]
+PolicyPath = Annotated[Path | None, typer.Option("--policy", help="Use it only if this policy holds.", metavar="FILE")]
 MmprojPath = Annotated[
     Path | None, typer.Option("--mmproj", help="Image encoder of a GGUF file; default: beside it.", metavar="FILE")
 ]
@@ -104,15 +102,13 @@ def pull(
     \b
     Example: pipeline pull oci:localhost:5000/me/smol:v1 smol
     """
-    from pipeline.commands.check import read_policy, refuse_untrusted
+    from pipeline.commands.check import read_policy
     from pipeline.commands.pull import pull_bundle
     from pipeline.console import progress_line
 
     wanted = read_policy(policy) if policy is not None else None
     with progress_line(quiet=as_json) as moved:
-        bundle = pull_bundle(reference, folder, moved)
-    if wanted is not None:
-        refuse_untrusted(bundle, wanted)
+        bundle = pull_bundle(reference, folder, wanted, moved)
     if as_json:
         _print_json({"folder": str(folder), "digest": bundle.digest, "unverified": bundle.unverified})
     else:

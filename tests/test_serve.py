@@ -145,6 +145,23 @@ def test_a_policy_is_checked_before_anything_is_loaded(bundle: Bundle, tmp_path:
         prepare(str(copy), tmp_path)
 
 
+def test_what_a_policy_refuses_is_not_left_where_it_was_pulled_to(bundle: Bundle, tmp_path: Path) -> None:
+    push(bundle, Layout(tmp_path / "dist"), "v1")
+    key = write_key(tmp_path / "signer.pem")
+    (tmp_path / "policy.yaml").write_text("policy: 1\nsigners: [{key: signer.pub}]\n")
+    assert key.with_suffix(".pub").is_file()
+    ask = [
+        "pull",
+        f"oci-layout:{tmp_path / 'dist'}:v1",
+        str(tmp_path / "out"),
+        "--policy",
+        str(tmp_path / "policy.yaml"),
+    ]
+    result = CliRunner().invoke(app, ask)
+    assert result.exit_code == 3 and "there is no signature" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_llama_cpp_does_not_run_is_refused(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="does not run"):
         prepare(str(tiny_verified["source"].path), tmp_path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from artifacts.errors import RecipeError
 
 if TYPE_CHECKING:
+    from artifacts.attestation_check import Policy
     from artifacts.bundle import Bundle
     from artifacts.registry.manifest import OciManifest
     from artifacts.registry.place import Place, Reference
@@ -54,16 +55,25 @@ def show_model(name: str) -> Shown:
     )
 
 
-def pull_bundle(name: str, target: Path, moved: Moved | None = None) -> Bundle:
-    """Bring a model into the folder `target`.
+def pull_bundle(name: str, target: Path, policy: Policy | None = None, moved: Moved | None = None) -> Bundle:
+    """Bring a model into the folder `target`; what the policy refuses does not stay there.
 
     Raises:
-        RecipeError, StoreError.
+        RecipeError, StoreError. GateError: the policy refuses it.
     """
+    from artifacts.disk import force_remove
     from artifacts.registry.transfer import pull
+    from pipeline.commands.check import refuse_untrusted
 
     _, place, manifest = _resolve(name)
-    return pull(place, manifest, target, moved)
+    bundle = pull(place, manifest, target, moved)
+    if policy is not None:
+        try:
+            refuse_untrusted(bundle, policy)
+        except BaseException:
+            force_remove(target)
+            raise
+    return bundle
 
 
 def kept_bundle(name: str, moved: Moved | None = None) -> Bundle:
