@@ -195,7 +195,7 @@ def predict_outline(
             encoder = encoder_tensors(vision, width)
             first = {tensor: entry for tensor, entry in encoder.items() if _block(tensor) == 0}
             write_hollow_encoder(mmproj, vision, width, first)
-            graph = rehearse_encoder(model, mmproj)
+            graph = rehearse_encoder(mmproj)
             seen = _encoding(encoder, graph, vision.patches + vision.has_cls, vision.image_tokens * width)
     # Byte pairs are counted: a vocabulary without them takes less.
     overhead = process_bytes(vision is not None) + _tables(tokens, tokens, _layers(outline.shapes))
@@ -226,7 +226,7 @@ def _of_files(
         with tempfile.TemporaryDirectory(prefix="icet-hollow-") as name:
             first = Path(name) / "mmproj.gguf"
             derive_exit(mmproj, 1, first)
-            graph = rehearse_encoder(model, first)
+            graph = rehearse_encoder(first)
         seen = _encoding(_tensors(vision.header), graph, positions, vision.image_tokens * vision.width)
     return _plan(_tensors(header), rehearse(model, context, cache_type=cache_type), context, seen, overhead)
 

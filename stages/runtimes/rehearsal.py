@@ -61,24 +61,24 @@ def rehearse(model: Path, context: int, *, cache_type: CacheType = "F16") -> Res
     )
 
 
-def rehearse_encoder(model: Path, mmproj: Path) -> int:
+def rehearse_encoder(mmproj: Path) -> int:
     """Bytes of the graph of one pass of an image encoder, whatever number of blocks the file holds.
+
+    No language model beside it: some encoders look for words of its vocabulary, and a hollow one has none.
 
     Raises:
         StageError: as `rehearse`.
     """
     lib = vision_library()
     with logged() as lines:
-        loaded = TextModel(model, allocate=False)
         params = lib.mtmd_context_params_default()
         params.use_gpu = False
         params.print_timings = False
         params.warmup = True  # lays the graph out, and computes nothing
         params.flash_attn_type = library().LLAMA_FLASH_ATTN_TYPE_DISABLED  # what it does without a warm-up
-        encoder = lib.mtmd_init_from_file(os.fsencode(mmproj), loaded.pointer, params)
+        encoder = lib.mtmd_init_from_file(os.fsencode(mmproj), None, params)
         if encoder:
             lib.mtmd_free(encoder)
-        loaded.close()
     if not encoder:
         raise StageError(f"llama.cpp does not load the image encoder {mmproj.name}", where=str(mmproj), why=log_tail())
     return _said(lines, "compute buffer size")
