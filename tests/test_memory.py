@@ -78,7 +78,12 @@ def test_what_llama_cpp_writes_of_any_shape_is_what_was_planned(
     folder = tmp_path_factory.mktemp("planned")
     outline = outline_of_text(text)
     write_hollow_model(folder / "f16.gguf", outline, text_tensors(outline, "F16"))  # zeros are weights, too
-    quantize_model(folder / "f16.gguf", folder / "model.gguf", kind)
+    try:
+        quantize_model(folder / "f16.gguf", folder / "model.gguf", kind)
+    except StageError:  # Q1_0 has no fallback where a row is no multiple of 128: the plan says so, too
+        with pytest.raises(StageError, match=f"makes no {kind} file"):
+            planned_types(ModelSpec("llama", text, quantization=kind))
+        return
     written = read_header(folder / "model.gguf").tensors
     planned = text_tensors(outline, planned_types(ModelSpec("llama", text, quantization=kind)))
     assert {name: (tensor.shape, tensor.type, tensor.nbytes) for name, tensor in planned.items()} == {

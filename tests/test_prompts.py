@@ -67,6 +67,12 @@ def test_no_prompt_and_no_id_stands_on_two_sides() -> None:
     assert {text: names for text, names in sides.items() if len(names) > 1} == {}
 
 
+def test_answers_written_here_belong_to_training_prompts_only() -> None:
+    with_answer = {split: [p.answer for p in load_prompts("overrefusal", split)] for split in SPLITS}
+    assert all(with_answer["train"])
+    assert not any(with_answer["validation"]) and not any(with_answer["test"])
+
+
 def test_no_test_prompt_of_any_set_resembles_a_train_prompt_of_any_set() -> None:
     import numpy as np
 

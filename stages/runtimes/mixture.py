@@ -111,7 +111,7 @@ def tensor_types(source: Path | Outline, file_type: str, *, importance: Importan
                 f"llama.cpp makes no {file_type} file of this model",
                 where=None if isinstance(source, Outline) else str(source),
                 why=log_tail(),
-                way_out="give an importance matrix of this model, or choose another type",
+                way_out="choose another type, or give an importance matrix of this model if that is what is missing",
             )
         return {name: tensor.type for name, tensor in read_header(quantized).tensors.items()}
 
