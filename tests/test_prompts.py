@@ -53,6 +53,7 @@ def test_every_set_is_read_and_has_its_expected_size() -> None:
     assert sizes["donotanswer"] > 250
     assert sizes["overrefusal"] == 150
     assert sizes["everyday"] > 180
+    assert len(load_prompts("requests", "train")) == sizes["requests"] > 90
     assert load_prompts("donotanswer", "train") == load_prompts("donotanswer", "validation") == []
     for name in ("advbench", "pairs", "overrefusal", "everyday"):
         assert all(len(load_prompts(name, split)) >= 15 for split in SPLITS), name

