@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Final
 
-from artifacts.card import Card
+from artifacts.card import Card, spdx
 from artifacts.manifest import canonical_json
 
 BOM_NAME: Final = "bom.cdx.json"
@@ -38,7 +38,7 @@ def bill_of_materials(card: Card, artifact: str, files: Mapping[str, str]) -> by
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref=f"model-{artifact}",
         hashes=hashes(artifact),
-        licenses=[LicenseFactory().make_from_string(_spdx(card.licence))],
+        licenses=[LicenseFactory().make_from_string(spdx(card.licence))],
         pedigree=Pedigree(
             ancestors=[
                 Component(name=name, type=ComponentType.MACHINE_LEARNING_MODEL, bom_ref=f"base-{name}")
@@ -82,8 +82,3 @@ def _model_card(card: Card) -> dict[str, object]:
         },
         "considerations": {"technicalLimitations": [gate.reason for gate in card.gates if not gate.passed]},
     }
-
-
-def _spdx(licence: str) -> str:
-    known = {"apache-2.0": "Apache-2.0", "mit": "MIT", "bsd-3-clause": "BSD-3-Clause"}
-    return known.get(licence, licence)

@@ -59,6 +59,14 @@ class Card:
     tools: Mapping[str, str] = field(default_factory=dict)  # distribution -> version
 
 
+def spdx(licence: str) -> str:
+    """An SPDX expression for what Hugging Face calls a licence: `apache-2.0` -> `Apache-2.0`; others are references."""
+    from license_expression import get_spdx_licensing
+
+    known: dict[str, str] = {name.casefold(): name for name in get_spdx_licensing().known_symbols}
+    return known.get(licence.casefold(), f"LicenseRef-{licence}")
+
+
 def model_card(card: Card) -> str:
     """The whole text of README.md. The same card gives the same text."""
     return f"---\n{_front_matter(card)}\n---\n\n{_body(card)}"

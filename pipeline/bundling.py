@@ -13,7 +13,7 @@ from typing import Final
 from artifacts.artifact import Artifact
 from artifacts.bundle import ARTIFACT, UNVERIFIED, VERDICT, Bundle, BundleFile, write_bundle
 from artifacts.bundle_bom import BOM_NAME, bill_of_materials
-from artifacts.card import EXIT_MAP, Card, Gate, Step, model_card, notice
+from artifacts.card import EXIT_MAP, Card, Gate, Step, model_card, notice, spdx
 from artifacts.card_run import MODELFILE, Runnable, modelfile, run_guide
 from artifacts.manifest import MANIFEST_NAME
 from artifacts.measures import MEASURES_NAME, Measure
@@ -57,7 +57,7 @@ def bundle_of(run: Run, id: str, folder: Path, *, unverified: bool, link: bool =
     annotations = {
         "org.opencontainers.image.title": run.graph.name,
         "org.opencontainers.image.description": run.report.headline,
-        "org.opencontainers.image.licenses": card.licence,
+        "org.opencontainers.image.licenses": spdx(card.licence),
         ARTIFACT: artifact.digest,
         **({VERDICT: ",".join(verdict.digest for verdict in verdicts.values())} if verdicts else {}),
         **({UNVERIFIED: "true"} if unverified else {}),
@@ -298,7 +298,7 @@ def _config(run: Run, id: str, card: Card) -> dict[str, object]:
     if spec is not None:
         descriptor["family"] = spec.family
     if card.licence != "other":
-        descriptor["licenses"] = [card.licence]
+        descriptor["licenses"] = [spdx(card.licence)]
     return {"descriptor": descriptor, "config": config}
 
 

@@ -7,7 +7,6 @@ import re
 import shlex
 from pathlib import Path
 
-import jsonschema
 import pytest
 from run_folder import RunFolder
 from test_check import Setting
@@ -28,19 +27,15 @@ def _text(bundle: Bundle, name: str) -> str:
     return (bundle.folder / name).read_text(encoding="utf-8")
 
 
-def test_the_manifest_is_what_the_oci_specification_and_modelpack_define(bundle: Bundle) -> None:
-    from oras.schemas import manifest as schema
-
+def test_the_manifest_is_a_models_and_its_config_says_which(bundle: Bundle) -> None:
     manifest = json.loads(bundle.manifest.data)
-    jsonschema.validate(manifest, schema)
     assert manifest["artifactType"] == "application/vnd.cncf.model.manifest.v1+json"
     assert manifest["config"]["mediaType"] == "application/vnd.cncf.model.config.v1+json"
     kinds = {layer["mediaType"] for layer in manifest["layers"]}
     assert kinds == {f"application/vnd.cncf.model.{kind}.v1.raw" for kind in ("weight", "weight.config", "doc")}
-    config = bundle.config
-    assert set(config) == {"descriptor", "config", "modelfs"}
-    assert config["modelfs"] == {"type": "layers", "diffIds": [layer["digest"] for layer in manifest["layers"]]}
-    assert config["config"]["format"] == "gguf" and config["config"]["quantization"] == "Q4_0"  # type: ignore[index]
+    assert bundle.config["modelfs"] == {"type": "layers", "diffIds": [layer["digest"] for layer in manifest["layers"]]}
+    config = bundle.config["config"]
+    assert config["format"] == "gguf" and config["quantization"] == "Q4_0"  # type: ignore[index]
 
 
 def test_docker_model_runner_finds_model_encoder_and_template(bundle: Bundle) -> None:
@@ -49,22 +44,6 @@ def test_docker_model_runner_finds_model_encoder_and_template(bundle: Bundle) ->
     weights = [path for path in paths if path.endswith(".gguf")]
     assert weights == ["model.gguf", "mmproj.gguf"]
     assert bundle.named("chat-template") == ["chat_template.jinja"]
-
-
-def test_the_bill_of_materials_is_valid_cyclonedx_and_names_every_file(bundle: Bundle) -> None:
-    from cyclonedx.schema import SchemaVersion
-    from cyclonedx.validation.json import JsonStrictValidator
-
-    text = _text(bundle, "bom.cdx.json")
-    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
-    bom = json.loads(text)
-    model = bom["metadata"]["component"]
-    assert model["type"] == "machine-learning-model" and "timestamp" not in bom["metadata"]
-    assert {one["name"] for one in model["pedigree"]["ancestors"]} >= {"HuggingFaceTB/SmolLM2-135M-Instruct"}
-    hashes = {one["name"]: one["hashes"][0]["content"] for one in bom["components"] if one["type"] == "file"}
-    assert hashes == {name: bundle.manifest.files[name].hex for name in ("model.gguf", "mmproj.gguf")}
-    metrics = model["modelCard"]["quantitativeAnalysis"]["performanceMetrics"]
-    assert {metric["type"] for metric in metrics} >= {"max_asr", "min_fidelity"}
 
 
 def test_the_card_says_in_the_hubs_format_what_it_is_and_what_was_measured(bundle: Bundle) -> None:

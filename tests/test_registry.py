@@ -1,4 +1,4 @@
-"""Push and pull against a real registry that is killed on the way, and against servers that misbehave."""
+"""Push and pull against a real registry: killed on the way, behind a bad line, and behind a password."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from base64 import b64encode
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
+from typing import get_args
 
 import bcrypt
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from registry_setting import NEEDS_REGISTRY, RegistryServer, attest, small_bundle
+from rude_server import BadLine, Fault
 
 from artifacts.artifact import Artifact
-from artifacts.bundle import Bundle
-from artifacts.errors import RecipeError, StoreError
-from artifacts.manifest import canonical_json, sha256_bytes
-from artifacts.registry import remote
-from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, OciManifest
-from artifacts.registry.place import Place, Reference, looks_like_reference
+from artifacts.errors import StoreError
+from artifacts.manifest import sha256_bytes
+from artifacts.registry import remote, transport
+from artifacts.registry.manifest import MEDIA_DOC, Descriptor
+from artifacts.registry.place import Place, Reference
 from artifacts.registry.remote import Registry
 from artifacts.registry.transfer import attestations_of, pull, push, resolve
+from artifacts.registry.transport import Transport, UnreachableError
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RegistryServer]
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.02)
+    monkeypatch.setattr(transport, "_FIRST_WAIT", 0.02)
 
 
 def test_a_bundle_goes_there_and_back_with_what_attests_it(server: RegistryServer, tmp_path: Path) -> None:
@@ -76,16 +75,16 @@ class _Counting:
 
     def __init__(self, server: RegistryServer, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests = 0
-        once = Registry._once
+        once = Transport.once
 
-        def counted(registry: Registry, method: str, url: str, **rest: object) -> object:
+        def counted(way: Transport, method: str, url: str, **rest: object) -> object:
             self.requests += 1
             if self.requests == at:
                 server.kill()
                 threading.Timer(0.1, server.start).start()
-            return once(registry, method, url, **rest)  # type: ignore[arg-type]
+            return once(way, method, url, **rest)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(Registry, "_once", counted)
+        monkeypatch.setattr(Transport, "once", counted)
 
 
 @NEEDS_REGISTRY
@@ -93,7 +92,7 @@ class _Counting:
 def test_a_registry_that_is_killed_in_the_middle_of_a_push_gets_all_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.1)
+    monkeypatch.setattr(transport, "_FIRST_WAIT", 0.1)
     server = RegistryServer(tmp_path / "registry")
     server.start()
     try:
@@ -120,7 +119,7 @@ def test_an_upload_goes_on_where_it_broke_off(
     def noted(source: Path | bytes, start: int, length: int) -> bytes:
         sent.append(start)
         if sent.count(200_000) == 1 and start == 200_000:
-            raise remote._UnreachableError("the line went dead")
+            raise UnreachableError("the line went dead")
         return piece(source, start, length)
 
     monkeypatch.setattr(remote, "_piece", noted)
@@ -145,6 +144,67 @@ def test_a_tag_appears_only_when_everything_is_there(server: RegistryServer, tmp
 
 
 @NEEDS_REGISTRY
+def test_a_push_survives_a_fault_at_every_one_of_its_requests(server: RegistryServer, tmp_path: Path) -> None:
+    """The faults take turns."""
+    bundle = small_bundle(tmp_path / "b", os.urandom(150_000))
+    attest(bundle, "provenance.intoto.json", b"{}")
+    line, faults = BadLine(server.port), cycle(get_args(Fault))
+
+    def pushed(at: int) -> Place:
+        way = Registry(f"{line.set(next(faults), at).host}/me/bad-line-{at}", timeout=(1.0, 0.4), piece=64 << 10)
+        assert push(bundle, way, "v1") == bundle.digest
+        return Registry(f"{server.host}/me/bad-line-{at}")
+
+    try:
+        pushed(0)
+        for at in range(1, line.requests + 1):
+            place = pushed(at)
+            assert place.tags() == ["v1"] and resolve(place, "v1").data == bundle.manifest.data
+            assert [name for name, _ in attestations_of(place, bundle.manifest)] == ["provenance.intoto.json"]
+    finally:
+        line.close()
+
+
+@NEEDS_REGISTRY
+def test_a_pull_survives_a_fault_at_every_one_of_its_requests(server: RegistryServer, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "b", os.urandom(150_000))
+    attest(bundle, "provenance.intoto.json", b"{}")
+    push(bundle, Registry(f"{server.host}/me/pulled"), "v1")
+    line = BadLine(server.port)
+
+    def pulled(fault: Fault, at: int) -> None:
+        place = Registry(f"{line.set(fault, at).host}/me/pulled", timeout=(1.0, 0.4))
+        found = pull(place, resolve(place, "v1"), tmp_path / f"out-{fault}-{at}")
+        assert found.damage() == [] and len(found.attestations()) == 1
+
+    try:
+        pulled("500", 0)
+        for at in range(1, line.requests + 1):
+            for fault in ("500", "half") if at % 2 else ("late", "refused"):
+                pulled(fault, at)
+    finally:
+        line.close()
+
+
+@NEEDS_REGISTRY
+def test_a_line_that_stays_bad_is_said_clearly_and_a_rerun_finishes(server: RegistryServer, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "b", os.urandom(150_000))
+    line = BadLine(server.port)
+    place = Registry(f"{line.host}/me/stays-bad", tries=3, piece=64 << 10)
+    try:
+        for at in (1, 4, 7, 10):
+            line.set("500", at, times=1000)
+            with pytest.raises(StoreError, match="cannot be reached") as caught:
+                push(bundle, place, "v1")
+            assert "it answers 500, 3 times" in str(caught.value) and place.name in str(caught.value)
+            assert Registry(f"{server.host}/me/stays-bad").tags() == []
+        line.set(None)
+        assert push(bundle, place, "v1") == bundle.digest
+    finally:
+        line.close()
+
+
+@NEEDS_REGISTRY
 def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,309 +226,22 @@ def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
         assert "wrong" not in str(caught.value)
         monkeypatch.setenv("ORAS_PASS", secret)
         assert push(bundle, Registry(f"{server.host}/me/tiny"), "v1") == bundle.digest
+        monkeypatch.delenv("ORAS_USER")
+        config = tmp_path / ".docker" / "config.json"
+        config.parent.mkdir()
+        config.write_text(json.dumps({"auths": {server.host: {"auth": b64encode(f"me:{secret}".encode()).decode()}}}))
+        assert Registry(f"{server.host}/me/tiny").tags() == ["v1"]
+        helper = tmp_path / "bin" / "docker-credential-vault"
+        helper.parent.mkdir()
+        helper.write_text(f"#!/bin/sh\nprintf '%s' '{json.dumps({'Username': 'me', 'Secret': secret})}'\n")
+        helper.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{helper.parent}{os.pathsep}{os.environ['PATH']}")
+        config.write_text(json.dumps({"auths": {}, "credHelpers": {server.host: "vault"}}))
+        assert Registry(f"{server.host}/me/tiny").tags() == ["v1"]
     finally:
         server.kill()
     said = caplog.text + "".join(capfd.readouterr())
     assert secret not in said
-
-
-# Servers that misbehave
-
-
-class _Rude(BaseHTTPRequestHandler):
-    """Answers with what a test planted: path -> list of answers, the last of which stays."""
-
-    planted: dict[str, list[tuple[int, dict[str, str], bytes]]]
-    seen: list[tuple[str, str, str]]
-
-    def do_GET(self) -> None:
-        self.seen.append((self.command, self.path, self.headers.get("Range", "")))
-        answers = self.planted.get(self.path, [(404, {}, b"{}")])
-        status, headers, body = answers.pop(0) if len(answers) > 1 else answers[0]
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-        self.close_connection = True
-
-    do_HEAD = do_GET  # noqa: N815 - the name is the library's
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        pass
-
-
-class RudeServer:
-    """One repository, `rude/model`, that answers as planted."""
-
-    def __init__(self) -> None:
-        self.handler = type("Handler", (_Rude,), {"planted": {}, "seen": []})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self.handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.name = f"127.0.0.1:{self._server.server_address[1]}/rude/model"
-
-    def plant(self, path: str, *answers: tuple[int, dict[str, str], bytes]) -> None:
-        self.handler.planted[f"/v2/rude/model/{path}"] = list(answers)
-
-    def plant_bundle(self, bundle: Bundle) -> None:
-        self.plant(f"manifests/{bundle.digest}", (200, {}, bundle.manifest.data))
-        self.plant(f"blobs/{bundle.manifest.config.digest}", (200, {}, bundle.config_bytes))
-        for name, layer in bundle.manifest.files.items():
-            self.plant(f"blobs/{layer.digest}", (200, {}, (bundle.folder / name).read_bytes()))
-
-    def close(self) -> None:
-        self._server.shutdown()
-
-
-@pytest.fixture
-def rude() -> Iterator[RudeServer]:
-    server = RudeServer()
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def planted(rude: RudeServer, tmp_path: Path) -> tuple[Bundle, Place, Callable[[], Bundle]]:
-    """A bundle, the place that has it, and a pull of it."""
-    bundle = small_bundle(tmp_path / "b")
-    rude.plant_bundle(bundle)
-    place = Registry(rude.name, timeout=(1.0, 0.5), tries=3)
-    return bundle, place, lambda: pull(place, resolve(place, bundle.digest), tmp_path / "out")
-
-
-Planted = tuple[Bundle, Place, Callable[[], Bundle]]
-
-
-def _weights(bundle: Bundle) -> tuple[str, bytes]:
-    return f"blobs/{bundle.manifest.files['model.gguf'].digest}", (bundle.folder / "model.gguf").read_bytes()
-
-
-def test_errors_and_answers_that_break_off_are_taken_up_again(
-    rude: RudeServer, planted: Planted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundle, _, pulled = planted
-    path, data = _weights(bundle)
-    monkeypatch.setattr(remote, "_READ", 1000)
-    half, size = 8000, {"Content-Length": str(len(data))}
-    wrong, right = ({"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} for start in (9, half))
-    rude.plant(
-        path,
-        (500, {}, b""),
-        (503, {}, b""),
-        (200, size, data[:half]),
-        (206, wrong, data[9:]),
-        (206, right, data[half:]),
-    )
-    rude.plant(f"manifests/{bundle.digest}", (500, {}, b""), (200, {}, bundle.manifest.data))
-    assert pulled().damage() == []
-    assert [seen for seen in rude.handler.seen if seen[1].endswith(path)][-1][2] == f"bytes={half}-"
-
-
-def test_a_server_without_ranges_is_read_from_the_beginning(rude: RudeServer, planted: Planted) -> None:
-    bundle, _, pulled = planted
-    path, data = _weights(bundle)
-    rude.plant(path, (200, {"Content-Length": str(len(data))}, data[:1000]), (200, {}, data))
-    assert pulled().damage() == []
-
-
-@pytest.mark.parametrize("kind", ["500", "truncated", "longer", "other", "slow", "gone"])
-def test_what_stays_broken_is_said_clearly_and_leaves_nothing_half(
-    rude: RudeServer, planted: Planted, tmp_path: Path, kind: str
-) -> None:
-    bundle, _, pulled = planted
-    path, data = _weights(bundle)
-    bad, reason = {
-        "500": ((500, {}, b""), "cannot be reached"),
-        "truncated": ((200, {"Content-Length": str(len(data))}, b"GG"), "cannot be reached"),
-        "longer": ((200, {}, data + b"more"), "more was sent"),
-        "other": ((200, {}, bytes(len(data))), "is not what the manifest says"),
-        "slow": ((200, {"Content-Length": str(len(data))}, b""), "cannot be reached"),
-        "gone": ((404, {}, b"{}"), "is not there"),
-    }[kind]
-    rude.plant(path, bad)
-    with pytest.raises(StoreError, match=reason):
-        pulled()
-    assert not (tmp_path / "out").exists()
-    rude.plant(path, (200, {}, data))
-    assert pulled().damage() == []
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["b", "out"]
-
-
-def test_a_full_disk_is_one_message_and_a_rerun_finishes(planted: Planted, tmp_path: Path) -> None:
-    bundle, place, _ = planted
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12k", "none", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a small disk here")
-    try:
-        with pytest.raises(StoreError, match="no room"):
-            pull(place, bundle.manifest, disk / "out")
-        assert not (disk / "out").exists()
-        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
-        assert pull(place, bundle.manifest, disk / "out").damage() == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=False)
-
-
-# Manifests that lie
-
-
-def _manifest(*titles: str, size: int = 2, **more: object) -> bytes:
-    digest = f"sha256:{sha256_bytes(b'{}')}"
-    layers = [
-        {
-            "mediaType": MEDIA_DOC,
-            "digest": digest,
-            "size": size,
-            "annotations": {"org.opencontainers.image.title": name},
-        }
-        for name in titles
-    ]
-    config = {"mediaType": "application/vnd.cncf.model.config.v1+json", "digest": digest, "size": 2}
-    content = {
-        "schemaVersion": 2, "mediaType": MEDIA_MANIFEST, "artifactType": "application/vnd.cncf.model.manifest.v1+json",
-        "config": config, "layers": layers, **more,
-    }  # fmt: skip
-    return canonical_json(content)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../x", "/etc/x", "a/../../x", "a//b", "./x", "", "a\\..\\x", "C:x", "a\x00b", "a\nb", "oci/manifest.json",
-     "attestations/model.sigstore.json", "OCI/config.json", "x/", "NUL", "a/con.txt", "x.", "x" * 600],
-)  # fmt: skip
-def test_a_file_name_that_leads_elsewhere_is_refused(name: str) -> None:
-    with pytest.raises(StoreError, match="is refused"):
-        OciManifest.parse(_manifest(name), "test")
-
-
-@pytest.mark.parametrize("names", [("a", "a"), ("a", "A"), ("a", "a/b"), ("a/b", "a"), ("\u00e9", "e\u0301")])
-def test_two_names_that_are_one_on_some_disk_are_refused(names: tuple[str, str]) -> None:
-    with pytest.raises(StoreError, match="would be one on disk"):
-        OciManifest.parse(_manifest(*names), "test")
-
-
-@pytest.mark.parametrize("size", [-1, True, "2", None, 1.5])
-def test_a_size_that_is_none_is_refused(size: object) -> None:
-    with pytest.raises(StoreError, match="no size"):
-        OciManifest.parse(_manifest("a", size=size), "test")  # type: ignore[arg-type]
-
-
-def test_a_size_that_lies_is_noticed_while_streaming(rude: RudeServer, tmp_path: Path) -> None:
-    place = Registry(rude.name, tries=1)
-    for size, reason in ((1, "more was sent"), (3, "cannot be reached")):
-        data = _manifest("a", size=size)
-        digest = f"sha256:{sha256_bytes(data)}"
-        rude.plant(f"manifests/{digest}", (200, {}, data))
-        rude.plant(f"blobs/sha256:{sha256_bytes(b'{}')}", (200, {}, b"{}"))
-        with pytest.raises(StoreError, match=reason):
-            pull(place, resolve(place, digest), tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
-
-def test_indexes_are_never_followed(rude: RudeServer) -> None:
-    index = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [{"mediaType": MEDIA_INDEX}]})
-    rude.plant("manifests/v1", (200, {}, index))
-    place = Registry(rude.name, tries=1)
-    with pytest.raises(StoreError, match="an index stands here"):
-        resolve(place, "v1")
-    assert len([seen for seen in rude.handler.seen if "manifests" in seen[1]]) == 1
-
-
-def test_a_manifest_that_is_not_its_digest_too_large_or_no_json_is_refused(rude: RudeServer) -> None:
-    place, digest = Registry(rude.name, tries=1), "sha256:" + "0" * 64
-    rude.plant(f"manifests/{digest}", (200, {}, _manifest("a")))
-    with pytest.raises(StoreError, match="not the one that was asked for"):
-        resolve(place, digest)
-    for body in (b"x" * (5 << 20), b"[" * 100_000, b"\xff", b"[]", b'{"schemaVersion": 1}'):
-        rude.plant("manifests/v1", (200, {}, body))
-        with pytest.raises(StoreError, match=r"too large|cannot be read|no OCI image manifest"):
-            resolve(place, "v1")
-
-
-def test_referrers_that_nest_lie_or_speak_of_others_are_refused(rude: RudeServer) -> None:
-    place, model = Registry(rude.name, tries=1), OciManifest.parse(_manifest("a"), "test")
-
-    def referring(*entries: dict[str, object]) -> None:
-        body = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": list(entries)})
-        rude.plant(f"referrers/{model.digest}", (200, {"Content-Type": MEDIA_INDEX}, body))
-
-    other = _manifest("a.intoto.json", subject={"mediaType": MEDIA_MANIFEST, "digest": "sha256:" + "1" * 64, "size": 9})
-    entry = Descriptor.of_bytes(other, MEDIA_MANIFEST)
-    rude.plant(f"manifests/{entry.digest}", (200, {}, other))
-    for one, reason in (
-        ({**entry.to_dict(), "mediaType": MEDIA_INDEX}, "nests"),
-        (entry.to_dict(), "about another model"),
-        ({**entry.to_dict(), "size": entry.size + 1}, "not what its entry says"),
-        ({**entry.to_dict(), "size": 1 << 40}, "too large"),
-    ):
-        referring(one)
-        with pytest.raises(StoreError, match=reason):
-            list(attestations_of(place, model))
-
-
-def test_links_in_the_way_are_not_followed(planted: Planted, tmp_path: Path) -> None:
-    victim = tmp_path / "victim"
-    victim.mkdir()
-    (tmp_path / "out").symlink_to(victim)
-    with pytest.raises(StoreError, match="is there already"):
-        planted[2]()
-    (tmp_path / "out").unlink()
-    (tmp_path / "out.partial").symlink_to(victim)
-    assert planted[2]().damage() == []
-    assert list(victim.iterdir()) == []
-
-
-def test_a_link_planted_into_a_half_pulled_folder_is_not_written_through(planted: Planted, tmp_path: Path) -> None:
-    bundle, _, pulled = planted
-    partial = tmp_path / "out.partial"
-    (partial / "oci").mkdir(parents=True)
-    (partial / "oci" / "manifest.json").write_bytes(bundle.manifest.data)
-    (tmp_path / "precious").write_text("mine")
-    (partial / "model.gguf").symlink_to(tmp_path / "precious")
-    with pytest.raises(StoreError):
-        pulled()
-    assert (tmp_path / "precious").read_text() == "mine"
-
-
-# Names
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "repository", "reference"),
-    [
-        ("localhost:5000/a/b:v1", "registry", "localhost:5000/a/b", "v1"),
-        ("oci:ghcr.io/me/model", "registry", "ghcr.io/me/model", ""),
-        ("oci://ghcr.io/me/model:v1@sha256:" + "a" * 64, "registry", "ghcr.io/me/model", "sha256:" + "a" * 64),
-        ("oci-layout:dist/x", "layout", "dist/x", ""),
-        ("oci-layout:./dist:v1", "layout", "dist", "v1"),
-    ],
-)
-def test_names_are_understood(text: str, kind: str, repository: str, reference: str) -> None:
-    found = Reference.parse(text)
-    assert (found.kind, found.repository, found.reference) == (kind, repository, reference)
-    assert looks_like_reference(text)
-
-
-@pytest.mark.parametrize("text", ["dist", "./dist/x", "gguf", "run:gguf", "/abs/path", "quickstart-20261124:gguf"])
-def test_folders_and_stages_are_no_references(text: str) -> None:
-    assert not looks_like_reference(text)
-
-
-def test_a_name_with_a_password_is_refused_without_repeating_it() -> None:
-    with pytest.raises(RecipeError) as caught:
-        Reference.parse("oci:me:s3cret@ghcr.io/me/model:v1")
-    assert "s3cret" not in str(caught.value)
-
-
-@given(text=st.text(max_size=60))
-def test_no_name_breaks_the_parser(text: str) -> None:
-    with suppress(RecipeError, StoreError):
-        Reference.parse(text)
 
 
 def test_what_was_pulled_is_an_artifact_like_any_other(server: RegistryServer, tmp_path: Path) -> None:

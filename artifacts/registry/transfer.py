@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from artifacts.bundle import ATTESTATIONS, CONFIG_NAME, MANIFEST_NAME, Bundle
 from artifacts.disk import force_remove
 from artifacts.errors import StoreError
+from artifacts.locks import FileLock
 from artifacts.manifest import sha256_bytes
 from artifacts.registry.manifest import (
     ARTIFACT_TYPE,
@@ -35,6 +36,10 @@ from artifacts.registry.place import Place
 Moved = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 _MOST_REFERRERS: Final = 64
 _LARGEST_ATTESTATION: Final = 16 << 20  # bytes
+
+
+class _OtherBytesError(StoreError):
+    """What came is not the blob."""
 
 
 def push(bundle: Bundle, place: Place, tag: str | None, moved: Moved | None = None) -> str:
@@ -106,26 +111,31 @@ def pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None 
     """Bring a model from a place into the folder `target`, which must not exist yet or be empty.
 
     Raises:
-        StoreError: the place or the disk fails, or what was sent is not what the manifest says.
+        StoreError: the place or the disk fails, what was sent is not what the manifest says, or another process is
+            pulling into it.
     """
+    with _writing(target), _alone(target):
+        return _pull(place, manifest, target, moved)
+
+
+def _pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None) -> Bundle:
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise StoreError(f"{target} is there already", way_out="name a folder that does not exist yet")
     partial = target.with_name(f"{target.name}.partial")
-    with _writing(target):
-        _prepare(partial, manifest, place)
-        done, total = 0, manifest.size
-        names = manifest.files
-        for name, layer in names.items():
-            _download(place, layer, partial, name)
-            done += layer.size
-            if moved is not None:
-                moved(name, done, total)
-        _download(place, manifest.config, partial, CONFIG_NAME)
-        pull_attestations(place, manifest, partial)
-        _remove_others(partial, {*names, CONFIG_NAME, MANIFEST_NAME})
-        if target.exists():
-            target.rmdir()
-        partial.replace(target)
+    _prepare(partial, manifest, place)
+    done, total = 0, manifest.size
+    names = manifest.files
+    for name, layer in names.items():
+        _download(place, layer, partial, name)
+        done += layer.size
+        if moved is not None:
+            moved(name, done, total)
+    _download(place, manifest.config, partial, CONFIG_NAME)
+    pull_attestations(place, manifest, partial)
+    _remove_others(partial, {*names, CONFIG_NAME, MANIFEST_NAME})
+    if target.exists():
+        target.rmdir()
+    partial.replace(target)
     return Bundle.open(target)
 
 
@@ -192,10 +202,22 @@ def _download(place: Place, blob: Descriptor, folder: Path, name: str) -> None:
             file.truncate()
             held, hasher = 0, hashlib.sha256()
         if held < blob.size:
-            for chunk in _checked(place, blob, held, hasher):
-                file.write(chunk)
+            _fetch(place, blob, file, held, hasher)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _fetch(place: Place, blob: Descriptor, file: BinaryIO, held: int, hasher: hashlib._Hash) -> None:
+    """The rest of a file; where an earlier pull left other bytes, the whole of it. What is wrong is not kept."""
+    try:
+        for chunk in _checked(place, blob, held, hasher):
+            file.write(chunk)
+    except _OtherBytesError:
+        file.seek(0)
+        file.truncate()
+        if not held:
+            raise
+        _fetch(place, blob, file, 0, hashlib.sha256())
 
 
 def _checked(place: Place, blob: Descriptor, held: int, hasher: hashlib._Hash) -> Iterator[bytes]:
@@ -203,7 +225,7 @@ def _checked(place: Place, blob: Descriptor, held: int, hasher: hashlib._Hash) -
     for chunk in place.read(blob, held):
         held += len(chunk)
         if held > blob.size:
-            raise StoreError("more was sent than the manifest says", where=f"{place.name} {blob.digest}")
+            raise _OtherBytesError("more was sent than the manifest says", where=f"{place.name} {blob.digest}")
         hasher.update(chunk)
         yield chunk
     if held != blob.size:
@@ -214,7 +236,7 @@ def _checked(place: Place, blob: Descriptor, held: int, hasher: hashlib._Hash) -
             way_out="try again: what has arrived is kept",
         )
     if hasher.hexdigest() != blob.hex:
-        raise StoreError(
+        raise _OtherBytesError(
             "what was sent is not what the manifest says",
             where=f"{place.name} {blob.digest}",
             why=f"it hashes to sha256:{hasher.hexdigest()}",
@@ -259,6 +281,20 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Two pulls into one folder would write into each other's files."""
+    lock = FileLock(target.with_name(f"{target.name}.lock"))
+    if not lock.try_acquire():
+        raise StoreError(
+            f"another process is pulling into {target}", way_out="wait until it is done, or name another folder"
+        )
+    try:
+        yield
+    finally:
+        lock.release(remove=True)
 
 
 @contextmanager

@@ -86,6 +86,7 @@ def kept_bundle(name: str, moved: Moved | None = None) -> Bundle:
     """
     from artifacts.bundle import Bundle
     from artifacts.home import cache_dir
+    from artifacts.locks import holding
     from artifacts.registry.place import looks_like_reference
     from artifacts.registry.transfer import pull, pull_attestations
 
@@ -93,10 +94,11 @@ def kept_bundle(name: str, moved: Moved | None = None) -> Bundle:
         return Bundle.open(Path(name).expanduser())
     _, place, manifest = _resolve(name)
     folder = cache_dir() / "bundles" / manifest.digest.removeprefix("sha256:")
-    if not folder.is_dir():
-        return pull(place, manifest, folder, moved)
-    pull_attestations(place, manifest, folder)
-    return Bundle.open(folder)
+    with holding(folder.with_name(f"{folder.name}.use")):  # whoever comes second waits, and fetches nothing again
+        if not folder.is_dir():
+            return pull(place, manifest, folder, moved)
+        pull_attestations(place, manifest, folder)
+        return Bundle.open(folder)
 
 
 def _resolve(name: str) -> tuple[Reference, Place, OciManifest]:

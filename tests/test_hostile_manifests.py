@@ -1,0 +1,141 @@
+"""What a stranger sent: names that lead elsewhere, sizes that lie, indexes that nest, links in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rude_server import Answer, Planted, RudeServer
+
+from artifacts.errors import StoreError
+from artifacts.manifest import canonical_json, sha256_bytes
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, OciManifest
+from artifacts.registry.remote import Registry
+from artifacts.registry.transfer import attestations_of, pull, resolve
+
+
+@pytest.fixture
+def rude() -> Iterator[RudeServer]:
+    server = RudeServer()
+    yield server
+    server.close()
+
+
+def _manifest(*titles: str, size: int = 2, **more: object) -> bytes:
+    digest = f"sha256:{sha256_bytes(b'{}')}"
+    layers = [
+        {
+            "mediaType": MEDIA_DOC,
+            "digest": digest,
+            "size": size,
+            "annotations": {"org.opencontainers.image.title": name},
+        }
+        for name in titles
+    ]
+    config = {"mediaType": "application/vnd.cncf.model.config.v1+json", "digest": digest, "size": 2}
+    content = {
+        "schemaVersion": 2, "mediaType": MEDIA_MANIFEST, "artifactType": "application/vnd.cncf.model.manifest.v1+json",
+        "config": config, "layers": layers, **more,
+    }  # fmt: skip
+    return canonical_json(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/x", "a/../../x", "a//b", "./x", "", "a\\..\\x", "C:x", "a\x00b", "a\nb", "oci/manifest.json",
+     "attestations/model.sigstore.json", "OCI/config.json", "x/", "NUL", "a/con.txt", "x.", "x" * 600],
+)  # fmt: skip
+def test_a_file_name_that_leads_elsewhere_is_refused(name: str) -> None:
+    with pytest.raises(StoreError, match="is refused"):
+        OciManifest.parse(_manifest(name), "test")
+
+
+@pytest.mark.parametrize("names", [("a", "a"), ("a", "A"), ("a", "a/b"), ("a/b", "a"), ("\u00e9", "e\u0301")])
+def test_two_names_that_are_one_on_some_disk_are_refused(names: tuple[str, str]) -> None:
+    with pytest.raises(StoreError, match="would be one on disk"):
+        OciManifest.parse(_manifest(*names), "test")
+
+
+@pytest.mark.parametrize("size", [-1, True, "2", None, 1.5])
+def test_a_size_that_is_none_is_refused(size: object) -> None:
+    with pytest.raises(StoreError, match="no size"):
+        OciManifest.parse(_manifest("a", size=size), "test")  # type: ignore[arg-type]
+
+
+def test_a_size_that_lies_is_noticed_while_streaming(rude: RudeServer, tmp_path: Path) -> None:
+    place = Registry(rude.name, tries=1)
+    for size, reason in ((1, "more was sent"), (3, "cannot be reached")):
+        data = _manifest("a", size=size)
+        digest = f"sha256:{sha256_bytes(data)}"
+        rude.plant(f"manifests/{digest}", Answer(body=data))
+        rude.plant(f"blobs/sha256:{sha256_bytes(b'{}')}", Answer(body=b"{}"))
+        with pytest.raises(StoreError, match=reason):
+            pull(place, resolve(place, digest), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_indexes_are_never_followed(rude: RudeServer) -> None:
+    index = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [{"mediaType": MEDIA_INDEX}]})
+    rude.plant("manifests/v1", Answer(body=index))
+    place = Registry(rude.name, tries=1)
+    with pytest.raises(StoreError, match="an index stands here"):
+        resolve(place, "v1")
+    assert len(rude.asked("manifests/v1")) == 1
+
+
+def test_a_manifest_that_is_not_its_digest_too_large_or_no_json_is_refused(rude: RudeServer) -> None:
+    place, digest = Registry(rude.name, tries=1), "sha256:" + "0" * 64
+    rude.plant(f"manifests/{digest}", Answer(body=_manifest("a")))
+    with pytest.raises(StoreError, match="not the one that was asked for"):
+        resolve(place, digest)
+    for body in (b"x" * (5 << 20), b"[" * 100_000, b"\xff", b"[]", b'{"schemaVersion": 1}'):
+        rude.plant("manifests/v1", Answer(body=body))
+        with pytest.raises(StoreError, match=r"too large|cannot be read|no OCI image manifest"):
+            resolve(place, "v1")
+
+
+def test_referrers_that_nest_lie_or_speak_of_others_are_refused(rude: RudeServer) -> None:
+    place, model = Registry(rude.name, tries=1), OciManifest.parse(_manifest("a"), "test")
+
+    def referring(*entries: dict[str, object]) -> None:
+        body = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": list(entries)})
+        rude.plant(f"referrers/{model.digest}", Answer(body=body, headers={"Content-Type": MEDIA_INDEX}))
+
+    other = _manifest("a.intoto.json", subject={"mediaType": MEDIA_MANIFEST, "digest": "sha256:" + "1" * 64, "size": 9})
+    entry = Descriptor.of_bytes(other, MEDIA_MANIFEST)
+    rude.plant(f"manifests/{entry.digest}", Answer(body=other))
+    for one, reason in (
+        ({**entry.to_dict(), "mediaType": MEDIA_INDEX}, "nests"),
+        (entry.to_dict(), "about another model"),
+        ({**entry.to_dict(), "size": entry.size + 1}, "not what its entry says"),
+        ({**entry.to_dict(), "size": 1 << 40}, "too large"),
+    ):
+        referring(one)
+        with pytest.raises(StoreError, match=reason):
+            list(attestations_of(place, model))
+
+
+def test_links_in_the_way_are_not_followed(rude: RudeServer, tmp_path: Path) -> None:
+    planted = Planted(rude, tmp_path)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / "out").symlink_to(victim)
+    with pytest.raises(StoreError, match="is there already"):
+        planted.pull()
+    (tmp_path / "out").unlink()
+    (tmp_path / "out.partial").symlink_to(victim)
+    assert planted.pull().damage() == []
+    assert list(victim.iterdir()) == []
+
+
+def test_a_link_planted_into_a_half_pulled_folder_is_not_written_through(rude: RudeServer, tmp_path: Path) -> None:
+    planted = Planted(rude, tmp_path)
+    partial = tmp_path / "out.partial"
+    (partial / "oci").mkdir(parents=True)
+    (partial / "oci" / "manifest.json").write_bytes(planted.bundle.manifest.data)
+    (tmp_path / "precious").write_text("mine")
+    (partial / "model.gguf").symlink_to(tmp_path / "precious")
+    with pytest.raises(StoreError):
+        planted.pull()
+    assert (tmp_path / "precious").read_text() == "mine"
