@@ -88,7 +88,7 @@ class _Scripted(Validation):
             images=2,
             max_new_tokens=3,
             workers=Alone(),
-            told=lambda step, found, now: self.steps.append(step),
+            told=lambda step, found, now, original: self.steps.append(step),
         )
         self.steps: list[int] = []
         self._script = iter(script)

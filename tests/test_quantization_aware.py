@@ -228,6 +228,8 @@ def test_the_reference_is_the_unrounded_model(tiny_llava: Path) -> None:
         expected = plain.trunk(inputs_embeds=x).last_hidden_state
         assert not torch.allclose(rounded.trunk(inputs_embeds=x).last_hidden_state, expected, atol=1e-3)
         with rounded.as_reference():
+            with rounded.as_reference():
+                assert torch.equal(rounded.trunk(inputs_embeds=x).last_hidden_state, expected)
             assert torch.equal(rounded.trunk(inputs_embeds=x).last_hidden_state, expected)
         assert not torch.allclose(rounded.trunk(inputs_embeds=x).last_hidden_state, expected, atol=1e-3)
 

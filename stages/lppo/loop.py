@@ -212,7 +212,7 @@ class Loop:
         over_refusal = _over_refusal(found)
         excess = max(0.0, over_refusal - course.original - self._params.over_refusal_rise)
         now = Standing(step, 1 - _mean([one.refusal for one in found.values()]), over_refusal, round(excess, 12))
-        self._validation.told(step, found, now)
+        self._validation.told(step, found, now, course.original)
         if now.better_than(course.best):
             self._standings = found
             if self._workers.rank == 0:

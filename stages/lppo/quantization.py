@@ -141,13 +141,13 @@ class Quantizer:
 
     @contextmanager
     def lifted(self) -> Iterator[None]:
-        """Inside, the weights are the original ones."""
+        """Inside, the weights are the original ones; may be nested."""
+        before = [layer.weight.data for layer in self._layers]
         self._use(self._original)
         try:
             yield
         finally:
-            if self._rounded:
-                self._use(self._rounded)
+            self._use(before)
 
     def _choose(
         self, trunk: torch.nn.Module, type: str, checkpoint: Path | None, imatrix: Path | Importance | None

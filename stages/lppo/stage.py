@@ -184,7 +184,7 @@ class Hardening(Stage[P]):
                 images=VALIDATION_IMAGES,
                 max_new_tokens=params.max_new_tokens,
                 workers=workers,
-                told=lambda step, found, now: tell_validation(context, step, found, now),
+                told=lambda step, found, *now: tell_validation(context, step, found, *now),
             )
         default = spec.vision.default_exit
         setting = Setting(policy, sampler, States(policy, features), rewards, validation, workers, default)
@@ -218,7 +218,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "6"
+    code_version = "7"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 
@@ -336,9 +336,13 @@ def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int,
 
 
 def tell_validation(
-    context: Context, step: int, found: Mapping[int, ExitStanding], now: Standing | None = None
+    context: Context,
+    step: int,
+    found: Mapping[int, ExitStanding],
+    now: Standing | None = None,
+    original: float = 0.0,
 ) -> None:
-    """Every exit on validation prompts, as events."""
+    """Every exit on validation prompts, as events; `original`: over-refusal of the original model."""
     for exit, standing in found.items():
         context.metric("validation_refusal", standing.refusal, step=step, exit=exit)
         context.metric("validation_over_refusal", standing.over_refusal, step=step, exit=exit)
@@ -346,4 +350,7 @@ def tell_validation(
         context.metric("validation_kl", standing.kl, step=step, exit=exit)
     if now is not None:
         context.metric("validation_asr", now.asr, step=step)
-        context.log(f"validation after step {step}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}")
+        context.log(
+            f"validation after step {step}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}, "
+            f"the original model's {original:.1%}"
+        )

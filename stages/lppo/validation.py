@@ -33,7 +33,8 @@ class Validation:
 
     Args:
         states: of the validation images. images: how many there are.
-        told: is called with what each validation in the course of training has found.
+        told: is called with what each validation in the course of training has found, and the over-refusal of the
+            original model.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Validation:
         images: int,
         max_new_tokens: int,
         workers: Workers,
-        told: Callable[[int, Mapping[int, ExitStanding], Standing], None],
+        told: Callable[[int, Mapping[int, ExitStanding], Standing, float], None],
     ):
         self._policy = policy
         self._states = states
