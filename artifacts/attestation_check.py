@@ -12,25 +12,22 @@ freshness   the gates were checked lately enough
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from artifacts.artifact import Artifact
 from artifacts.attestation import PROVENANCE, STATEMENT, TEST_RESULT
 from artifacts.bundle import ARTIFACT, VERDICT, Bundle
+from artifacts.bundle import MANIFEST_NAME as MANIFEST
 from artifacts.errors import StoreError
+from artifacts.keyless import STATEMENT_SUFFIX
 from artifacts.manifest import MANIFEST_NAME, Manifest
 from artifacts.measures import MEASURES_NAME, Measure
-from artifacts.signing import Trust, UntrustedError, read_statement, verify_bundle
-
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from artifacts.signing import Signatory, Trust, UntrustedError, read_statement, verify_bundle
 
 
 @dataclass(frozen=True)
@@ -92,10 +89,10 @@ class _Predicate(BaseModel):
 def check_bundle(bundle: Bundle, policy: Policy, now: datetime | None = None) -> list[Finding]:
     """Look at everything; what cannot be looked at is refused. Every byte is read."""
     findings = [_files(bundle)]
-    signature, key = _signature(bundle, policy)
+    signature, signatory = _signature(bundle, policy)
     findings.append(signature)
-    origin, made = _provenance(bundle, policy, key)
-    findings += [origin, _verdict(bundle, policy, key), _report(bundle)]
+    origin, made = _provenance(bundle, policy, signatory)
+    findings += [origin, _verdict(bundle, policy, signatory), _report(bundle)]
     if policy.gates is not None:
         findings.append(_gates(bundle, policy.gates))
     if policy.max_age is not None:
@@ -109,17 +106,17 @@ def _files(bundle: Bundle) -> Finding:
     return Finding("files", not damage, "; ".join(damage[:5]) or f"{count} files are as the manifest says")
 
 
-def _signature(bundle: Bundle, policy: Policy) -> tuple[Finding, EllipticCurvePublicKey | None]:
+def _signature(bundle: Bundle, policy: Policy) -> tuple[Finding, Signatory | None]:
     try:
-        trust, key = verify_bundle(bundle, policy.signers)
+        trust, signatory = verify_bundle(bundle, policy.signers)
     except UntrustedError as error:
         return Finding("signature", False, _words(error)), None
-    return Finding("signature", True, f"signed by {trust}"), key
+    return Finding("signature", True, f"signed by {trust}"), signatory
 
 
-def _provenance(bundle: Bundle, policy: Policy, key: EllipticCurvePublicKey | None) -> tuple[Finding, datetime | None]:
+def _provenance(bundle: Bundle, policy: Policy, signatory: Signatory | None) -> tuple[Finding, datetime | None]:
     try:
-        statement = _statement(bundle, PROVENANCE, "provenance", key)
+        statement = _statement(bundle, PROVENANCE, "provenance", signatory)
         predicate = statement["predicate"]
         made = datetime.fromisoformat(predicate["runDetails"]["metadata"]["finishedOn"])
         bases = [str(name) for name in predicate["buildDefinition"]["externalParameters"]["baseModels"]]
@@ -137,9 +134,9 @@ def _provenance(bundle: Bundle, policy: Policy, key: EllipticCurvePublicKey | No
     ), made
 
 
-def _verdict(bundle: Bundle, policy: Policy, key: EllipticCurvePublicKey | None) -> Finding:
+def _verdict(bundle: Bundle, policy: Policy, signatory: Signatory | None) -> Finding:
     try:
-        statement = _statement(bundle, TEST_RESULT, "test-result", key)
+        statement = _statement(bundle, TEST_RESULT, "test-result", signatory)
         predicate = _Predicate.model_validate(statement["predicate"])
         about = _about_these_bytes(bundle)
     except (UntrustedError, StoreError) as error:
@@ -235,24 +232,28 @@ def _freshness(made: datetime | None, most: timedelta, now: datetime) -> Finding
 
 
 def _statement(
-    bundle: Bundle, kind: str, name: str, key: EllipticCurvePublicKey | None
+    bundle: Bundle, kind: str, name: str, signatory: Signatory | None
 ) -> dict[str, dict[str, dict[str, dict[str, str]]]]:
     """The trusted statement of that kind about this bundle."""
-    candidates = [path for path in bundle.attestations() if path.name.endswith(f"{name}.intoto.json")]
+    candidates = [
+        path
+        for path in bundle.attestations()
+        if path.name.endswith((f"{name}.intoto.json", f"{name}{STATEMENT_SUFFIX}"))
+    ]
     if not candidates:
         raise UntrustedError(f"there is no {name} attestation: it was never made, or it was removed")
-    if key is None:
+    if signatory is None:
         raise UntrustedError("nobody trusted signed the bundle, so nobody's word is taken")
-    return next(_trusted(bundle, candidates, kind, key))
+    return next(_trusted(bundle, candidates, kind, signatory))
 
 
 def _trusted(
-    bundle: Bundle, candidates: Sequence[Path], kind: str, key: EllipticCurvePublicKey
+    bundle: Bundle, candidates: Sequence[Path], kind: str, signatory: Signatory
 ) -> Iterator[dict[str, dict[str, dict[str, dict[str, str]]]]]:
     failure: UntrustedError | None = None
     for path in candidates:
         try:
-            statement = read_statement(path, key)
+            statement = read_statement(path, signatory)
             _refuse_other(bundle, statement, kind, path)
         except UntrustedError as error:
             failure = failure or error
@@ -265,10 +266,21 @@ def _trusted(
 def _refuse_other(bundle: Bundle, statement: dict[str, object], kind: str, path: Path) -> None:
     if statement.get("_type") != STATEMENT or statement.get("predicateType") != kind:
         raise UntrustedError(f"{path.name} states something else", why=f"{str(statement.get('predicateType'))[:80]}")
-    subjects = statement.get("subject")
-    digests = json.dumps(subjects)
-    if not isinstance(subjects, list) or bundle.digest.removeprefix("sha256:") not in digests:
-        raise UntrustedError(f"{path.name} is about another bundle", why=f"it does not name {bundle.digest}")
+    named = _subjects(statement)
+    expected = {MANIFEST: bundle.digest.removeprefix("sha256:")}
+    expected |= {name: layer.hex for name, layer in bundle.manifest.files.items()}
+    wrong = [name for name, digest in named.items() if expected.get(name) != digest]
+    if MANIFEST not in named or wrong:
+        why = f"it says something else of {wrong[0]}" if wrong else f"it does not name {bundle.digest}"
+        raise UntrustedError(f"{path.name} is about another bundle", why=why)
+
+
+def _subjects(statement: dict[str, object]) -> dict[str, str]:
+    """Name -> SHA-256; nothing when they cannot be read."""
+    try:
+        return {str(one["name"]): str(one["digest"]["sha256"]) for one in statement["subject"]}  # type: ignore[attr-defined]
+    except (KeyError, TypeError):
+        return {}
 
 
 def _read_report(bundle: Bundle) -> _Report:

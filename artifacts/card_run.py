@@ -52,11 +52,6 @@ def _gguf_guide(what: Runnable) -> str:
     ask = [*_files(what), *(["--image", "picture.png"] if what.mmproj else []), "-p", _question(what), "-n", "128"]
     if not what.mmproj:
         ask.append("-st")  # one turn, by the chat template
-    package = ["docker", "model", "package", "--gguf", what.model]
-    if what.mmproj:
-        package += ["--mmproj", what.mmproj]
-    if what.template:
-        package += ["--chat-template", what.template]
     return "\n".join(
         [
             f"# Running {what.name}",
@@ -74,9 +69,10 @@ def _gguf_guide(what: Runnable) -> str:
             *_block(["ollama", "create", what.name, "-f", MODELFILE], ["ollama", "run", what.name]),
             "## Docker Model Runner",
             "",
-            "From a registry it runs as it is: `docker model run HOST/NAME:TAG`. From this folder:",
+            "From a registry it runs as it is: `docker model pull HOST/NAME:TAG`, then `docker model run` with that "
+            "name. From this folder:",
             "",
-            *_block([*package, what.name], ["docker", "model", "run", what.name]),
+            *_docker(what),
             "## transformers",
             "",
             *_transformers_of_gguf(what),
@@ -84,18 +80,42 @@ def _gguf_guide(what: Runnable) -> str:
     )
 
 
+def _docker(what: Runnable) -> list[str]:
+    """It takes absolute paths only (docker/model-runner, cmd/cli/commands/package.go)."""
+    files = {"--gguf": what.model, "--mmproj": what.mmproj, "--chat-template": what.template}
+    given = " ".join(f'{option} "$PWD/{name}"' for option, name in files.items() if name)
+    package = f"docker model package {given} --context-size {what.context} {what.name}"
+    return ["```sh", package, shlex.join(["docker", "model", "run", what.name]), "```", ""]
+
+
 def _transformers_of_gguf(what: Runnable) -> list[str]:
     if what.mmproj:
         return ["transformers reads no mmproj files: of this model it can load the language part only.", ""]
-    return [
-        "```python",
+    return _python(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained(".", gguf_file="{what.model}")',
         f'tokenizer = AutoTokenizer.from_pretrained(".", gguf_file="{what.model}")',
-        "```",
-        "",
+        *_ask(what, "tokenizer"),
+    )
+
+
+def _ask(what: Runnable, by: str) -> list[str]:
+    """`by`: the variable that knows the chat template."""
+    text = f'{{"type": "text", "text": "{_question(what)}"}}'
+    content = f'[{{"type": "image", "path": "picture.png"}}, {text}]' if what.mmproj else f'"{_question(what)}"'
+    return [
+        f'messages = [{{"role": "user", "content": {content}}}]',
+        f"inputs = {by}.apply_chat_template(",
+        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
+        ")",
+        "answer = model.generate(**inputs, max_new_tokens=128, do_sample=False)",
+        f'print({by}.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
+
+
+def _python(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]
 
 
 def _checkpoint_guide(what: Runnable) -> str:
@@ -111,13 +131,13 @@ def _checkpoint_guide(what: Runnable) -> str:
             "",
             "Needs `gptqmodel` and `optimum` beside transformers.",
             "",
-            "```python",
-            f"from transformers import {auto}, AutoProcessor",
-            "",
-            f'model = {auto}.from_pretrained(".")',
-            'processor = AutoProcessor.from_pretrained(".")',
-            "```",
-            "",
+            *_python(
+                f"from transformers import {auto}, AutoProcessor",
+                "",
+                f'model = {auto}.from_pretrained(".")',
+                'processor = AutoProcessor.from_pretrained(".")',
+                *_ask(what, "processor"),
+            ),
         ]
     )
 

@@ -1,8 +1,8 @@
 """Signatures: OpenSSF model-signing over the whole bundle, DSSE envelopes around what is stated about it.
 
 One signer makes both. A key is an elliptic-curve key in PEM (P-256, P-384 or P-521); with a certificate the signature
-carries the chain, and whoever checks needs only the authority. The signature covers every file but `attestations/`, so
-also `oci/manifest.json`, whose digest the statements name.
+carries the chain, and whoever checks needs only the authority; without a key, `artifacts.keyless`. The signature covers
+every file but `attestations/`, so also `oci/manifest.json`, whose digest the statements name.
 
 What model-signing leaves open is done here: it looks at certificates as of the day they were made, so that an expired
 one passes; and it lets `.git*` files go unsigned.
@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from artifacts.bundle import ATTESTATIONS, Bundle
-from artifacts.errors import RecipeError, StoreError
+from artifacts.errors import PipelineError, RecipeError, StoreError
+from artifacts.keyless import STATEMENT_SUFFIX, Identity, Keyless
 from artifacts.manifest import canonical_json
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Signer:
     key: Path
     certificate: Path | None = None
     chain: tuple[Path, ...] = ()
+
+    suffix = ".intoto.json"  # of the statements
 
     def load(self) -> EllipticCurvePrivateKey:
         """The private key.
@@ -75,20 +78,77 @@ class Signer:
         secret = os.environ.get(PASSWORD)
         return secret.encode() if secret else None
 
+    def configure(self, config: object) -> None:
+        """Tell OpenSSF's model-signing who signs."""
+        from model_signing import signing
+
+        assert isinstance(config, signing.Config)
+        if self.certificate is None:
+            config.use_elliptic_key_signer(private_key=self.key, password=self.password)
+            return
+        config.use_certificate_signer(
+            private_key=self.key,
+            signing_certificate=self.certificate,
+            certificate_chain=self.chain or (self.certificate,),  # it does not take an empty one
+        )
+
+    def envelope(self, statement: bytes) -> bytes:
+        """The statement in a DSSE envelope."""
+        from securesystemslib.dsse import Envelope
+        from securesystemslib.signer import CryptoSigner
+
+        envelope = Envelope(statement, IN_TOTO, {})
+        envelope.sign(CryptoSigner(self.load()))
+        return canonical_json(envelope.to_dict()) + b"\n"
+
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signature is believed: a public key, or whoever has a certificate of an authority."""
+    """Whose signature is believed: a public key, whoever has a certificate of an authority, or an identity."""
 
     key: Path | None = None
     authority: Path | None = None
     subject: str | None = None  # of the certificate, as `openssl x509 -subject` or RFC 4514 has it: a part of it
+    identity: Identity | None = None
 
     def __str__(self) -> str:
+        if self.identity is not None:
+            return f"{self.identity.identity} ({self.identity.issuer})"
         return f"key {self.key}" if self.key is not None else f"authority {self.authority}"
 
 
-def sign_bundle(bundle: Bundle, signer: Signer) -> Path:
+class Signatory(Protocol):
+    """Who signed a bundle, and so is believed in what is stated about it."""
+
+    def payload(self, data: bytes) -> bytes:
+        """What is inside an envelope that they signed. Raises ValueError: it is none, or another signed it."""
+
+
+@dataclass(frozen=True)
+class KeyHolder:
+    """Who has this key."""
+
+    key: EllipticCurvePublicKey
+
+    def payload(self, data: bytes) -> bytes:
+        from securesystemslib.dsse import Envelope
+        from securesystemslib.exceptions import FormatError, VerificationError
+        from securesystemslib.signer import SSlibKey
+
+        try:
+            envelope = Envelope.from_dict(json.loads(data))
+            if envelope.payload_type != IN_TOTO:
+                raise ValueError(f"its payload is {envelope.payload_type!r}")
+            envelope.verify([SSlibKey.from_crypto(self.key)], 1)
+        except VerificationError as error:
+            raise ValueError("it was changed after it was signed, or another key signed it") from error
+        except (KeyError, TypeError, AttributeError, FormatError, RecursionError) as error:
+            raise ValueError(f"it is damaged: {error}") from error
+        payload: bytes = envelope.payload
+        return payload
+
+
+def sign_bundle(bundle: Bundle, signer: Signer | Keyless) -> Path:
     """Sign every file of the bundle; what an earlier signing left is replaced.
 
     Raises:
@@ -99,45 +159,35 @@ def sign_bundle(bundle: Bundle, signer: Signer) -> Path:
     with _installed():
         from model_signing import hashing, signing
     config = signing.Config().set_hashing_config(_everything_but_attestations(hashing.Config()))
-    try:
-        if signer.certificate is not None:
-            config.use_certificate_signer(
-                private_key=signer.key,
-                signing_certificate=signer.certificate,
-                certificate_chain=signer.chain or (signer.certificate,),  # it does not take an empty one
-            )
-        else:
-            config.use_elliptic_key_signer(private_key=signer.key, password=signer.password)
-        path = bundle.folder / ATTESTATIONS / SIGNATURE
+    path = bundle.folder / ATTESTATIONS / SIGNATURE
+    with _signing(bundle):
+        signer.configure(config)
         path.parent.mkdir(exist_ok=True)
         config.sign(bundle.folder, path)
-    except (ValueError, OSError, TypeError) as error:
-        raise RecipeError(f"{signer.certificate or signer.key} cannot sign", why=str(error)) from error
     return path
 
 
-def sign_statement(bundle: Bundle, signer: Signer, name: str, statement: dict[str, object]) -> Path:
-    """Put an in-toto statement into a DSSE envelope beside the signature, as `NAME.intoto.json`."""
-    key = signer.load()
-    from securesystemslib.dsse import Envelope
-    from securesystemslib.signer import CryptoSigner
-
-    envelope = Envelope(canonical_json(statement), IN_TOTO, {})
-    envelope.sign(CryptoSigner(key))
-    path = bundle.folder / ATTESTATIONS / f"{name}.intoto.json"
+def sign_statement(bundle: Bundle, signer: Signer | Keyless, name: str, statement: dict[str, object]) -> Path:
+    """Put an in-toto statement into a signed envelope beside the signature, as `NAME.intoto.json`."""
+    path = bundle.folder / ATTESTATIONS / f"{name}{signer.suffix}"
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(canonical_json(envelope.to_dict()) + b"\n")
+    with _signing(bundle):
+        path.write_bytes(signer.envelope(canonical_json(statement)))
     return path
 
 
-def verify_bundle(bundle: Bundle, trusted: Sequence[Trust]) -> tuple[Trust, EllipticCurvePublicKey]:
-    """Who signed these very files, and the key that did.
+def verify_bundle(bundle: Bundle, trusted: Sequence[Trust]) -> tuple[Trust, Signatory]:
+    """Who signed these very files.
 
     Raises:
         UntrustedError: there is no signature, nobody trusted made it, a certificate does not hold today, or a file
             differs.
     """
-    signatures = [path for path in bundle.attestations() if path.name.endswith(".sigstore.json")]
+    signatures = [
+        path
+        for path in bundle.attestations()
+        if path.name.endswith(".sigstore.json") and not path.name.endswith(STATEMENT_SUFFIX)
+    ]
     if not signatures:
         raise UntrustedError(
             "there is no signature",
@@ -155,50 +205,44 @@ def verify_bundle(bundle: Bundle, trusted: Sequence[Trust]) -> tuple[Trust, Elli
     raise failures[0] if len(failures) == 1 else _most_telling(failures)
 
 
-def read_statement(path: Path, key: EllipticCurvePublicKey) -> dict[str, object]:
-    """The statement inside an envelope that this key signed.
+def read_statement(path: Path, signatory: Signatory) -> dict[str, object]:
+    """The statement inside an envelope that they signed.
 
     Raises:
-        UntrustedError: the envelope is damaged, or signed by another key.
+        UntrustedError: the envelope is damaged, or signed by another.
     """
-    from securesystemslib.dsse import Envelope
-    from securesystemslib.exceptions import FormatError, VerificationError
-    from securesystemslib.signer import SSlibKey
-
     try:
-        envelope = Envelope.from_dict(json.loads(path.read_bytes()))
-        if envelope.payload_type != IN_TOTO:
-            raise ValueError(f"its payload is {envelope.payload_type!r}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, FormatError, RecursionError) as error:
-        raise UntrustedError(f"{path.name} is damaged", where=str(path), why=str(error)[:200]) from error
-    try:
-        envelope.verify([SSlibKey.from_crypto(key)], 1)
-    except (VerificationError, ValueError) as error:
+        statement = json.loads(signatory.payload(path.read_bytes()))
+    except (OSError, ValueError) as error:
         raise UntrustedError(
-            f"{path.name} is not signed by who signed the bundle",
-            where=str(path),
-            why="it was changed after it was signed, or another key signed it",
+            f"{path.name} is not signed by who signed the bundle", where=str(path), why=str(error)[:300]
         ) from error
-    statement = json.loads(envelope.payload)
     if not isinstance(statement, dict):
         raise UntrustedError(f"{path.name} holds no statement", where=str(path))
     return statement
 
 
-def _verified(bundle: Bundle, path: Path, trust: Trust) -> EllipticCurvePublicKey:
+def _verified(bundle: Bundle, path: Path, trust: Trust) -> Signatory:
     with _installed():
         from cryptography.exceptions import InvalidSignature
         from model_signing import hashing, verifying
         from OpenSSL.crypto import X509StoreContextError
+        from sigstore.errors import Error as SigstoreError
     config = verifying.Config().set_hashing_config(_everything_but_attestations(hashing.Config()))
+    signatory: Signatory
     try:
-        if trust.key is not None:
-            key = _public_key(trust.key)
+        if trust.identity is not None:
+            one = signatory = trust.identity
+            config.use_sigstore_verifier(identity=one.identity, oidc_issuer=one.issuer, trust_config=one.instance)
+        elif trust.key is not None:
+            signatory = KeyHolder(_public_key(trust.key))
             config.use_elliptic_key_verifier(public_key=trust.key)
         else:
-            key = _certified_key(path, trust)
+            signatory = KeyHolder(_certified_key(path, trust))
             config.use_certificate_verifier(certificate_chain=[trust.authority])
         config.verify(bundle.folder, path)
+    except SigstoreError as error:
+        raise UntrustedError(f"it is no signature of {trust}", where=str(path), why=str(error)[:300]) from error
     except InvalidSignature as error:
         raise UntrustedError("the signature is damaged, or another key made it", where=str(path)) from error
     except X509StoreContextError as error:
@@ -207,7 +251,7 @@ def _verified(bundle: Bundle, path: Path, trust: Trust) -> EllipticCurvePublicKe
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError) as error:
         raise _explained(error, path, trust) from error
-    return key
+    return signatory
 
 
 def _explained(error: Exception, path: Path, trust: Trust) -> UntrustedError:
@@ -279,8 +323,21 @@ def _everything_but_attestations(config: object) -> object:
 
 def _most_telling(failures: Sequence[UntrustedError]) -> UntrustedError:
     """Of several, that which says more than "another key": a trusted signer's own signature that does not hold."""
-    own = [error for error in failures if not error.what.startswith(("another key", "the signature was made with"))]
+    others = ("another key", "the signature was made with", "it is no signature of")
+    own = [error for error in failures if not error.what.startswith(others)]
     return (own or list(failures))[0]
+
+
+@contextmanager
+def _signing(bundle: Bundle) -> Iterator[None]:
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # what the libraries raise, Sigstore's above all, has no base in common
+        raise RecipeError(
+            "the bundle cannot be signed", where=str(bundle.folder), why=str(error) or type(error).__name__
+        ) from error
 
 
 @contextmanager

@@ -26,11 +26,15 @@ Device = Annotated[
     str | None, typer.Option("--device", help="Memory budget, e.g. laptop-8gb; default: the bundle's own.")
 ]
 Tokens = Annotated[int | None, typer.Option("--context", min=256, help="Tokens of context; default: the device's.")]
-PolicyPath = Annotated[Path | None, typer.Option("--policy", help="Use it only if this policy holds.", metavar="FILE")]
+PolicyPath = Annotated[
+    Path | None,
+    typer.Option("--policy", help="Use it only if this policy holds.", metavar="FILE", envvar="PIPELINE_POLICY"),
+]
 MmprojPath = Annotated[
     Path | None, typer.Option("--mmproj", help="Image encoder of a GGUF file; default: beside it.", metavar="FILE")
 ]
 RUNS = Path("runs")
+_IMAGE = "/image "
 
 registry = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into registries and OCI layouts.")
 
@@ -49,7 +53,9 @@ def publish(
     to: Annotated[
         str | None,
         typer.Option(
-            "--to", help="oci:HOST/NAME:TAG, oci-layout:FOLDER, folder:FOLDER or hf:USER/NAME; default: the recipe's."
+            "--to",
+            help="oci:HOST/NAME:TAG, oci-layout:FOLDER, folder:FOLDER, hf:USER/NAME or ollama:NAME; default: "
+            "the recipe's.",
         ),
     ] = None,
     key: Annotated[Path | None, typer.Option("--key", help="Private key (PEM) that signs.", metavar="FILE")] = None,
@@ -59,6 +65,12 @@ def publish(
     chain: Annotated[
         list[Path], typer.Option("--chain", help="Certificates between it and the authority.", metavar="FILE")
     ] = [],  # noqa: B006 - Typer copies it
+    keyless: Annotated[
+        bool, typer.Option("--keyless", help="Sign with an identity instead of a key (Sigstore; SIGSTORE_ID_TOKEN).")
+    ] = False,
+    sigstore: Annotated[
+        Path | None, typer.Option("--sigstore", help="Another Sigstore than the public one.", metavar="FILE")
+    ] = None,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Publish what did not pass, marked as unverified.")
     ] = False,
@@ -72,13 +84,18 @@ def publish(
              pipeline publish ./bundle --to oci:localhost:5000/me/smol:v1
     """
     from artifacts.errors import RecipeError
+    from artifacts.keyless import Keyless
     from artifacts.signing import Signer
     from pipeline.commands.publish import publish_named
     from pipeline.console import progress_line
 
     if certificate is not None and key is None:
         raise RecipeError("a certificate does not sign", way_out="add --key, the private key that belongs to it")
-    signer = Signer(key, certificate, tuple(chain)) if key is not None else None
+    if keyless and key is not None:
+        raise RecipeError("--keyless and --key are two signers", way_out="leave one out")
+    signer: Signer | Keyless | None = Signer(key, certificate, tuple(chain)) if key is not None else None
+    if keyless:
+        signer = Keyless(sigstore)
     with progress_line(quiet=as_json) as moved:
         done = publish_named(what, to, runs_dir, signer, allow_unverified=allow_unverified, moved=moved)
     if done.unverified:
@@ -194,6 +211,8 @@ def chat(
 ) -> None:
     """Ask a model a question. A GGUF in llama.cpp, a checkpoint in transformers; each question stands alone.
 
+    In a conversation, `/image FILE` shows it another picture.
+
     \b
     Example: pipeline chat gguf --image cat.png --prompt "What is in the picture?"
              pipeline chat ./bundle --policy policy.yaml --image cat.png
@@ -207,14 +226,16 @@ def chat(
     if found.bundle is not None and found.bundle.unverified:
         print("WARNING: this model is marked as unverified", file=sys.stderr)
     room = None
-    if found.model is not None and (found.bundle is not None or device is not None or context is not None):
+    if found.bundle is not None or device is not None or context is not None:
         room = room_for(found, device, context)
     with open_chat(found, image, exit, max_new_tokens, room) as conversation:
         while True:
             question = prompt if prompt is not None else _ask()
             if question is None:
                 return
-            if question.strip():
+            if question.startswith(_IMAGE):
+                conversation = conversation.about(Path(question.removeprefix(_IMAGE).strip()).expanduser())
+            elif question.strip():
                 for piece in conversation.answer(question):
                     print(piece, end="", flush=True)
                 print()

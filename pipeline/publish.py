@@ -21,6 +21,7 @@ from artifacts.bundle import Bundle
 from artifacts.card import Gate
 from artifacts.disk import force_remove
 from artifacts.errors import GateError, StoreError
+from artifacts.keyless import Keyless
 from artifacts.registry.place import LAYOUT, REGISTRY, Reference, check_tag
 from artifacts.registry.transfer import Moved, push
 from artifacts.signing import Signer, sign_bundle, sign_statement
@@ -28,11 +29,12 @@ from artifacts.store import Store
 from pipeline.bundling import Run, base_models, bundle_of, lineage, tools, verdicts_of
 from pipeline.events import GateChecked, RunStarted, read_events
 from pipeline.graph import Graph
+from pipeline.recipe import Publish
 from pipeline.report.build import build_report
 from pipeline.report.headline import headline
 from pipeline.report.model import Report
 from pipeline.rundir import RECIPE_NAME
-from pipeline.targets import FOLDER, HUB, Target
+from pipeline.targets import FOLDER, HUB, OLLAMA, Target
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def publish(
     artifacts: Mapping[str, Artifact],
     *,
     to: str | None = None,
-    signer: Signer | None = None,
+    signer: Signer | Keyless | None = None,
     allow_unverified: bool = False,
     moved: Moved | None = None,
 ) -> PublishResult:
@@ -77,7 +79,7 @@ def publish(
         )
     target = Target.parse(to if to is not None else where.to if where is not None else "")
     if signer is None and where is not None and where.sign is not None:
-        signer = Signer(where.sign.expanduser())
+        signer = _signer(where)
     if signer is not None:
         signer.load()  # before any work
     report = build_report(run_dir)
@@ -95,8 +97,18 @@ def publish(
             run, id, one, signer, run_dir, unverified=problem is not None, moved=moved
         )
     first = next(iter(written))
-    place = f"{target.scheme}{target.name}:{first}" if target.scheme in (LAYOUT, REGISTRY) else target.scheme + first
+    tagged = target.scheme in (LAYOUT, REGISTRY, OLLAMA)
+    place = f"{target.scheme}{target.name}:{first}" if tagged else target.scheme + first
     return PublishResult(place, written[first], written, problem is not None)
+
+
+def _signer(where: Publish) -> Signer | Keyless | None:
+    if where.sign == "keyless":
+        return Keyless(where.sigstore.expanduser() if where.sigstore is not None else None)
+    if where.sign is None:
+        return None
+    certificate = where.certificate.expanduser() if where.certificate is not None else None
+    return Signer(where.sign.expanduser(), certificate, tuple(path.expanduser() for path in where.chain))
 
 
 def publish_bundle(bundle: Bundle, to: str, *, allow_unverified: bool = False, moved: Moved | None = None) -> str:
@@ -118,7 +130,8 @@ def _named(target: Target, name: str, stage: str) -> Target:
     end = f"-{stage}" if stage else ""
     if target.scheme in (FOLDER, HUB):
         return Target(target.scheme, f"{target.name}{end}")
-    tag = (target.tag or re.sub(r"[^A-Za-z0-9._-]", "-", name)) + end
+    default = "latest" if target.scheme == OLLAMA else re.sub(r"[^A-Za-z0-9._-]", "-", name)
+    tag = (target.tag or default) + end
     check_tag(tag)
     return Target(target.scheme, target.name, tag)
 
@@ -152,7 +165,14 @@ def _public(report: Report, passed: bool) -> Report:
 
 
 def _publish_one(
-    run: Run, id: str, target: Target, signer: Signer | None, run_dir: Path, *, unverified: bool, moved: Moved | None
+    run: Run,
+    id: str,
+    target: Target,
+    signer: Signer | Keyless | None,
+    run_dir: Path,
+    *,
+    unverified: bool,
+    moved: Moved | None,
 ) -> str:
     if target.scheme == FOLDER:
         bundle = bundle_of(run, id, Path(target.name), unverified=unverified)
@@ -191,6 +211,11 @@ def _send(bundle: Bundle, target: Target, moved: Moved | None) -> str:
 
         upload(bundle, target.name)
         return bundle.digest
+    if target.scheme == OLLAMA:
+        from artifacts.registry.ollama import create
+
+        create(bundle, f"{target.name}:{target.tag}")
+        return bundle.digest
     if target.scheme == FOLDER:
         from artifacts.registry.transfer import copy
 
@@ -199,7 +224,7 @@ def _send(bundle: Bundle, target: Target, moved: Moved | None) -> str:
     return push(bundle, place, target.tag, moved)
 
 
-def _attest(bundle: Bundle, run: Run, id: str, signer: Signer | None, run_dir: Path) -> None:
+def _attest(bundle: Bundle, run: Run, id: str, signer: Signer | Keyless | None, run_dir: Path) -> None:
     """Sign the bundle and what is stated about it; without a signer nothing is stated."""
     if signer is None:
         return

@@ -103,10 +103,16 @@ class Publish(_Part):
     """Where the shipped artifact goes once every gate holds."""
 
     to: str = Field(
-        description="oci-layout:FOLDER, oci:HOST/NAME:TAG, folder:FOLDER or hf:USER/NAME; FOLDER is relative to the "
-        "working directory."
+        description="oci-layout:FOLDER, oci:HOST/NAME:TAG, folder:FOLDER, hf:USER/NAME or ollama:NAME; FOLDER is "
+        "relative to the working directory."
     )
-    sign: Path | None = Field(default=None, description="Private key, an elliptic curve's in PEM, that signs it.")
+    sign: Literal["keyless"] | Path | None = Field(
+        default=None,
+        description="Private key, an elliptic curve's in PEM, that signs it; or `keyless`: an identity, by Sigstore.",
+    )
+    sigstore: Path | None = Field(default=None, description="Configuration of another Sigstore than the public one.")
+    certificate: Path | None = Field(default=None, description="Certificate of that key, in PEM.")
+    chain: tuple[Path, ...] = Field(default=(), description="Certificates between it and the authority.")
 
 
 class Recipe(_Part):
@@ -250,12 +256,27 @@ def _refuse_unavailable(recipe: Recipe) -> None:
         except PipelineError as error:
             where = recipe.where("publish", "to")
             raise RecipeError(error.what, where=where, why=error.why, way_out=error.way_out) from None
-        if recipe.publish.sign is not None and not recipe.publish.sign.expanduser().is_file():
-            raise RecipeError(
-                f"there is no key {recipe.publish.sign}",
-                where=recipe.where("publish", "sign"),
-                way_out="make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
-            )
+        _refuse_signer(recipe, recipe.publish)
+
+
+def _refuse_signer(recipe: Recipe, publish: Publish) -> None:
+    if isinstance(publish.sign, Path) and not publish.sign.expanduser().is_file():
+        raise RecipeError(
+            f"there is no key {publish.sign}",
+            where=recipe.where("publish", "sign"),
+            way_out="make one: openssl ecparam -name prime256v1 -genkey -noout -out key.pem",
+        )
+    if publish.certificate is not None and not isinstance(publish.sign, Path):
+        raise RecipeError(
+            "a certificate does not sign",
+            where=recipe.where("publish", "certificate"),
+            way_out="add `sign:`, the private key that belongs to it",
+        )
+    named = (("certificate", [publish.certificate]), ("chain", publish.chain), ("sigstore", [publish.sigstore]))
+    for part, paths in named:
+        for path in paths:
+            if path is not None and not path.expanduser().is_file():
+                raise RecipeError(f"there is no {path}", where=recipe.where("publish", part))
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> Document:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from trust_setting import Setting
+
     from artifacts.artifact import Artifact
 
 # Tests must not reach for a hub, and must leave cores for each other.
@@ -88,3 +90,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         Image.fromarray(pixels).save(path)
         paths.append(path)
     return paths
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """A run, a signer and the bundle that came of them. Read only: `Setting.copy` gives a bundle to change."""
+    from trust_setting import Setting
+
+    return Setting(tmp_path_factory.mktemp("trust"))

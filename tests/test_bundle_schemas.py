@@ -25,7 +25,7 @@ from referencing import Registry as Schemas
 from referencing import Resource
 from referencing.jsonschema import DRAFT4
 from registry_setting import NEEDS_REGISTRY, RegistryServer
-from test_check import Setting
+from trust_setting import Setting
 
 from artifacts.bundle import Bundle
 from artifacts.registry.manifest import MEDIA_INDEX
@@ -62,15 +62,15 @@ STRICT = {
 }
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return Bundle.open(Setting(tmp_path_factory.mktemp("schemas")).root / "bundle")
+@pytest.fixture
+def bundle(setting: Setting) -> Bundle:
+    return Bundle.open(setting.root / "bundle")
 
 
 @pytest.fixture(scope="module")
-def layout(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def layout(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layout") / "dist"
-    push(bundle, Layout(folder), "v1")
+    push(Bundle.open(setting.root / "bundle"), Layout(folder), "v1")
     return folder
 
 

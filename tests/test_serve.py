@@ -18,19 +18,23 @@ from pathlib import Path
 import openai
 import pytest
 from registry_setting import NEEDS_REGISTRY, RegistryServer
-from test_check import write_key
+from trust_setting import write_key
 from typer.testing import CliRunner
 
 from artifacts.artifact import Artifact
 from artifacts.bundle import Bundle, BundleFile, write_bundle
 from artifacts.errors import GateError, RecipeError, StoreError
+from artifacts.home import cache_dir
 from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHT_CONFIG, MEDIA_WEIGHTS
 from artifacts.registry.oci_layout import Layout
 from artifacts.registry.remote import Registry
 from artifacts.registry.transfer import push
 from artifacts.signing import Signer, sign_bundle
+from artifacts.store import Store
 from pipeline.cli import app
+from pipeline.commands.chat import open_chat
 from pipeline.commands.check import policy_of
+from pipeline.commands.model import Room, find_model, room_for
 from pipeline.commands.serve import application, prepare
 from pipeline.commands.serve import serve as run_server
 
@@ -133,6 +137,59 @@ def _planned_for(bundle: Bundle, folder: Path, budget: int) -> Bundle:
     return write_bundle(folder, files, {"descriptor": {}, "config": {}}, bundle.manifest.annotations)
 
 
+def test_a_conversation_takes_the_context_and_the_batch_of_the_plan(
+    tiny_verified: dict[str, Artifact], images: list[Path], tmp_path: Path
+) -> None:
+    """More tokens at once than the plan counts with would take more memory than it allows."""
+    from stages.runtimes.llamacpp import LlamaCppRuntime
+    from stages.runtimes.llamacpp_library import library
+    from stages.runtimes.rehearsal import UBATCH
+
+    found = find_model(str(tiny_verified["gguf"].path), tmp_path)
+    with open_chat(found, images[0], None, 2, Room(1024)) as conversation:
+        first = "".join(conversation.answer("What is it?"))
+        assert isinstance(conversation.runtime, LlamaCppRuntime)
+        pointer, lib = conversation.runtime._context().pointer, library()
+        assert (lib.llama_n_ctx(pointer), lib.llama_n_ubatch(pointer)) == (1024, UBATCH)
+        again = conversation.about(images[1])
+        assert again.image == images[1] and "".join(conversation.answer("What is it?")) == first
+        with pytest.raises(RecipeError, match="there is no image"):
+            conversation.about(tmp_path / "none.png")
+
+
+def test_a_checkpoint_that_its_device_has_no_room_for_is_refused(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    made = tiny_verified["source"]
+    for needed, device, fits in ((1 << 29, None, True), (1 << 31, None, False), (3 << 30, "laptop-8gb", True)):
+        plan = {"device": "inline", "budget": 1 << 30, "context": 512, "predicted": needed}
+        names = ["manifest.json", *(entry.path for entry in made.manifest.files)]
+        files = [BundleFile(name, made.path / name, MEDIA_WEIGHTS, "model") for name in names]
+        files.append(BundleFile("memory.json", json.dumps(plan).encode(), MEDIA_DOC, "memory"))
+        bundle = write_bundle(tmp_path / f"{needed}", files, {"descriptor": {}, "config": {}}, {})
+        found = find_model(str(bundle.folder), tmp_path)
+        if fits:
+            assert room_for(found, device, None).predicted == needed
+        else:
+            with pytest.raises(RecipeError, match="does not fit the device 'inline'"):
+                room_for(found, device, None)
+    with pytest.raises(RecipeError, match="is not known"):
+        room_for(find_model(str(made.path), tmp_path), "laptop-8gb", None)
+
+
+def test_a_policy_may_be_set_for_every_command(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_key(tmp_path / "signer.pem")
+    (tmp_path / "policy.yaml").write_text("policy: 1\nsigners: [{key: signer.pub}]\n")
+    monkeypatch.setenv("PIPELINE_POLICY", str(tmp_path / "policy.yaml"))
+    for model, code, reason in (
+        (str(bundle.folder), 3, "there is no signature"),
+        (str(bundle.folder / "model.gguf"), 2, "is no bundle"),
+    ):
+        for command in (["chat", model, "--prompt", "x"], ["serve", model]):
+            result = CliRunner().invoke(app, command)
+            assert result.exit_code == code and reason in result.output, result.output
+
+
 def test_a_policy_is_checked_before_anything_is_loaded(bundle: Bundle, tmp_path: Path) -> None:
     copy = tmp_path / "b"
     shutil.copytree(bundle.folder, copy)
@@ -173,15 +230,26 @@ def test_another_machine_gets_in_only_with_a_key(bundle: Bundle, tmp_path: Path)
         run_server(found, room, "0.0.0.0", 8080, None)
 
 
-def test_a_bundle_a_reference_and_a_file_answer_in_a_chat(bundle: Bundle, images: list[Path], tmp_path: Path) -> None:
+def test_a_bundle_a_reference_a_file_and_a_digest_answer_in_a_chat(
+    bundle: Bundle, tiny_verified: dict[str, Artifact], images: list[Path], tmp_path: Path
+) -> None:
     push(bundle, Layout(tmp_path / "dist"), "v1")
     said = []
-    for model in (str(bundle.folder), f"oci-layout:{tmp_path / 'dist'}:v1", str(bundle.folder / "model.gguf")):
+    store = Store(cache_dir() / "store")
+    store.prepare()
+    copy = store.new_output("0" * 64)
+    shutil.copytree(tiny_verified["gguf"].path, copy, dirs_exist_ok=True)
+    digest = Artifact.open(copy).digest
+    store.object_path(digest).parent.mkdir(parents=True, exist_ok=True)
+    copy.rename(store.object_path(digest))
+    models = (bundle.folder, f"oci-layout:{tmp_path / 'dist'}:v1", bundle.folder / "model.gguf", digest[:12])
+    for model in map(str, models):
+        assert prepare(model, tmp_path)[0].model is not None
         ask = ["chat", model, "--image", str(images[0]), "--prompt", "What is it?", "--max-new-tokens", "3"]
         result = CliRunner().invoke(app, ask)
         assert result.exit_code == 0, result.output
         said.append(result.stdout)
-    assert said[0] == said[1] == said[2]
+    assert len(set(said)) == 1
 
 
 def test_the_command_serves_and_stops(bundle: Bundle, tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ def upload(bundle: Bundle, name: str) -> None:
     """
     bundle.refuse_damage()
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=bundle.folder, commit_message=bundle.digest)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        # The whole bundle and nothing else: what an earlier one left there would not be in the manifest.
+        api.upload_folder(repo_id=name, folder_path=bundle.folder, commit_message=bundle.digest, delete_patterns="*")
+    except Exception as error:  # what it speaks HTTP with, and so what that raises, differs between its versions
         raise StoreError(
             f"the Hugging Face hub did not take {name}",
+            where=api.endpoint,
             why=str(error).splitlines()[0] if str(error) else type(error).__name__,
             way_out="`hf auth login` stores a token that may write; then publish again: what arrived is not sent twice",
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,15 @@ class Chat:
     image: Path | None
     exit: int | None
     max_new_tokens: int
+
+    def about(self, image: Path) -> Chat:
+        """The same conversation about another picture.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        _refuse_missing(image)
+        return replace(self, image=image)
 
     def answer(self, prompt: str) -> Iterator[str]:
         """The answer, in pieces as they come where the runtime can do that."""
@@ -45,8 +54,7 @@ def open_chat(
     Raises:
         RecipeError: not a model, no such exit, or no such image. SourceError, StageError: the model is damaged.
     """
-    if image is not None and not image.is_file():
-        raise RecipeError(f"there is no image {image}", way_out="give the path of a PNG or JPEG file")
+    _refuse_missing(image)
     if exit is not None and image is None:
         raise RecipeError(
             "--exit has no meaning without --image",
@@ -64,12 +72,19 @@ def open_chat(
         yield Chat(runtime, image, exit, max_new_tokens)
 
 
+def _refuse_missing(image: Path | None) -> None:
+    if image is not None and not image.is_file():
+        raise RecipeError(f"there is no image {image}", way_out="give the path of a PNG or JPEG file")
+
+
 def _runtime(found: FoundModel, room: Room | None) -> Runtime:
     if found.model is not None:
         from stages.runtimes.llamacpp import LlamaCppRuntime
+        from stages.runtimes.rehearsal import UBATCH
 
         context = room.context if room is not None else None
-        return LlamaCppRuntime(found.model, found.mmproj, parallel=1, context=context)
+        # One sequence and no more tokens at once than the memory plan counts with.
+        return LlamaCppRuntime(found.model, found.mmproj, parallel=1, context=context, ubatch=UBATCH, rows=1)
     from stages.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(found.folder)

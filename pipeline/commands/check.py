@@ -6,6 +6,7 @@ A policy is a YAML file:
     signers:                             # one of them must have signed
       - key: signer.pub                  # a public key; paths are relative to the policy
       - {authority: ca.pem, subject: Release team}
+      - {identity: me@example.com, issuer: "https://accounts.google.com"}   # keyless, by Sigstore
     gates: {max_asr: 0.15, min_fidelity: 0.99}   # must have held, at limits at least as strict
     base_models: ["HuggingFaceTB/*"]     # all that it is made from
     max_age_days: 90                     # since its gates were checked
@@ -37,11 +38,18 @@ class SignerEntry(_Part):
     key: Path | None = Field(default=None, description="A public key in PEM.")
     authority: Path | None = Field(default=None, description="A certificate whose holders may sign.")
     subject: str | None = Field(default=None, description="Only this holder: the whole subject, or one part of it.")
+    identity: str | None = Field(default=None, description="Who signed without a key: an e-mail or a workflow's URL.")
+    issuer: str | None = Field(
+        default=None, description="Who vouches for that identity, e.g. https://accounts.google.com."
+    )
+    sigstore: Path | None = Field(default=None, description="Configuration of another Sigstore than the public one.")
 
     @model_validator(mode="after")
     def _one(self) -> SignerEntry:
-        if (self.key is None) == (self.authority is None):
-            raise ValueError("a signer has a key or an authority")
+        if [self.key, self.authority, self.identity].count(None) != 2:
+            raise ValueError("a signer has a key or an authority or an identity")
+        if (self.identity is None) != (self.issuer is None):
+            raise ValueError("an identity and its issuer belong together")
         if self.subject is not None and self.authority is None:
             raise ValueError("only the holder of a certificate has a subject")
         return self
@@ -67,6 +75,7 @@ def read_policy(path: Path) -> Policy:
         RecipeError: it cannot be read, or a key or gate in it does not exist.
     """
     from artifacts.attestation_check import Policy
+    from artifacts.keyless import Identity
     from artifacts.signing import Trust
     from pipeline.explain import explain, nearest
     from pipeline.recipe import Gates
@@ -93,8 +102,13 @@ def read_policy(path: Path) -> Policy:
             raise RecipeError(f"there is no {place}", where=str(path), way_out="paths are relative to the policy")
         return place
 
+    def trust(one: SignerEntry) -> Trust:
+        if one.identity is not None and one.issuer is not None:
+            return Trust(identity=Identity(one.identity, one.issuer, beside(one.sigstore)))
+        return Trust(beside(one.key), beside(one.authority), one.subject)
+
     return Policy(
-        tuple(Trust(beside(one.key), beside(one.authority), one.subject) for one in found.signers),
+        tuple(trust(one) for one in found.signers),
         found.gates,
         tuple(found.base_models),
         timedelta(days=found.max_age_days) if found.max_age_days is not None else None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CELLS: Final = 256  # llama.cpp rounds a context up to multiples of this
 _SHORTEST: Final = 512  # tokens
-BATCH: Final = 512  # tokens read at once; what the memory plan counts with
+PLAN: Final = "memory.json"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FoundModel:
 class Room:
     """How much a model may take while it answers. `predicted` and `budget` in bytes; None: not known."""
 
-    context: int  # tokens
+    context: int  # tokens; 0: as many as a question needs
     predicted: int | None = None
     budget: int | None = None
     device: str = ""
@@ -104,8 +104,9 @@ def room_for(found: FoundModel, device: str | None, context: int | None) -> Room
     """
     from stages.runtimes.gguf_parts import read_model
 
-    assert found.model is not None
     profile = _profile(found, device)
+    if found.model is None:
+        return _of_checkpoint(found, profile, context)
     header = read_model(found.model)
     architecture = header.fields.get("general.architecture")
     trained = header.fields.get(f"{architecture}.context_length")
@@ -114,6 +115,29 @@ def room_for(found: FoundModel, device: str | None, context: int | None) -> Room
     if profile is None:
         return Room(wanted)
     return _fitting(found, profile, wanted)
+
+
+def _of_checkpoint(found: FoundModel, profile: Device | None, context: int | None) -> Room:
+    """A checkpoint takes what its plan says; transformers cannot be told to take less."""
+    from pipeline.device import show_bytes
+
+    if context is not None:
+        raise RecipeError("--context is for GGUF models", why="transformers takes what a question needs")
+    plan = _plan(found)
+    planned = plan.get("measured") or plan.get("predicted")
+    if profile is None or not isinstance(planned, int):
+        if profile is not None and found.bundle is None:
+            raise RecipeError(
+                f"the memory of {found.name} is not known", why="it has no plan", way_out="leave --device out"
+            )
+        return Room(0)
+    if planned > profile.memory:
+        raise RecipeError(
+            f"{found.name} does not fit the device '{profile.name}'",
+            why=f"it needs {show_bytes(planned)}, the device allows {show_bytes(profile.memory)}",
+            way_out="choose a larger device, or a smaller model",
+        )
+    return Room(profile.context, planned, profile.memory, profile.name)
 
 
 def _fitting(found: FoundModel, profile: Device, wanted: int) -> Room:
@@ -151,13 +175,23 @@ def _profile(found: FoundModel, name: str | None) -> Device | None:
             return device(name)
         except KeyError:
             raise RecipeError(f"there is no device {name!r}", way_out=nearest(name, device_names())) from None
-    plan = found.folder / "memory.json"
-    if found.bundle is None or "memory.json" not in found.bundle.manifest.files:
+    data = _plan(found)
+    if data.get("budget") is None:
         return None
     try:
-        data = json.loads(plan.read_bytes())
-        if data.get("budget") is None:
-            return None
         return Device.model_validate({"name": data["device"], "memory": data["budget"], "context": data["context"]})
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError("the memory plan cannot be read", where=str(plan), why=str(error)) from error
+    except (ValueError, KeyError) as error:
+        raise RecipeError("the memory plan cannot be read", where=str(found.folder / PLAN), why=str(error)) from error
+
+
+def _plan(found: FoundModel) -> dict[str, object]:
+    """What a bundle says about memory; nothing of what is no bundle."""
+    if found.bundle is None or PLAN not in found.bundle.manifest.files:
+        return {}
+    try:
+        data = json.loads((found.folder / PLAN).read_bytes())
+        if not isinstance(data, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise RecipeError("the memory plan cannot be read", where=str(found.folder / PLAN), why=str(error)) from error
+    return data

@@ -10,6 +10,7 @@ from artifacts.errors import RecipeError
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
+    from artifacts.keyless import Keyless
     from artifacts.registry.transfer import Moved
     from artifacts.signing import Signer
     from pipeline.publish import PublishResult
@@ -19,7 +20,7 @@ def publish_named(
     name: str | None,
     to: str | None,
     runs_dir: Path,
-    signer: Signer | None,
+    signer: Signer | Keyless | None,
     *,
     allow_unverified: bool,
     moved: Moved | None = None,

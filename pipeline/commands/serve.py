@@ -74,14 +74,14 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
             why=str(error),
             way_out="pip install 'icet-pipeline[publish]'",
         ) from error
-    from pipeline.commands.model import BATCH
+    from stages.runtimes.rehearsal import UBATCH
 
     settings = ModelSettings(
         model=str(found.model),
         model_alias=found.name,
         n_ctx=room.context,
-        n_batch=BATCH,
-        n_ubatch=BATCH,
+        n_batch=UBATCH,
+        n_ubatch=UBATCH,  # what the memory plan counts with
         logits_all=False,
         clip_model_path=str(found.mmproj) if found.mmproj is not None else None,
         chat_format="mtmd" if found.mmproj is not None else None,

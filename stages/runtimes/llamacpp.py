@@ -27,7 +27,7 @@ from stages.data.chat import Turn, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import model_file, read_model
 from stages.runtimes.llamacpp_cls import check_cls, cls_order, image_slots
-from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, Sequences, TextModel
+from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, UBATCH, Sequences, TextModel
 from stages.runtimes.llamacpp_tiles import tile_slots
 from stages.runtimes.llamacpp_vision import AS_SHIPPED, VisionEncoder, read_image
 from stages.runtimes.runtime import Answered, Progress, Request, Response
@@ -81,6 +81,8 @@ class LlamaCppRuntime:
         context: int | None = None,
         chat_template: str | None = None,
         as_shipped: bool = False,
+        ubatch: int = UBATCH,
+        rows: int = ROWS_AT_LEAST,
     ) -> None:
         """Load the model; encoders are loaded when an image needs one.
 
@@ -92,6 +94,8 @@ class LlamaCppRuntime:
             chat_template: instead of the GGUF's own.
             as_shipped: take a CLIP tower's position table that llama.cpp will misread, if its file makes no promise: to
                 measure what its users get.
+            ubatch: tokens computed at once, at most; fewer take less memory, and may round otherwise in a batch.
+            rows: sequences decoded together, at least; one alone takes half the memory of two, and may round otherwise.
 
         Raises:
             SourceError: a file is missing or damaged.
@@ -114,6 +118,7 @@ class LlamaCppRuntime:
         self._template = chat_template or self._model.chat_template
         self._parallel = max(parallel, 1)
         self._limit = context
+        self._ubatch, self._rows = ubatch, rows
         self._sequences: Sequences | None = None
         self._slots: list[_Slot] = []
         self.exits: tuple[int, ...] = tuple(range(1, vision.blocks + 1)) if vision else ()
@@ -265,7 +270,7 @@ class LlamaCppRuntime:
                 where=str(self._model.path),
                 way_out="shorten the prompt, ask for fewer new tokens, or give a longer context",
             )
-        count = max(min(self._parallel, len(jobs)), ROWS_AT_LEAST)
+        count = max(min(self._parallel, len(jobs)), self._rows)
         if self._sequences is not None:
             if self._sequences.length >= need and self._sequences.sequences >= count:
                 return
@@ -274,7 +279,9 @@ class LlamaCppRuntime:
             self._sequences.close()
             self._sequences = None
         length = self._limit if self._limit is not None else need
-        self._sequences = Sequences(self._model, sequences=count, length=length, outputs=_LOGIT_ROWS)
+        self._sequences = Sequences(
+            self._model, sequences=count, length=length, outputs=_LOGIT_ROWS, ubatch=self._ubatch
+        )
         self._slots = [_Slot() for _ in range(count)]
 
     def _context(self) -> Sequences:
@@ -345,7 +352,7 @@ class LlamaCppRuntime:
         """One decoding step: every sequence up to the last busy one gets a token; what idle ones get is forgotten."""
         context = self._context()
         busy = [number for number, slot in enumerate(self._slots) if slot.job is not None]
-        rows = self._slots[: max(busy[-1] + 1, ROWS_AT_LEAST)]
+        rows = self._slots[: max(busy[-1] + 1, self._rows)]
         for number, slot in enumerate(rows):
             if slot.job is None:
                 slot.held = slot.prefix_length if slot.prefix is not None else 0
