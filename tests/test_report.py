@@ -23,6 +23,7 @@ from pipeline.report import write_report
 from pipeline.report.build import build_report
 from pipeline.report.charts import LineChart, Point, Series, line_chart, nice_ticks
 from pipeline.report.dag import Box, stage_graph
+from pipeline.report.formats import format_rows
 from pipeline.report.model import Report
 from pipeline.report.page import asr_curve_svg, render_page
 from pipeline.report.published import published_table
@@ -198,6 +199,26 @@ def test_what_trained_a_model_stands_beside_what_came_of_it(folder: RunFolder, r
         assert line[2] == "6 min 52 s" and line[3] == "1.58 GiB"
     bare = report.model_copy(update={"stages": tuple(s for s in report.stages if s.uses != "l-ppo")})
     assert trainings_table(bare) is None
+
+
+def test_formats_of_the_same_weights_stand_side_by_side(report: Report) -> None:
+    assert report.formats == ()  # control and shipped are of different weights
+    shared = [
+        row.model_copy(update={"metadata": row.metadata | {"base_digest": "ab" * 32}})
+        if row.stage in ("gguf", "plain")
+        else row
+        for row in report.artifacts
+    ]
+    alike = report.model_copy(update={"artifacts": tuple(shared)})
+    rows = {row.artifact: row for row in format_rows(alike)}
+    assert set(rows) == {"gguf", "plain"}
+    assert rows["gguf"].format == "GGUF Q4_0"
+    assert rows["gguf"].size == next(row.size for row in report.artifacts if row.stage == "gguf")
+    by_exit = {r.exit: r.value for r in report.measures if (r.artifact, r.measure) == ("gguf", "asr") and r.exit}
+    assert rows["gguf"].asr_by_exit == by_exit
+    page = _Page(render_page(alike.model_copy(update={"formats": format_rows(alike)})))
+    assert "Same weights, several formats" in page.text
+    assert "ASR at exit" in page.text
 
 
 def test_the_same_run_gives_the_same_page(folder: RunFolder, page: str) -> None:

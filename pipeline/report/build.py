@@ -32,6 +32,7 @@ from pipeline.events import (
     StageStarted,
     read_events,
 )
+from pipeline.report.formats import format_rows
 from pipeline.report.headline import headline
 from pipeline.report.history import Points, earlier_points
 from pipeline.report.model import (
@@ -97,7 +98,7 @@ def build_report(run_dir: Path) -> Report:
         store=story.store,
         recipe_yaml=recipe_yaml,
     )
-    return report.model_copy(update={"headline": headline(report)})
+    return report.model_copy(update={"headline": headline(report), "formats": format_rows(report)})
 
 
 @dataclass

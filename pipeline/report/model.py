@@ -86,6 +86,25 @@ class Subject(_Row):
     exits: tuple[int, ...] = Field(default=(), description="Exits that were measured.")
 
 
+class FormatRow(_Row):
+    """One file format of weights that were measured in several; null: not measured. Intervals are in `measures`."""
+
+    artifact: str = Field(description="As in `measures`.")
+    base: str = Field(description="Full digest of the checkpoint whose weights it holds.")
+    format: str = Field(description="E.g. GGUF Q4_0, GPTQ gptq-4bit-64.")
+    size: int | None = Field(description="Bytes, all files together.")
+    memory: float | None = Field(description="Measured peak, bytes.")
+    kl_text: float | None = Field(description="To the checkpoint, nats a token.")
+    kl_refusal: float | None
+    perplexity: float | None
+    vqa_accuracy: float | None
+    asr: float | None = Field(description="Average over exits.")
+    asr_by_exit: dict[int, float]
+    load_seconds: float | None
+    prompt_speed: float | None = Field(description="Tokens a second.")
+    generation_speed: float | None
+
+
 class ResponsesRow(_Row):
     """Where every response of the verification is kept."""
 
@@ -110,6 +129,7 @@ class Report(_Row):
     measures: tuple[Measure, ...] = ()
     stages: tuple[StageRow, ...] = ()
     curves: tuple[Curve, ...] = ()
+    formats: tuple[FormatRow, ...] = Field(default=(), description="The same weights in several file formats.")
     responses: tuple[ResponsesRow, ...] = ()
     published: tuple[str, ...] = Field(default=(), description="TARGET@DIGEST of everything published.")
     device: dict[str, int | str] = Field(default_factory=dict, description="name, memory (bytes), context (tokens).")

@@ -33,6 +33,7 @@ from pipeline.report.figures import (
     memory_figure,
     whole_figures,
 )
+from pipeline.report.formats import format_tables
 from pipeline.report.model import ArtifactRow, Report, Subject
 from pipeline.report.numbers import (
     at_default,
@@ -88,6 +89,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         "gates": _gates(report),
         "asr": asr_figure(report),
         "others": [*exit_figures(report), *whole_figures(report)],
+        "formats": format_tables(report),
         "memory": memory_figure(report),
         "curves": main_curves,
         "dag": dag_figure(report),
@@ -100,6 +102,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         "gates": ("gates", "Gates"),
         "asr": ("asr", "Attack success"),
         "others": ("quality", "What it cost"),
+        "formats": ("formats", "Formats"),
         "memory": ("memory", "Memory"),
         "curves": ("training", "Training"),
         "dag": ("stages", "Stages"),
@@ -358,6 +361,8 @@ def _llama_commands(report: Report, row: ArtifactRow, context: object) -> list[_
     if projector is not None:
         flags += f" \\\n  --mmproj {shlex.quote(str(folder / projector))}"
     flags += f" \\\n  -c {context}"
+    if report.device.get("kv_cache_bits") == 8:
+        flags += " -ctk q8_0 -ctv q8_0 -fa on"
     image = "--image photo.png " if projector is not None else ""
     found = [
         _Command(

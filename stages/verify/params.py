@@ -83,6 +83,11 @@ class IcetVerifyParams(StageParams):
     measure_memory: bool = Field(
         default=True, description="run each shipped artifact in its own process and see its peak"
     )
+    measure_speed: bool = Field(
+        default=False,
+        description="run each shipped artifact in its own process and see how fast it loads, reads and answers; times "
+        "are no function of the files, so a verdict with them differs from run to run",
+    )
     prompt_seed: int = Field(default=0, description="which prompts and images are drawn; fixed, so that runs compare")
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from stages.verify.params import IcetVerifyParams
 from stages.verify.questions import Ask, without_image
 from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
 from stages.verify.setting import Setting, settle
+from stages.verify.speed import speed_rows
 from stages.verify.verdict import VERDICT_NAME, write_responses, write_verdict
 
 
@@ -198,6 +199,9 @@ class Verification:
                     one, setting.passages, here.predictions, reference.predictions, self.reference, seed
                 )
                 rows += memory_rows(one, self.context.device, measure=params.measure_memory)
+                if params.measure_speed:
+                    self.context.log(f"{subject.id}: measuring speed")
+                    rows += speed_rows(one)
         return rows
 
     def _verdict(
