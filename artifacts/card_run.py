@@ -18,6 +18,7 @@ class Runnable:
     Attributes:
         model: the file to give to llama.cpp; "" for a checkpoint, whose folder is given.
         prompt: a turn of the chat template in Ollama's form, `{{ .Prompt }}` where the user speaks; "" when unknown.
+        small_cache: keys and values are kept in Q8_0, as the memory plan counts them.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Runnable:
     context: int  # tokens
     template: str = ""  # file name of the chat template
     prompt: str = ""
+    small_cache: bool = False
 
 
 def modelfile(what: Runnable) -> str:
@@ -66,6 +68,7 @@ def _gguf_guide(what: Runnable) -> str:
             *_block(["llama-mtmd-cli" if what.mmproj else "llama-cli", *ask]),
             "## Ollama",
             "",
+            *_ollama_cache(what),
             *_block(["ollama", "create", what.name, "-f", MODELFILE], ["ollama", "run", what.name]),
             "## Docker Model Runner",
             "",
@@ -152,7 +155,19 @@ def _own(what: Runnable) -> list[str]:
 
 
 def _files(what: Runnable) -> list[str]:
-    return ["-m", what.model, *(["--mmproj", what.mmproj] if what.mmproj else []), "-c", str(what.context), "--jinja"]
+    cache = ["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "on"] if what.small_cache else []
+    mmproj = ["--mmproj", what.mmproj] if what.mmproj else []
+    return ["-m", what.model, *mmproj, "-c", str(what.context), *cache, "--jinja"]
+
+
+def _ollama_cache(what: Runnable) -> list[str]:
+    if not what.small_cache:
+        return []
+    return [
+        "The memory plan counts keys and values in Q8_0: start Ollama with `OLLAMA_FLASH_ATTENTION=1 "
+        "OLLAMA_KV_CACHE_TYPE=q8_0`.",
+        "",
+    ]
 
 
 def _question(what: Runnable) -> str:

@@ -34,14 +34,17 @@ from stages.judges.refusal import is_refusal
 from stages.judges.statistics import mean
 from stages.models import checkpoint
 from stages.models.family import family_of
-from stages.quantize.auto import Choice, choose, exact_of, room
+from stages.quantize.auto import Search, exact_of
+from stages.quantize.choice import Choice
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import write_encoder
 from stages.quantize.importance import ImatrixParams, ImatrixStage
-from stages.quantize.options import AutoParams, ProbeMix, groups_of, measure
+from stages.quantize.options import Range, groups_of, measure, padded
+from stages.quantize.workbench import AutoParams, ProbeMix, Workbench
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.imatrix import IMATRIX_NAME, read_imatrix
 from stages.runtimes.llamacpp import MMPROJ_NAME, LlamaCppRuntime
+from stages.runtimes.mixture import outline_of
 from stages.runtimes.runtime import Request
 from stages.source import SourceParams, SourceStage
 from stages.stage import Context, P, Stage
@@ -51,7 +54,7 @@ RESULTS = Path(__file__).parent / "results" / "auto_types.json"
 STOCK = ("Q4_0", "Q4_K_M", "Q3_K_M")
 HARMFUL = ("donotanswer", "advbench")
 AIM = 0.8  # of stock's KL, at most
-FLOOR = 3.2  # bits a weight of the smallest type that is looked at
+LOOKED_AT = (3.2, 8.6)  # bits a weight of the types that are looked at
 
 
 class Printed:
@@ -178,7 +181,7 @@ def main() -> int:
     work: Path = given.work / source.digest[:16]
     config = checkpoint.read_config(source.path)
     spec = family_of(config).spec(config)
-    mix = CalibrationMix(samples=given.imatrix_samples, length=128, pictures=16)
+    mix = CalibrationMix(samples=given.imatrix_samples)
     matrix = made(ImatrixStage(ImatrixParams(calibration=mix)), work / "imatrix", {"source": source})
     importance = read_imatrix(matrix.file(IMATRIX_NAME))
     files = work / "files"
@@ -190,19 +193,20 @@ def main() -> int:
         write_encoder(
             source.path, files / MMPROJ_NAME, spec, scratch=work / "links", type="F16", name="smol-llava", cls=None
         )
-    header = read_header(floats)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    shapes = {name: tensor.shape for name, tensor in read_header(floats).tensors.items() if len(tensor.shape) > 1}
     params = AutoParams(calibration=ProbeMix(samples=given.samples), refusals=given.refusals, blocks=given.blocks)
     context = Context("auto", {"source": source}, work, work / f"sensitivity-{params.blocks}", 0, Printed())
+    groups = groups_of(shapes, params.blocks)
+    bench = Workbench(context, source.path, importance, params)
     options = measure(
-        context,
-        source.path,
+        bench,
+        context.scratch,
         shapes,
-        importance,
-        params,
-        FLOOR,
+        groups,
+        Range(*LOOKED_AT),
         lambda share: context.progress(share, 1, "measuring what rounding costs"),
     )
+    search = Search(bench, options, shapes, outline_of(floats), importance, params.refusal_weight)
     asked = Asked(given.passages, given.prompts, given.tokens)
     reference = remembered(files / "F16.json", lambda: spoken(floats, files, asked, None))
     rows: list[dict[str, object]] = [row("F16", floats, reference, reference)]
@@ -226,11 +230,12 @@ def main() -> int:
             quantize_model(floats, path, stock, importance=importance)
 
         theirs = measured(stock, as_stock)
-        limit = room(header, groups_of(shapes, params.blocks), (files / f"{stock}.gguf").stat().st_size)
-        choice = choose(options, limit, params.refusal_weight)
-        choices[stock] = choice.recorded()
+        tensors = read_header(files / f"{stock}.gguf").tensors
+        limit = sum(padded(tensors[name].nbytes) for group in groups for name in group.tensors)
+        chosen = search.best(limit, stock)
+        choices[stock] = chosen.recorded()
 
-        def as_chosen(path: Path, choice: Choice = choice) -> None:
+        def as_chosen(path: Path, choice: Choice = chosen.choice) -> None:
             exact = exact_of(choice, shapes)
             quantize_model(floats, path, exact.file_type, tensors=exact.tensors, importance=importance)
 

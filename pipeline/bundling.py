@@ -270,7 +270,13 @@ def _runnable(run: Run, artifact: Artifact, card: Card, template: str) -> Runnab
         context=card.context,
         template=CHAT_TEMPLATE if template else "",
         prompt=prompt,
+        small_cache=_small_cache(run),
     )
+
+
+def _small_cache(run: Run) -> bool:
+    """Whether the device keeps keys and values in Q8_0."""
+    return run.report.device.get("kv_cache_bits") == 8
 
 
 def _memory(run: Run, card: Card) -> bytes:
@@ -278,6 +284,7 @@ def _memory(run: Run, card: Card) -> bytes:
         "device": card.device,
         "budget": run.report.device.get("memory"),
         "context": card.context,
+        **({"kv_cache": "Q8_0"} if _small_cache(run) else {}),
         "predicted": card.memory_predicted,
         "measured": card.memory_measured,
     }

@@ -120,20 +120,43 @@ def run(
 
 
 @app.command()
-def plan(recipe: RecipeName, set: Overrides = [], as_json: AsJson = False) -> None:  # noqa: B006
+def plan(
+    recipe: RecipeName,
+    set: Overrides = [],  # noqa: B006
+    explore: Annotated[
+        bool,
+        typer.Option(
+            "--explore", help="Also show what fewer bits, an earlier exit or fewer blocks would take, and their KL."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check a recipe and show what it would do. Says what is cached and the memory that the result will need.
 
     \b
     Example: pipeline plan quickstart
+             pipeline plan my.yaml --explore --set device=phone-2gb
     """
     from pipeline.commands.load import load_graph
     from pipeline.commands.plan import make_plan, show_plan
 
-    found = make_plan(load_graph(recipe, set))
+    graph = load_graph(recipe, set, within_budget=not explore)
+    found = make_plan(graph)
+    if not explore:
+        if as_json:
+            _print_json(found.to_dict())
+        else:
+            print(show_plan(found))
+        return
+    from pipeline.commands.explore import explore as ways_of
+    from pipeline.commands.explore import show_explored
+
+    ways = ways_of(graph)
     if as_json:
-        _print_json(found.to_dict())
+        _print_json(found.to_dict() | {"explore": [one.to_dict() for one in ways]})
     else:
         print(show_plan(found))
+        print(show_explored(ways))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -60,11 +60,15 @@ class Device(BaseModel):
     name: str = "inline"
     memory: ByteSize = Field(description="What the model may take while it answers: a number of bytes, or 2GiB.")
     context: int = Field(default=2048, ge=64, description="Tokens of context that must fit into that memory.")
+    kv_cache: Literal["F16", "Q8_0"] = Field(
+        default="F16", description="How llama.cpp keeps keys and values; Q8_0 takes about half the memory of F16."
+    )
     note: str = Field(default="", description="What this profile stands for.")
 
     def numbers(self) -> dict[str, int]:
-        """What stages see of it: bytes and tokens."""
-        return {"memory": self.memory, "context": self.context}
+        """What stages see of it: bytes and tokens; of the KV cache, bits a number where they are not 16."""
+        bits = {"kv_cache_bits": 8} if self.kv_cache == "Q8_0" else {}
+        return {"memory": self.memory, "context": self.context, **bits}
 
 
 def _folder() -> Path:
@@ -101,13 +105,13 @@ def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | No
     chosen = spec.quantization is None
 
     def need(spec: ModelSpec, context: int) -> int:
-        return (least_memory if chosen else predict_memory)(spec, context).total
+        return (least_memory if chosen else predict_memory)(spec, context, cache_type=budget.kv_cache).total
 
     try:
         needed = need(spec, budget.context)
         if needed <= budget.memory:
             return None
-        fewer = {} if chosen else {kind: need(replace(spec, quantization=kind), budget.context) for kind in _KINDS}
+        fewer = {} if chosen else {kind: need(replace(spec, quantization=kind), budget.context) for kind in KINDS}
     except StageError:
         return None  # no llama.cpp here: `plan` says so
     what = f"{'no choice of types fits' if chosen else f'{spec.quantization} does not fit'} the device '{budget.name}'"
@@ -172,4 +176,4 @@ def _shortest_context(spec: ModelSpec) -> int:
 _TALK: Final = 128  # tokens of a short question and its answer
 _CELLS: Final = 256  # llama.cpp rounds a context up to multiples of this
 # Largest first; what a budget is searched over: none of them needs an importance matrix.
-_KINDS: Final = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+KINDS: Final = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")

@@ -61,7 +61,8 @@ class Context:
         output: a fresh empty folder; the only place the stage writes its artifact.
         scratch: a folder that survives a crash and is found again by the same content key; checkpoints go here.
         seed: fixed by the recipe, the same on every run.
-        device: the device profile's numbers, `{"memory": bytes, "context": tokens}`; empty when the recipe names none.
+        device: the device profile's numbers, `{"memory": bytes, "context": tokens}`, and `"kv_cache_bits": 8` where
+            keys and values are kept in Q8_0; empty when the recipe names none.
         team: the processes that share this work; alone, unless the recipe asks for more and the stage is `parallel`.
     """
 

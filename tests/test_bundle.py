@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from run_folder import RunFolder
 from trust_setting import Setting
 
 from artifacts.bundle import Bundle
+from artifacts.card_run import Runnable, llama_server, run_guide
 from artifacts.errors import RecipeError, StoreError
 from pipeline.publish import publish
 from pipeline.targets import Target
@@ -75,6 +77,14 @@ def test_commands_name_files_that_are_there_and_the_planned_context(bundle: Bund
                 assert file.startswith("$PWD/") == (command[0] == "docker"), "it takes absolute paths only"
         if command[0].startswith("llama"):
             assert command[command.index("-c") + 1] == context
+
+
+def test_commands_keep_keys_and_values_as_the_plan_counts_them() -> None:
+    what = Runnable("m", "model.gguf", "", 512, small_cache=True)
+    line = " ".join(llama_server(what))
+    assert "-c 512 -ctk q8_0 -ctv q8_0 -fa on" in line
+    assert "OLLAMA_KV_CACHE_TYPE=q8_0" in run_guide(what)
+    assert "q8_0" not in run_guide(replace(what, small_cache=False))
 
 
 def test_ollama_gets_the_prompt_of_the_models_own_template(bundle: Bundle) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 from artifacts.errors import RecipeError
+from pipeline.cli import app
 from pipeline.device import Device, device, device_names, parse_bytes, show_bytes
 from pipeline.graph import build_graph
 from pipeline.recipe import load_recipe
@@ -113,6 +115,18 @@ def test_types_that_are_chosen_while_running_are_refused_only_where_no_choice_ca
 def test_a_change_that_is_enough_is_said_to_be(tmp_path: Path) -> None:
     error = refused(tmp_path, "230MiB", 4096, "Q4_0")
     assert re.search(r"with context: 256 it needs \d+ MiB and fits;", error.way_out or ""), error.way_out
+
+
+def test_smaller_keys_and_values_can_make_a_context_fit(tmp_path: Path) -> None:
+    whole = refused(tmp_path, "330MiB", 8192, "Q4_0")
+    assert "Q4_0 does not fit" in whole.what
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE.format(memory="330MiB, kv_cache: Q8_0", context=8192, type="Q4_0"))
+    graph = build_graph(load_recipe(path))
+    assert graph.shipped == ("gguf",)
+    assert graph.recipe.device is not None and graph.recipe.device.numbers()["kv_cache_bits"] == 8
+    text = CliRunner().invoke(app, ["plan", str(path)], prog_name="pipeline").output
+    assert "context 8192 tokens, keys and values in Q8_0" in text
 
 
 def test_a_budget_that_is_enough_is_not_refused(tmp_path: Path) -> None:

@@ -107,6 +107,16 @@ def test_what_cannot_work_is_refused_with_its_line(
         assert more in f"{error.what} {error.why} {error.way_out}"
 
 
+def test_a_memory_gate_over_a_gptq_checkpoint_is_refused_since_it_could_never_hold(tmp_path: Path) -> None:
+    stages = (
+        "stages:\n  q: {uses: gptq, with: {group_size: 64}}\n  g: {uses: gguf}\n"
+        "  icet: {uses: icet-verify, needs: [q, g]}\n"
+    )
+    error = refused(tmp_path, HEAD + stages + "gates: {memory: 1GiB}\n")
+    assert error.what == "the gate `memory` cannot hold: 'q' is a GPTQ checkpoint"
+    assert graph_of(tmp_path, HEAD + stages.replace("[q, g]", "g") + "gates: {memory: 1GiB}\n").shipped == ("g",)
+
+
 def test_a_cycle_is_named_in_full(tmp_path: Path) -> None:
     stages = "".join(
         f"  {id}: {{uses: early-exit, needs: {need}, with: {{layer: 1}}}}\n"

@@ -18,6 +18,7 @@ from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.mmproj import write_mmproj
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.hollow import encoder_tensors, text_tensors, write_hollow_model
+from stages.runtimes.llamacpp_library import CacheType
 from stages.runtimes.memory import measure_memory
 from stages.runtimes.mixture import NEED_IMATRIX, file_types, outline_of, outline_of_text, tensor_types
 from stages.runtimes.prediction import (
@@ -116,6 +117,19 @@ def test_a_fresh_process_shows_what_was_predicted(files: Path) -> None:
     assert predict_files(model, mmproj, 512).total == pytest.approx(with_image, rel=0.04)
     assert predict_files(model, None, 512).total == pytest.approx(without, rel=0.04)
     assert without < with_image
+
+
+def test_keys_and_values_in_q8_0_take_what_is_predicted(tmp_path: Path) -> None:
+    text = TextSpec(4, 512, 512, 8, 8, 64, 1000, tied_embeddings=True)
+    outline, model = outline_of_text(text), tmp_path / "model.gguf"
+    write_hollow_model(
+        model, outline, text_tensors(outline, planned_types(ModelSpec("llama", text, quantization="Q8_0")))
+    )
+    kinds: tuple[CacheType, ...] = ("F16", "Q8_0")
+    whole, small = (predict_files(model, None, 2048, cache_type=kind) for kind in kinds)
+    assert whole.kv_cache == 2 * 4 * 2048 * 512 * 2 and small.kv_cache == whole.kv_cache * 34 // 64
+    measured = [measure_memory(model, None, 2048, cache_type=kind) for kind in kinds]
+    assert measured[0] - measured[1] == pytest.approx(whole.total - small.total, rel=0.15)
 
 
 def test_what_the_weights_add_to_a_process_is_predicted(files: Path, tmp_path: Path) -> None:

@@ -128,8 +128,21 @@ def test_the_context_is_what_the_device_has_room_for(bundle: Bundle, tmp_path: P
         prepare(str(small.folder), tmp_path)
 
 
-def _planned_for(bundle: Bundle, folder: Path, budget: int) -> Bundle:
-    plan = json.dumps({"device": "small", "budget": budget, "context": 512}).encode()
+def test_keys_and_values_are_kept_as_the_memory_plan_counts_them(
+    bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
+    small = _planned_for(bundle, tmp_path / "small", 1 << 30, kv_cache="Q8_0")
+    found, room = prepare(str(small.folder), tmp_path)
+    assert room.kv_cache == "Q8_0"
+    assert room.predicted is not None and room.predicted < (prepare(str(bundle.folder), tmp_path)[1].predicted or 0)
+    with application(found, room):
+        pass  # llama.cpp takes the settings
+    with open_chat(found, images[0], None, 4, room) as chat:
+        assert isinstance("".join(chat.answer("What is this?")), str)
+
+
+def _planned_for(bundle: Bundle, folder: Path, budget: int, **more: str) -> Bundle:
+    plan = json.dumps({"device": "small", "budget": budget, "context": 512, **more}).encode()
     files = [
         BundleFile(name, plan if name == "memory.json" else bundle.folder / name, layer.media_type, "x")
         for name, layer in bundle.manifest.files.items()

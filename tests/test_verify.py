@@ -144,7 +144,9 @@ def test_a_verdict_does_not_depend_on_the_order_in_which_prompts_are_asked(
 
 def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
     with_control = {**tiny_verified, "plain": tiny_verified["gguf"]}
-    verdict = run_stage(tmp_path, with_control, controls=["plain"], exits=[2], vqa=0, measure_memory=True)
+    verdict = run_stage(
+        tmp_path, with_control, controls=["plain"], exits=[2], vqa=0, measure_memory=True, measure_speed=True
+    )
     control, shipped = rows_of(verdict, "plain", "asr"), rows_of(verdict, "gguf", "asr")
     assert [row.value for row in control] == [row.value for row in shipped]
     assert [row.exit for row in shipped if row.exit] == [2]
@@ -155,6 +157,10 @@ def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[
     assert predicted.value and measured.value and measured.value % 2**20 == 0
     assert predicted.value == pytest.approx(measured.value, rel=0.2)
     assert rows_of(verdict, "plain", "memory_measured") == []
+    for name, unit in (("load_seconds", "s"), ("prompt_speed", "tokens/s"), ("generation_speed", "tokens/s")):
+        (row,) = rows_of(verdict, "gguf", name)
+        assert row.value and row.value > 0 and row.unit == unit
+        assert rows_of(verdict, "plain", name) == []
     subjects = verdict.metadata["subjects"]
     assert isinstance(subjects, dict) and list(subjects) == ["gguf"]
 

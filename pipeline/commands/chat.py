@@ -82,9 +82,18 @@ def _runtime(found: FoundModel, room: Room | None) -> Runtime:
         from stages.runtimes.llamacpp import LlamaCppRuntime
         from stages.runtimes.rehearsal import UBATCH
 
-        context = room.context if room is not None else None
+        if room is None:
+            return LlamaCppRuntime(found.model, found.mmproj, parallel=1, ubatch=UBATCH, rows=1)
         # One sequence and no more tokens at once than the memory plan counts with.
-        return LlamaCppRuntime(found.model, found.mmproj, parallel=1, context=context, ubatch=UBATCH, rows=1)
+        return LlamaCppRuntime(
+            found.model,
+            found.mmproj,
+            parallel=1,
+            context=room.context,
+            ubatch=UBATCH,
+            rows=1,
+            cache_type=room.kv_cache,
+        )
     from stages.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(found.folder)

@@ -36,8 +36,11 @@ def recipe_path(name: str) -> Path:
     )
 
 
-def load_graph(name: str, overrides: Sequence[str] = ()) -> Graph:
+def load_graph(name: str, overrides: Sequence[str] = (), *, within_budget: bool = True) -> Graph:
     """The checked graph of a recipe, overrides applied.
+
+    Args:
+        within_budget: False: what does not fit the device is taken, too.
 
     Raises:
         RecipeError.
@@ -45,7 +48,7 @@ def load_graph(name: str, overrides: Sequence[str] = ()) -> Graph:
     from pipeline.graph import build_graph
     from pipeline.recipe import load_recipe
 
-    return build_graph(load_recipe(recipe_path(name), overrides))
+    return build_graph(load_recipe(recipe_path(name), overrides), within_budget=within_budget)
 
 
 def open_store() -> Store:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from artifacts.attestation_check import Policy
     from artifacts.bundle import Bundle
     from pipeline.device import Device
+    from stages.runtimes.llamacpp_library import CacheType
 
 _CELLS: Final = 256  # llama.cpp rounds a context up to multiples of this
 _SHORTEST: Final = 512  # tokens
@@ -40,6 +41,7 @@ class Room:
     predicted: int | None = None
     budget: int | None = None
     device: str = ""
+    kv_cache: CacheType = "F16"
 
 
 def find_model(name: str, runs_dir: Path, policy: Policy | None = None, mmproj: Path | None = None) -> FoundModel:
@@ -148,13 +150,13 @@ def _fitting(found: FoundModel, profile: Device, wanted: int) -> Room:
     context = wanted
     while True:
         try:
-            needed = predict_files(found.model, found.mmproj, context).total
+            needed = predict_files(found.model, found.mmproj, context, cache_type=profile.kv_cache).total
         except StageError as error:
             raise RecipeError(
                 "its memory cannot be planned", where=str(found.model), why=error.what, way_out="leave --device out"
             ) from error
         if needed <= profile.memory:
-            return Room(context, needed, profile.memory, profile.name)
+            return Room(context, needed, profile.memory, profile.name, profile.kv_cache)
         shorter = max(_SHORTEST, context // 2 // _CELLS * _CELLS)
         if context <= _SHORTEST:
             raise RecipeError(
@@ -179,7 +181,10 @@ def _profile(found: FoundModel, name: str | None) -> Device | None:
     if data.get("budget") is None:
         return None
     try:
-        return Device.model_validate({"name": data["device"], "memory": data["budget"], "context": data["context"]})
+        kept = {"kv_cache": data["kv_cache"]} if data.get("kv_cache") else {}
+        return Device.model_validate(
+            {"name": data["device"], "memory": data["budget"], "context": data["context"], **kept}
+        )
     except (ValueError, KeyError) as error:
         raise RecipeError("the memory plan cannot be read", where=str(found.folder / PLAN), why=str(error)) from error
 

@@ -10,6 +10,7 @@ from pipeline.commands.runs import table
 from pipeline.device import show_bytes
 
 if TYPE_CHECKING:
+    from pipeline.device import Device
     from pipeline.graph import Graph
     from stages.models.spec import ModelSpec
 
@@ -84,7 +85,7 @@ def make_plan(graph: Graph) -> Plan:
     device = graph.recipe.device
     stages = []
     for node in graph.nodes:
-        memory, note = _memory(node.planned.type, node.planned.spec, device.context if device else _CONTEXT)
+        memory, note = _memory(node.planned.type, node.planned.spec, device)
         stages.append(
             PlannedStage(
                 id=node.id,
@@ -109,8 +110,9 @@ def make_plan(graph: Graph) -> Plan:
     )
 
 
-def _memory(makes: str, spec: ModelSpec | None, context: int) -> tuple[PlannedMemory | None, str]:
+def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[PlannedMemory | None, str]:
     """What the artifact of a stage will take, and what to know of the figure."""
+    context, kept = (device.context, device.kv_cache) if device is not None else (_CONTEXT, "F16")
     if makes not in ("gguf", "gptq"):
         return None, ""
     if spec is None:
@@ -125,13 +127,13 @@ def _memory(makes: str, spec: ModelSpec | None, context: int) -> tuple[PlannedMe
 
     try:
         if spec.quantization is None:
-            least = least_memory(spec, context)
+            least = least_memory(spec, context, cache_type=kept)
             beside = show_bytes(least.total - least.weights)
             return None, (
                 f"types are chosen while running: beside the weights {beside}, with the smallest types "
                 f"{show_bytes(least.total)}, context {context}"
             )
-        found = predict_memory(spec, context)
+        found = predict_memory(spec, context, cache_type=kept)
         other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
     except StageError as error:
         return None, f"unknown: {error.what}"
@@ -163,7 +165,10 @@ def show_plan(plan: Plan) -> str:
     lines += ["", table(rows), ""]
     budget = plan.device.get("memory")
     if isinstance(budget, int):
-        lines.append(f"device   {plan.device['name']}: {show_bytes(budget)}, context {plan.device['context']} tokens")
+        kept = ", keys and values in Q8_0" if plan.device.get("kv_cache_bits") == 8 else ""
+        lines.append(
+            f"device   {plan.device['name']}: {show_bytes(budget)}, context {plan.device['context']} tokens{kept}"
+        )
     for stage in plan.stages:
         if stage.makes in ("gguf", "gptq"):
             lines += _show_memory(stage, budget if isinstance(budget, int) else None)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipeline.commands.model import FoundModel, Room
 
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+_Q8_0: Final = 8  # ggml's number
 _LARGEST_IMAGE: Final = 32 << 20  # characters of a data URL
 
 
@@ -76,6 +77,7 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
         ) from error
     from stages.runtimes.rehearsal import UBATCH
 
+    kept = {"type_k": _Q8_0, "type_v": _Q8_0, "flash_attn": True} if room.kv_cache == "Q8_0" else {}
     settings = ModelSettings(
         model=str(found.model),
         model_alias=found.name,
@@ -86,6 +88,7 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
         clip_model_path=str(found.mmproj) if found.mmproj is not None else None,
         chat_format="mtmd" if found.mmproj is not None else None,
         verbose=False,
+        **kept,
     )
     try:
         app: FastAPI = library.create_app(server_settings=ServerSettings(api_key=api_key), model_settings=[settings])

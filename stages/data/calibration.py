@@ -162,15 +162,18 @@ class Calibration:
         asked = self._questions if kind == "question" else self._prompts
         return self._dialogue(*asked[number % len(asked)])
 
-    def refusal(self, number: int) -> Passage:
+    def refusal(self, number: int, *, picture: bool = True) -> Passage:
         """A refusal behind the `number`-th harmful prompt; what counts are the predictions of its tokens.
+
+        Args:
+            picture: beside the prompt, if the model sees any.
 
         Raises:
             SourceError: the tokenizer has no chat template.
         """
-        text, _, picture = self._harmful[number % len(self._harmful)]
+        text, _, place = self._harmful[number % len(self._harmful)]
         answer = REFUSALS[number % len(REFUSALS)]
-        passage = self._dialogue(text, answer, picture)
+        passage = self._dialogue(text, answer, place if picture else None)
         spoken = len(self._prompting.ids(answer)[: self._length])
         return replace(passage, first=len(passage.embeddings) - spoken - 1)
 
@@ -179,11 +182,12 @@ class Calibration:
         kinds = self.kinds()
         return [self.passage(kinds[n % len(kinds)], n // len(kinds)) for n in range(start, start + count)]
 
-    def _dialogue(self, text: str, answer: str, picture: int) -> Passage:
+    def _dialogue(self, text: str, answer: str, picture: int | None) -> Passage:
+        """`picture`: the place of the one beside the text; None: there is none."""
         import torch
 
         answered = self._prompting.ids(answer)[: self._length] if answer else []
-        if self._exit is None:
+        if self._exit is None or picture is None:
             return Passage(self._embedded([*self._prompting.text(text), *answered]), first=0)
         before, after = self._prompting.around_image(text)
         image = self._seen[picture % len(self._seen)]

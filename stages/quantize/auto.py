@@ -2,16 +2,19 @@
 
 1. Groups: in each block (or some blocks together) queries and keys, values, the attention's output, gate and up, down;
    the embeddings, and the head where it is not the same matrix.
-2. What each costs in each type, in KL of next-token distributions (`options`).
-3. One type a group by integer programming (HiGHS): the least sum of KL whose tensors fit, to the byte. KL of groups
-   that are rounded together is close to the sum, as long as all of it is small.
+2. What each costs in each type, in KL and in how it moves refusals (`options`).
+3. One type a group by integer programming (`choice`).
+4. All of it is rounded together and measured. What the single groups did not show of the refusals' moves is a constant
+   of the next round; after a few, the choice that does best on validation material is taken.
+5. llama.cpp's own type of that size is measured on the same; where no choice does better both on text and on refusals,
+   its types are taken. So a file is never worse than stock's as far as was measured.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,45 +22,70 @@ import numpy as np
 
 from artifacts.errors import StageError
 from stages.models.spec import VisionSpec
+from stages.quantize.choice import Choice, Weighing, choose, nothing_fits
+from stages.quantize.known import note_costs
 from stages.quantize.options import (
-    AutoParams,
     Group,
     Option,
     Shapes,
     bytes_in,
-    floor_of,
     groups_of,
     least_bytes,
     measure,
     padded,
+    range_of,
 )
 from stages.quantize.sensitivity import Divergence
 from stages.quantize.types import ALIASES, FLOATS, TYPES, Exact
+from stages.quantize.workbench import AutoParams, Together, Workbench
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.imatrix import Importance
+from stages.runtimes.llamacpp_library import cache_type_of
+from stages.runtimes.mixture import NEED_IMATRIX, Outline, outline_of, tensor_types
 from stages.stage import Context
 
 AUTO: Final = "AUTO"
 _ALIGNED: Final = 32  # bytes
 _RESERVE: Final = 4096  # bytes, for the keys that the quantizer adds to the metadata
 _ATTEMPTS: Final = 5
+_ROUNDS: Final = 4
+_MEASURING: Final = 0.8  # of the time, about
+# What a choice is held against: llama.cpp's mixtures that people use.
+_STOCK: Final = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),
+    *("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "Q2_K"),
+    *("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
+)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen: types by tensor, and the KL that it should come to."""
+class Chosen:
+    """The types that the file gets, what they were measured to lose, and what llama.cpp's own type of that size does.
 
-    types: Mapping[str, str]
-    groups: Mapping[str, str]
-    expected: Divergence
+    `stock` "": none is small enough. Both are measured on validation material, all weights rounded together.
+    """
+
+    choice: Choice
+    measured: Divergence
+    stock: str = ""
+    stock_measured: Divergence | None = None
+    is_stock: bool = False
 
     def recorded(self) -> dict[str, object]:
         """For the manifest."""
-        return {
-            "groups": dict(self.groups),
-            "expected_kl_text": float(f"{self.expected.text:.4g}"),
-            "expected_kl_refusal": float(f"{self.expected.refusal:.4g}"),
+        found: dict[str, object] = {
+            "groups": dict(self.choice.groups),
+            **_figures("measured", self.measured),
         }
+        if self.choice.expected is not None:
+            found |= _figures("expected", self.choice.expected)
+        if self.stock_measured is not None:
+            found |= {"stock": self.stock, "is_stock": self.is_stock, **_figures("stock", self.stock_measured)}
+        return found
+
+
+def _figures(name: str, found: Divergence) -> dict[str, float]:
+    return {f"{name}_kl_text": float(f"{found.text:.4g}"), f"{name}_kl_refusal": float(f"{found.refusal:.4g}")}
 
 
 def automatic(
@@ -69,7 +97,7 @@ def automatic(
     target: int | None,
     vision: VisionSpec | None,
     progress: Callable[[float], None],
-) -> Choice:
+) -> Chosen:
     """The types for the checkpoint in `folder`, whose float GGUF is `floats`.
 
     Args:
@@ -87,16 +115,106 @@ def automatic(
     limit = room(header, groups, target) if target is not None else _first_limit(budget, shapes, groups)
     least = least_bytes(shapes, groups, imatrix=weighed)
     if least > limit:
-        raise _nothing_fits(least, limit)
-    floor = floor_of(shapes, groups, limit, imatrix=weighed)
-    options = measure(context, folder, shapes, importance, params, floor, progress)
-    for _ in range(_ATTEMPTS):
-        choice = choose(options, limit, params.refusal_weight)
-        excess = 0 if budget is None else budget.excess(choice.types, shapes)
+        raise nothing_fits(least, limit)
+    bench = Workbench(context, folder, importance, params)
+    kinds = range_of(shapes, groups, limit, imatrix=weighed)
+    options = measure(bench, context.scratch, shapes, groups, kinds, lambda done: progress(_MEASURING * done))
+    note_costs(context.input("checkpoint").digest, options)
+    search = Search(bench, options, shapes, outline_of(floats), importance, params.refusal_weight)
+    for attempt in range(_ATTEMPTS):
+        progress(_MEASURING + (1 - _MEASURING) * attempt / _ATTEMPTS)
+        chosen = search.best(limit)
+        excess = 0 if budget is None else budget.excess(chosen.choice.types, shapes)
         if excess <= 0:
-            return choice
+            return chosen
         limit -= excess
     raise StageError("no choice of types fits the device", way_out="name a target in bytes, or a larger device")
+
+
+@dataclass
+class Search:
+    """The best types in so many bytes, by what was measured of single groups and of all together."""
+
+    bench: Workbench
+    options: Mapping[Group, Sequence[Option]]
+    shapes: Shapes
+    outline: Outline
+    importance: Importance | None
+    refusal_weight: float
+    _stock: dict[str, Choice] = field(default_factory=dict)
+
+    def best(self, limit: int, stock: str | None = None) -> Chosen:
+        """Args:
+            limit: bytes of the groups' tensors.
+            stock: llama.cpp's type to be held against; None: the largest that fits.
+
+        Raises:
+            StageError: nothing fits.
+        """
+        stock = stock or self._largest_stock(limit)
+        theirs = self._stock_choice(stock) if stock else None
+        found = self._rounds(limit, theirs)
+        judged = [(choice, self.bench.together(choice.types, "validation").kl) for choice in found]
+        if stock is None or theirs is None:
+            choice, measured = min(judged, key=lambda pair: _worst(pair[1], judged[0][1]))
+            return Chosen(choice, measured)
+        reference = self.bench.together(theirs.types, "validation").kl
+        choice, measured = min(judged, key=lambda pair: _worst(pair[1], reference))
+        if _worst(measured, reference) >= 1:
+            return Chosen(theirs, reference, stock, reference, is_stock=True)
+        return Chosen(choice, measured, stock, reference)
+
+    def _rounds(self, limit: int, theirs: Choice | None) -> list[Choice]:
+        """Choices, each with what was learned of the one before."""
+        origin = self.bench.together({}, "train").log_odds
+        weighing = Weighing(self.refusal_weight)
+        if theirs is not None:
+            weighing = self._weighed_by(self.bench.together(theirs.types, "train"), origin)
+        found: list[Choice] = []
+        for _ in range(_ROUNDS):
+            choice = choose(self.options, limit, weighing)
+            if any(choice.types == before.types for before in found):
+                break
+            found.append(choice)
+            now = self.bench.together(choice.types, "train")
+            if theirs is None and len(found) == 1:
+                weighing = self._weighed_by(now, origin)
+            pairs = zip(now.log_odds, origin, choice.moves, strict=True)
+            already = tuple(odds - before - promised for odds, before, promised in pairs)
+            weighing = Weighing(weighing.refusal_weight, weighing.text, weighing.refusal, weighing.moved, already)
+        return found
+
+    def _weighed_by(self, reference: Together, origin: Sequence[float]) -> Weighing:
+        """In shares of what that file loses."""
+        moved = tuple(max(abs(odds - before), 0.1) for odds, before in zip(reference.log_odds, origin, strict=True))
+        kl = reference.kl
+        return Weighing(self.refusal_weight, max(kl.text, 1e-9), max(kl.refusal, 1e-9), moved, (0.0,) * len(moved))
+
+    def _largest_stock(self, limit: int) -> str | None:
+        sizes = {type: self._bytes(self._stock_choice(type)) for type in _STOCK if self._possible(type)}
+        return max((type for type in sizes if sizes[type] <= limit), key=lambda type: sizes[type], default=None)
+
+    def _possible(self, type: str) -> bool:
+        return self.importance is not None or type not in NEED_IMATRIX
+
+    def _stock_choice(self, type: str) -> Choice:
+        if type not in self._stock:
+            every = tensor_types(self.outline, type, importance=self.importance)
+            types = {name: every[name] for group in self.options for name in group.tensors}
+            groups = {
+                group.name: "/".join(dict.fromkeys(types[name] for name in group.tensors)) for group in self.options
+            }
+            self._stock[type] = Choice(types, groups, expected=None)
+        return self._stock[type]
+
+    def _bytes(self, choice: Choice) -> int:
+        return sum(padded(bytes_in(type, self.shapes[name])) for name, type in choice.types.items())
+
+
+def _worst(found: Divergence, reference: Divergence) -> float:
+    """The larger of both losses, in shares of the reference's."""
+    pairs = ((found.text, reference.text), (found.refusal, reference.refusal))
+    return max(ours / theirs for ours, theirs in pairs if theirs > 0) if any(pair[1] > 0 for pair in pairs) else 1.0
 
 
 def exact_of(choice: Choice, shapes: Shapes) -> Exact:
@@ -113,8 +231,6 @@ class _Budget:
     """What a device has room for."""
 
     def __init__(self, context: Context, floats: Path, vision: VisionSpec | None) -> None:
-        from stages.runtimes.mixture import outline_of
-
         self._memory, self._tokens = context.device.get("memory"), context.device.get("context", 2048)
         if self._memory is None:
             raise StageError(
@@ -123,6 +239,7 @@ class _Budget:
                 way_out="add `target: 90MB` to the stage, or `device: laptop-4gb` to the recipe",
             )
         self._outline, self._vision = outline_of(floats), vision
+        self._cache_type = cache_type_of(context.device)
 
     def excess(self, types: Mapping[str, str], shapes: Shapes) -> int:
         """Bytes that a model with these types takes too much; negative: that are left."""
@@ -130,7 +247,8 @@ class _Budget:
 
         assert self._memory is not None
         every = {name: types.get(name, "F16") for name in shapes}
-        return predict_outline(self._outline, every, self._tokens, vision=self._vision).total - self._memory
+        plan = predict_outline(self._outline, every, self._tokens, vision=self._vision, cache_type=self._cache_type)
+        return plan.total - self._memory
 
 
 def _first_limit(budget: _Budget | None, shapes: Shapes, groups: Sequence[Group]) -> int:
@@ -141,68 +259,8 @@ def _first_limit(budget: _Budget | None, shapes: Shapes, groups: Sequence[Group]
     return taken - budget.excess(types, shapes)
 
 
-def _nothing_fits(least: int, limit: int) -> StageError:
-    return StageError(
-        f"no choice of types fits: the tensors may take {max(limit, 0)} bytes",
-        why=f"the smallest types come to {least}",
-        way_out=f"raise the target by {least - limit} bytes, leave out layers, or start from a smaller model",
-    )
-
-
 def room(floats: Header, groups: Sequence[Group], target: int) -> int:
     """Bytes that the groups' tensors may take in a file of `target` bytes, which holds all else of the float file."""
     chosen = {name for group in groups for name in group.tensors}
     own = sum(padded(tensor.nbytes) for name, tensor in floats.tensors.items() if name in chosen)
     return target - (floats.path.stat().st_size - own) - _RESERVE
-
-
-def solve(options: Sequence[Sequence[Option]], limit: int, refusal_weight: float) -> list[int]:
-    """Which option of each group: the least sum of costs whose bytes are within the limit. Exact.
-
-    Raises:
-        StageError: nothing fits.
-    """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_matrix
-
-    least = sum(min(option.nbytes for option in few) for few in options)
-    if least > limit:
-        raise _nothing_fits(least, limit)
-    flat = [option for few in options for option in few]
-    owner = [place for place, few in enumerate(options) for _ in few]
-    costs = np.array([option.cost.text + refusal_weight * option.cost.refusal for option in flat])
-    one_each = csr_matrix((np.ones(len(flat)), (owner, range(len(flat)))))
-    blocks = np.array([option.nbytes // _ALIGNED for option in flat], dtype=float)
-    found = milp(
-        costs / max(float(costs.max()), 1e-30) * 1e3,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(csr_matrix(blocks), -np.inf, limit // _ALIGNED),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise StageError("the solver found no choice of types", why=str(found.message), way_out="change the target")
-    start, chosen = 0, []
-    for few in options:
-        chosen.append(int(np.argmax(found.x[start : start + len(few)])))
-        start += len(few)
-    return chosen
-
-
-def choose(options: Mapping[Group, Sequence[Option]], limit: int, refusal_weight: float) -> Choice:
-    """The types of all tensors in the groups.
-
-    Raises:
-        StageError: nothing fits.
-    """
-    few = list(options.values())
-    picked = [one[place] for one, place in zip(few, solve(few, limit, refusal_weight), strict=True)]
-    pairs = list(zip(options, picked, strict=True))
-    return Choice(
-        {name: option.type for group, option in pairs for name in group.tensors},
-        {group.name: option.type for group, option in pairs},
-        Divergence(sum(option.cost.text for option in picked), sum(option.cost.refusal for option in picked)),
-    )

@@ -24,12 +24,13 @@ from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
 from stages.models.family import families, family_of
 from stages.models.spec import ModelSpec, TextSpec
-from stages.quantize.auto import AUTO, Choice, automatic, exact_of
+from stages.quantize.auto import AUTO, Chosen, automatic, exact_of
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import MmprojType, write_encoder
 from stages.quantize.mmproj import FloatType
-from stages.quantize.options import AutoParams, groups_of, least_bytes
+from stages.quantize.options import groups_of, least_bytes
 from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, chosen_types, resolve
+from stages.quantize.workbench import AutoParams
 from stages.runtimes import imatrix
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.gguf_parts import MODEL_NAME, read_model, split_model
@@ -106,7 +107,7 @@ class GGUFStage(Stage[GGUFParams]):
     """Checkpoint to GGUF; the same checkpoint and parameters give the same bytes."""
 
     name = "gguf"
-    code_version = "2"
+    code_version = "3"
     summary = "convert to GGUF and quantize with llama.cpp, image encoder included"
     accepts = ("checkpoint",)
     output_type = "gguf"
@@ -177,9 +178,9 @@ class GGUFStage(Stage[GGUFParams]):
             convert_language_model(source.path, floats, context.scratch, dtype=dtype, name=name, metadata=described)
 
         context.progress(1, _STEPS, f"quantizing to {params.type}")
-        choice = None
+        chosen = None
         if params.type == AUTO:
-            choice = self._quantize_as_fits(context, source.path, floats, model, spec)
+            chosen = self._quantize_as_fits(context, source.path, floats, model, spec)
             fallbacks: tuple[Fallback, ...] = ()
         else:
             fallbacks = self._quantize(context, floats, model, dtype)
@@ -216,7 +217,7 @@ class GGUFStage(Stage[GGUFParams]):
             "type": params.type,
             "mmproj_type": params.mmproj_type if vision else None,
             "tensor_types": dict(sorted(types.items())),
-            "choice": choice.recorded() if choice is not None else None,
+            "choice": chosen.recorded() if chosen is not None else None,
             "fallbacks": [str(one) for one in fallbacks],  # what the shapes did not allow
             "bits_per_weight": round(8 * stored / parameters, 4),
             "exits": list(range(1, vision.default_exit + 1)) if vision else [],
@@ -238,7 +239,7 @@ class GGUFStage(Stage[GGUFParams]):
 
     def _quantize_as_fits(
         self, context: Context, checkpoint: Path, floats: Path, model: Path, spec: ModelSpec | None
-    ) -> Choice:
+    ) -> Chosen:
         """Write model.gguf with types of our choice."""
         params = self.params
         importance, notes = self._importance(context)
@@ -246,7 +247,7 @@ class GGUFStage(Stage[GGUFParams]):
         def tell(share: float) -> None:
             context.progress(1 + 0.9 * share, _STEPS, "measuring what rounding costs")
 
-        choice = automatic(
+        chosen = automatic(
             context,
             checkpoint,
             floats,
@@ -256,13 +257,15 @@ class GGUFStage(Stage[GGUFParams]):
             replace(spec.vision, quantization=params.mmproj_type) if spec is not None and spec.vision else None,
             tell,
         )
-        exact = exact_of(choice, {name: tensor.shape for name, tensor in read_header(floats).tensors.items()})
+        exact = exact_of(chosen.choice, {name: tensor.shape for name, tensor in read_header(floats).tensors.items()})
         quantize_model(floats, model, exact.file_type, tensors=exact.tensors, importance=importance, notes=notes)
-        context.metric("expected_kl_text", choice.expected.text)
-        context.metric("expected_kl_refusal", choice.expected.refusal)
+        context.metric("kl_text", chosen.measured.text)
+        context.metric("kl_refusal", chosen.measured.refusal)
+        if chosen.is_stock:
+            context.log(f"no choice does better than {chosen.stock} on validation material: its types are taken")
         if params.target is not None and model.stat().st_size > params.target:
             raise StageError(f"the file has {model.stat().st_size} bytes, not {params.target}", where=str(model))
-        return choice
+        return chosen
 
     def _check_target(self, text: TextSpec) -> None:
         """Refuse a target that no types reach.

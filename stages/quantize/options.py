@@ -1,48 +1,39 @@
 """What each group of tensors costs in each type: measured in one type, computed for the others.
 
-Each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on ordinary
-text and on the tokens of refusals (`sensitivity`). Only calibration articles and training prompts are read. KL grows
-with the square of the change, so for other types it is scaled by the error that each leaves in the weights, columns
-weighed by the importance matrix; rows are sampled for that.
+- KL: each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on
+  ordinary text and on the tokens of refusals (`sensitivity`). KL grows with the square of the change, so for other
+  types it is scaled by the error that each leaves in the weights, columns weighed by the importance matrix;
+- how the log-odds of refusals move: gradient times change, for every type by itself, since that has a sign.
+
+Only calibration articles and training prompts are read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from artifacts.errors import StageError
-from stages.data.calibration_mix import CalibrationMix
-from stages.models import checkpoint
-from stages.models.family import Family, family_of
-from stages.quantize.sensitivity import Divergence, Probe, rounded
+from stages.quantize.sensitivity import Divergence
 from stages.quantize.types import EMBEDDING, OUTPUT
-from stages.resources import device_of
-from stages.runtimes.imatrix import Importance
-from stages.runtimes.rounding import NEED_IMATRIX, TYPES, round_weights, row_type
-from stages.stage import Context, StageParams
+from stages.quantize.workbench import Workbench
+from stages.runtimes.rounding import NEED_IMATRIX, TYPES, row_type
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
-
-    from stages.data.calibration import Batch, Passage
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of matrices, by GGUF name, in ggml's order: the row length comes first."""
 
-_TOGETHER: Final = 4  # sequences in one pass
-_SAMPLED: Final = 96  # rows of a matrix that errors are computed of
 _ALIGNED: Final = 32  # bytes
-_BELOW: Final = 2.0  # bits a weight
-_ANCHOR: Final = "Q4_0"  # what is measured: quick to round to, and every row of 32 numbers allows it
+_BELOW, _ABOVE = 2.0, 4.5  # bits a weight
+ANCHOR: Final = "Q4_0"  # what KL is measured in: quick to round to, and every row of 32 numbers allows it
 _NOTED: Final = "sensitivity.json"
 _PARTS: Final = (
     ("attn_q", "attn_k"),
@@ -52,27 +43,6 @@ _PARTS: Final = (
     ("ffn_gate", "ffn_up"),
     ("ffn_down",),
 )
-
-
-class ProbeMix(CalibrationMix):
-    """Less of all: it goes through the model once for each group."""
-
-    samples: int = Field(default=12, ge=1, description="sequences in all")
-    length: int = Field(
-        default=64, ge=8, description="of a passage of text, and the most that is kept of an answer, in tokens"
-    )
-    pictures: int = Field(default=4, ge=1, description="training pictures that questions and prompts stand beside")
-
-
-class AutoParams(StageParams):
-    """How sensitivity is measured."""
-
-    calibration: ProbeMix = Field(default=ProbeMix(), description="ordinary sequences that must be predicted as before")
-    refusals: int = Field(default=8, ge=1, description="training prompts behind which a refusal must be")
-    refusal_weight: float = Field(
-        default=1.0, ge=0, description="what KL on the tokens of refusals counts, beside that on ordinary ones"
-    )
-    blocks: int = Field(default=1, ge=1, description="neighbouring blocks that share their types; more are quicker")
 
 
 @dataclass(frozen=True)
@@ -91,6 +61,7 @@ class Option:
     type: str
     nbytes: int  # in the file
     cost: Divergence
+    moves: tuple[float, ...] = ()  # of refusals' log-odds, by kind
 
 
 def groups_of(shapes: Shapes, blocks: int) -> list[Group]:
@@ -112,81 +83,126 @@ def candidates(width: int, *, imatrix: bool) -> list[str]:
     return [type for type in TYPES if row_type(type, width) == type and (imatrix or type not in NEED_IMATRIX)]
 
 
-def least_bytes(shapes: Shapes, groups: Sequence[Group], *, imatrix: bool, floor: float = 0.0) -> int:
-    """What the groups take at least. `floor`: bits a weight of the smallest type."""
+def least_bytes(shapes: Shapes, groups: Sequence[Group], *, imatrix: bool, range: Range | None = None) -> int:
+    """What the groups take at least."""
     return sum(
-        min(_bytes(type, group, shapes) for type in _possible(group, shapes, imatrix=imatrix, floor=floor))
+        min(_bytes(type, group, shapes) for type in _possible(group, shapes, imatrix=imatrix, range=range or Range()))
         for group in groups
     )
 
 
-def floor_of(shapes: Shapes, groups: Sequence[Group], limit: int, *, imatrix: bool) -> float:
-    """Bits a weight below which no type is worth a look: far below what there is room for on average."""
+@dataclass(frozen=True)
+class Range:
+    """Bits a weight of the types that are worth a look."""
+
+    least: float = 0.0
+    most: float = 32.0
+
+    def holds(self, type: str) -> bool:
+        return self.least <= _bits(type) <= self.most
+
+
+def range_of(shapes: Shapes, groups: Sequence[Group], limit: int, *, imatrix: bool) -> Range:
+    """Not far below, nor far above what there is room for on average."""
     weights = sum(int(np.prod(shapes[name])) for group in groups for name in group.tensors)
-    floor = 8 * limit / weights - _BELOW
-    return floor if least_bytes(shapes, groups, imatrix=imatrix, floor=floor) <= limit else 0.0
+    mean = 8 * limit / weights
+    found = Range(mean - _BELOW, mean + _ABOVE)
+    return found if least_bytes(shapes, groups, imatrix=imatrix, range=found) <= limit else Range()
 
 
 def measure(
-    context: Context,
-    folder: Path,
+    bench: Workbench,
+    scratch: Path,
     shapes: Shapes,
-    importance: Importance | None,
-    params: AutoParams,
-    floor: float,
-    progress: Callable[[float], None],
+    groups: Sequence[Group],
+    range: Range,
+    tell: Callable[[float], None],
 ) -> dict[Group, list[Option]]:
-    """What each group costs in each type of at least `floor` bits that its rows allow.
+    """What each group costs in each type of `range` that its rows allow.
 
     A group that was measured before a crash is not measured again: what is known lies in the scratch folder.
 
     Raises:
         StageError: the model is not built as decoders are.
     """
-    config = checkpoint.read_config(folder)
-    family = family_of(config, where=str(folder))
-    model = family.load(folder, device=device_of("auto", context.team))
-    weights = _weights(family, model, folder)
-    groups = groups_of(shapes, params.blocks)
-    if unknown := [name for group in groups for name in group.tensors if name not in weights]:
+    if unknown := [name for group in groups for name in group.tensors if name not in bench.weights]:
         raise StageError(f"{unknown[0]} is no layer of its own in this model", way_out="name a type instead of auto")
-    noted = _noted(context.scratch)
-    probe: Probe | None = None
+    noted = _noted(scratch)
+    gradients: list[dict[str, torch.Tensor]] | None = None
     found: dict[Group, list[Option]] = {}
     for done, group in enumerate(groups):
-        matrices = [weights[name] for name in group.tensors]
-        columns = [importance.get(name) if importance is not None else None for name in group.tensors]
-        if group.name not in noted:
-            probe = probe or _probe(context, family, model, folder, params)
-
-            with rounded(matrices, [_rounded(*pair) for pair in zip(matrices, columns, strict=True)]):
-                changed = probe.divergence(group.first)
-            noted[group.name] = [changed.text, changed.refusal]
-            _note(context.scratch, noted)
-        progress((done + 1) / len(groups))
-        known = all(entry is not None for entry in columns)
-        possible = _possible(group, shapes, imatrix=known, floor=floor)
-        errors = [_errors(matrix, {*possible, _ANCHOR}, entry) for matrix, entry in zip(matrices, columns, strict=True)]
-        total = {type: sum(error[type] for error in errors) for type in errors[0]}
-        measured = Divergence(*noted[group.name])
-        scale = {type: total[type] / max(total[_ANCHOR], 1e-30) for type in possible}
+        known = all(bench.columns(name) is not None for name in group.tensors)
+        possible = _possible(group, shapes, imatrix=known, range=range)
+        note = noted.get(group.name)
+        if note is None or not {ANCHOR, *possible} <= note.errors.keys():
+            gradients = _gradients(bench, groups) if gradients is None else gradients
+            note = noted[group.name] = _measured(bench, group, {ANCHOR, *possible}, gradients)
+            _note(scratch, noted)
+        scale = {type: note.errors[type] / max(note.errors[ANCHOR], 1e-30) for type in possible}
         found[group] = [
             Option(
                 type,
                 _bytes(type, group, shapes),
-                Divergence(measured.text * scale[type], measured.refusal * scale[type]),
+                Divergence(note.kl[0] * scale[type], note.kl[1] * scale[type]),
+                tuple(note.moves[type]),
             )
             for type in possible
         ]
+        tell((done + 1) / len(groups))
     return found
 
 
-def _possible(group: Group, shapes: Shapes, *, imatrix: bool, floor: float) -> list[str]:
+@dataclass(frozen=True)
+class _Note:
+    """What was measured of a group."""
+
+    kl: Sequence[float]  # in the anchor: of text, of refusals
+    errors: Mapping[str, float]  # by type: squared change of the weights, columns weighed
+    moves: Mapping[str, Sequence[float]]  # by type: of refusals' log-odds, by kind
+
+
+def _gradients(bench: Workbench, groups: Sequence[Group]) -> list[dict[str, torch.Tensor]]:
+    """By kind of refusal, by tensor."""
+    names = [name for group in groups for name in group.tensors]
+    found = bench.probe("train").gradients([bench.weights[name] for name in names])
+    return [dict(zip(names, kind, strict=True)) for kind in found]
+
+
+def _measured(
+    bench: Workbench, group: Group, types: set[str], gradients: Sequence[Mapping[str, torch.Tensor]]
+) -> _Note:
+    errors, moves = dict.fromkeys(types, 0.0), {type: [0.0] * len(gradients) for type in types}
+    anchored: dict[str, torch.Tensor] = {}
+    for name in group.tensors:
+        exact = bench.weights[name].detach().float()
+        columns = bench.columns(name)
+        for type in sorted(types):
+            value = bench.rounded(name, type)
+            if type == ANCHOR:
+                anchored[name] = value
+            change = value.to(exact.device) - exact
+            errors[type] += _weighed(change, columns)
+            for kind, gradient in enumerate(gradients):
+                moves[type][kind] += float((gradient[name].float() * change).sum())
+    with bench.holding(anchored):
+        kl = bench.probe("train").divergence(group.first)
+    return _Note((kl.text, kl.refusal), errors, moves)
+
+
+def _weighed(change: torch.Tensor, columns: NDArray[np.float32] | None) -> float:
+    """Squared, summed over the matrix."""
+    import torch
+
+    squares = change.double().square().sum(0)
+    return float(squares.sum() if columns is None else squares @ torch.from_numpy(columns).to(squares))
+
+
+def _possible(group: Group, shapes: Shapes, *, imatrix: bool, range: Range) -> list[str]:
     weighed = imatrix and group.first is not None  # importance matrices hold nothing of embeddings and head
     widths = {shapes[name][0] for name in group.tensors}
     lists = [candidates(width, imatrix=weighed) for width in widths]
     found = [type for type in lists[0] if all(type in others for others in lists[1:])]
-    return [type for type in found if _bits(type) >= floor] or found or ["F16"]
+    return [type for type in found if range.holds(type)] or found or ["F16"]
 
 
 def _bits(type: str) -> float:
@@ -213,75 +229,16 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNED) * _ALIGNED
 
 
-def _rounded(weight: torch.Tensor, columns: NDArray[np.float32] | None) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(round_weights(weight.detach().float().cpu().numpy(), _ANCHOR, columns))
-
-
-def _errors(weight: torch.Tensor, types: set[str], columns: NDArray[np.float32] | None) -> dict[str, float]:
-    """Squared change of the weights, columns weighed, summed over the matrix; by type."""
-    rows = weight.detach()[:: max(1, len(weight) // _SAMPLED)].float().cpu().numpy()
-    scale = len(weight) / len(rows)
-    weighed = np.ones(rows.shape[1], np.float32) if columns is None else columns
-    exact = rows.astype(np.float16).astype(np.float64)
-
-    def error(type: str) -> float:
-        if type == "F16":
-            return 0.0
-        change = round_weights(rows, type, columns) - exact
-        return scale * float((change**2 * weighed).sum())
-
-    return {type: error(type) for type in sorted(types)}
-
-
-def _weights(family: Family, model: PreTrainedModel, folder: Path) -> dict[str, torch.nn.Parameter]:
-    """The matrices of the language model by the names that they have in the GGUF."""
-    import torch
-
-    from stages.runtimes.mixture import outline_of
-    from stages.runtimes.tensor_names import stored_names
-
-    trunk = family.trunk(model)
-    linear = {name: module for name, module in trunk.named_modules() if isinstance(module, torch.nn.Linear)}
-    names = stored_names(list(linear), trunk, outline_of(folder))
-    found = {names[name]: cast("torch.nn.Parameter", module.weight) for name, module in linear.items()}
-    found[EMBEDDING] = cast("torch.nn.Parameter", model.get_input_embeddings().weight)
-    found[OUTPUT] = cast("torch.nn.Parameter", family.head(model).weight)
-    return found
-
-
-def _probe(context: Context, family: Family, model: PreTrainedModel, folder: Path, params: AutoParams) -> Probe:
-    from transformers import AutoTokenizer
-
-    from stages.data.calibration import Calibration, batches
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    mix = params.calibration
-    material = Calibration(
-        family, folder, model, tokenizer, "train", length=mix.length, pictures=mix.pictures, seed=context.seed
-    )
-    kinds = material.kinds()
-    ordinary = [material.passage(kind, number) for kind, count in mix.counts(kinds).items() for number in range(count)]
-    refusing = [material.refusal(number) for number in range(params.refusals)] if "prompt" in kinds else []
-
-    def batched(passages: list[Passage]) -> list[Batch]:
-        return list(batches(sorted(passages, key=lambda passage: passage.order), _TOGETHER))
-
-    embedding = cast("torch.nn.Module", model.get_input_embeddings())
-    return Probe(family.trunk(model), family.head(model), embedding, batched(ordinary), batched(refusing))
-
-
-def _noted(scratch: Path) -> dict[str, list[float]]:
+def _noted(scratch: Path) -> dict[str, _Note]:
     try:
         noted = json.loads((scratch / _NOTED).read_bytes())
-        return {name: [float(value) for value in pair] for name, pair in noted.items()}
+        return {name: _Note(**note) for name, note in noted.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _note(scratch: Path, noted: Mapping[str, Sequence[float]]) -> None:
+def _note(scratch: Path, noted: Mapping[str, _Note]) -> None:
     scratch.mkdir(parents=True, exist_ok=True)
     part = scratch / f"{_NOTED}.tmp"
-    part.write_text(json.dumps(noted), encoding="utf-8")
+    part.write_text(json.dumps({name: asdict(note) for name, note in noted.items()}), encoding="utf-8")
     part.replace(scratch / _NOTED)

@@ -1,7 +1,11 @@
 """How much worse a language model predicts when some of its weights are rounded: the KL of next-token distributions.
 
-Measured on fixed sequences with one group of weights rounded at a time. What stands before the first block that changes
-is not computed again: every block's inputs are kept from the pass of the whole model.
+Measured on fixed sequences, with one group of weights rounded at a time or with all. What stands before the first block
+that changes is not computed again: every block's inputs are kept from the pass of the whole model.
+
+Refusals have a second measure. Whether one begins is a matter of one token, and its log-odds move to one side or the
+other with every rounded group. KL, which is a square, does not tell the sides apart: sums of it promise little where
+many small moves go the same way. Signed moves add up, so these can be made to cancel.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ class Divergence:
 @dataclass
 class _Sequences:
     batch: Batch
-    refuses: bool
+    part: int  # 0: ordinary ones; from 1 on: kinds of refusals
     inputs: list[tuple[torch.Tensor, Mapping[str, object]]]  # of every block: hidden states, and what else it takes
     logprobs: torch.Tensor  # (counted predictions, vocabulary)
     ids: torch.Tensor  # (sequences, length): rows of the embedding matrix; -1 where an image stands
@@ -41,7 +45,7 @@ class Probe:
 
     Args:
         trunk: with `layers` and `norm`, as all of transformers' decoders have them. head: of the model.
-        text, refusals: what is predicted.
+        text: what is predicted. refusals: by kind, e.g. beside a picture and without one.
 
     Raises:
         StageError: the model is built otherwise.
@@ -53,7 +57,7 @@ class Probe:
         head: torch.nn.Module,
         embedding: torch.nn.Module,
         text: Sequence[Batch],
-        refusals: Sequence[Batch],
+        refusals: Sequence[Sequence[Batch]],
     ) -> None:
         layers, norm = getattr(trunk, "layers", None), getattr(trunk, "norm", None)
         if layers is None or norm is None:
@@ -66,8 +70,9 @@ class Probe:
         self._layers = cast("torch.nn.ModuleList", layers)
         self._norm = cast("torch.nn.Module", norm)
         self._sequences = [
-            self._kept(batch, refuses) for batches, refuses in ((text, False), (refusals, True)) for batch in batches
+            self._kept(batch, part) for part, batches in enumerate((text, *refusals)) for batch in batches
         ]
+        self.kinds = len([batches for batches in refusals if batches])
 
     def divergence(self, first: int | None) -> Divergence:
         """With the weights as they are now. `first`: the first block that changed; None: the embeddings did."""
@@ -81,18 +86,62 @@ class Probe:
                     hidden = _states(layer(hidden, **given))
                 now = self._logprobs(sequences.batch, self._norm(hidden))
                 before = sequences.logprobs
-                totals[sequences.refuses] += float((before.exp() * (before - now)).sum())
-                counts[sequences.refuses] += len(before)
+                totals[sequences.part > 0] += float((before.exp() * (before - now)).sum())
+                counts[sequences.part > 0] += len(before)
         return Divergence(*(max(0.0, totals[which]) / max(1, counts[which]) for which in (False, True)))
 
-    def _kept(self, batch: Batch, refuses: bool) -> _Sequences:
+    def log_odds(self) -> list[float]:
+        """Of the first token of a refusal, mean over those of a kind, with the weights as they are now; by kind."""
         import torch
 
-        with torch.inference_mode(), _inputs(self._layers) as inputs:
+        with torch.inference_mode():
+            return [float(found) for found in self._log_odds()]
+
+    def gradients(self, weights: Sequence[torch.nn.Parameter]) -> list[list[torch.Tensor]]:
+        """By kind of refusal: of its mean log-odds, by each weight."""
+        import torch
+
+        found = []
+        with _trainable(weights):
+            for kind in range(self.kinds):
+                grads = torch.autograd.grad(self._log_odds(kind)[0], weights, allow_unused=True)
+                found.append([torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)])
+        return found
+
+    def _log_odds(self, only: int | None = None) -> list[torch.Tensor]:
+        import torch
+
+        found = []
+        for kind in range(self.kinds) if only is None else (only,):
+            odds = []
+            for sequences in self._sequences:
+                if sequences.part == kind + 1:
+                    hidden = self._embedded(sequences)
+                    for layer, (_, given) in zip(self._layers, sequences.inputs, strict=True):
+                        hidden = _states(layer(hidden, **given))
+                    odds.append(self._first_odds(sequences, self._norm(hidden)))
+            found.append(torch.cat(odds).mean())
+        return found
+
+    def _first_odds(self, sequences: _Sequences, hidden: torch.Tensor) -> torch.Tensor:
+        """(sequences,): of the token behind the first position that counts."""
+        import torch
+
+        rows = torch.arange(len(hidden), device=hidden.device)
+        first = sequences.batch.counted.int().argmax(1)
+        spoken = sequences.ids[rows, first + 1]
+        logits: torch.Tensor = self._head(hidden[rows, first]).float()
+        others = logits.scatter(1, spoken[:, None], float("-inf")).logsumexp(-1)
+        return logits[rows, spoken] - others
+
+    def _kept(self, batch: Batch, part: int) -> _Sequences:
+        import torch
+
+        with torch.no_grad(), _inputs(self._layers) as inputs:  # gradients are taken of them later
             logprobs = self._logprobs(batch, batch.through(self._trunk))
         if len(inputs) != len(self._layers):
             raise StageError("not every block of the language model computes", way_out="name a type instead of auto")
-        return _Sequences(batch, refuses, inputs, logprobs, _rows_of(batch.embeddings, self._embedding))
+        return _Sequences(batch, part, inputs, logprobs, _rows_of(batch.embeddings, self._embedding))
 
     def _logprobs(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self._head(hidden[batch.counted]).float().log_softmax(-1)
@@ -100,10 +149,10 @@ class Probe:
 
     def _embedded(self, sequences: _Sequences) -> torch.Tensor:
         """The inputs with the embedding matrix as it is now."""
+        import torch
+
         known = sequences.ids >= 0
-        hidden = sequences.inputs[0][0].clone()
-        hidden[known] = self._embedding(sequences.ids[known])
-        return hidden
+        return torch.where(known[..., None], self._embedding(sequences.ids.clamp(min=0)), sequences.inputs[0][0])
 
 
 @contextmanager
@@ -142,6 +191,18 @@ def _rows_of(embeddings: torch.Tensor, embedding: torch.nn.Module) -> torch.Tens
     asked = mark(embeddings)
     place = torch.searchsorted(known, asked).clamp(max=len(known) - 1)
     return torch.where(known[place] == asked, order[place], -1)
+
+
+@contextmanager
+def _trainable(weights: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, trained in zip(weights, before, strict=True):
+            weight.requires_grad_(trained)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from stages.data.chat import Turn, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import model_file, read_model
 from stages.runtimes.llamacpp_cls import check_cls, cls_order, image_slots
-from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, UBATCH, Sequences, TextModel
+from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, UBATCH, CacheType, Sequences, TextModel
 from stages.runtimes.llamacpp_tiles import tile_slots
 from stages.runtimes.llamacpp_vision import AS_SHIPPED, VisionEncoder, read_image
 from stages.runtimes.runtime import Answered, Progress, Request, Response
@@ -83,6 +83,7 @@ class LlamaCppRuntime:
         as_shipped: bool = False,
         ubatch: int = UBATCH,
         rows: int = ROWS_AT_LEAST,
+        cache_type: CacheType = "F16",
     ) -> None:
         """Load the model; encoders are loaded when an image needs one.
 
@@ -96,6 +97,7 @@ class LlamaCppRuntime:
                 measure what its users get.
             ubatch: tokens computed at once, at most; fewer take less memory, and may round otherwise in a batch.
             rows: sequences decoded together, at least; one alone takes half the memory of two, and may round otherwise.
+            cache_type: of keys and values.
 
         Raises:
             SourceError: a file is missing or damaged.
@@ -117,7 +119,7 @@ class LlamaCppRuntime:
         self._vision = VisionEncoder(self._model, vision) if vision is not None else None
         self._template = chat_template or self._model.chat_template
         self._parallel = max(parallel, 1)
-        self._limit = context
+        self._limit, self._cache_type = context, cache_type
         self._ubatch, self._rows = ubatch, rows
         self._sequences: Sequences | None = None
         self._slots: list[_Slot] = []
@@ -280,7 +282,12 @@ class LlamaCppRuntime:
             self._sequences = None
         length = self._limit if self._limit is not None else need
         self._sequences = Sequences(
-            self._model, sequences=count, length=length, outputs=_LOGIT_ROWS, ubatch=self._ubatch
+            self._model,
+            sequences=count,
+            length=length,
+            outputs=_LOGIT_ROWS,
+            ubatch=self._ubatch,
+            cache_type=self._cache_type,
         )
         self._slots = [_Slot() for _ in range(count)]
 

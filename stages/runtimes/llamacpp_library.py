@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,11 @@ _SPINS: Final = "3000"  # turns of a waiting thread before it sleeps, about 50 m
 _LOG: Final[deque[str]] = deque(maxlen=40)
 _HEARD: Final[list[list[str]]] = []  # by `logged`
 _KEPT: Final[list[object]] = []  # callbacks that C holds must outlive it
+
+
+def cache_type_of(device: Mapping[str, int]) -> CacheType:
+    """How a device keeps keys and values (`Context.device`)."""
+    return "Q8_0" if device.get("kv_cache_bits") == 8 else "F16"
 
 
 def threads() -> int:

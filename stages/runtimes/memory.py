@@ -3,33 +3,34 @@
 What is counted: the process's peak resident set (VmHWM). Weights are read into the process's own memory and not mapped
 (`mmap` off), because pages of a mapped file are the system's cache: they may be dropped, or not yet read, and then the
 figure says little. What is left of file pages is program code, a few tens of megabytes, which a user's process has
-too. One sequence, llama.cpp's default of 512 tokens at once, F16 keys and values.
+too. One sequence, llama.cpp's default of 512 tokens at once; F16 keys and values unless the device keeps others.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from artifacts.errors import StageError
+from stages.runtimes.alone import run_alone
 from stages.runtimes.exits import derive_exit
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import read_model
+from stages.runtimes.llamacpp_library import CacheType
 from stages.runtimes.rehearsal import UBATCH
 
 _GENERATED: Final = 8  # tokens at the end of the full context
-_SECONDS: Final = 900
 
 
-def measure_memory(model: Path, mmproj: Path | None, context: int, exit: int | None = None) -> int:
+def measure_memory(
+    model: Path, mmproj: Path | None, context: int, exit: int | None = None, *, cache_type: CacheType = "F16"
+) -> int:
     """Peak resident bytes of one conversation that fills `context` tokens, with an image if there is an mmproj.
 
     Args:
-        exit: of the image encoder; default: the mmproj's own.
+        exit: of the image encoder; default: the mmproj's own. cache_type: of keys and values.
 
     Raises:
         SourceError: a file is missing or damaged.
@@ -50,30 +51,15 @@ def measure_memory(model: Path, mmproj: Path | None, context: int, exit: int | N
                 derived = Path(folder) / "mmproj.gguf"
                 derive_exit(mmproj, exit, derived)
                 mmproj = derived
-        command = [sys.executable, "-m", "stages.runtimes.memory", str(model), str(mmproj or ""), str(context)]
-        paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-        try:
-            # Its own working folder: nothing there may shadow a module.
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env=os.environ | {"PYTHONPATH": paths},
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-                check=False,
+        return int(
+            run_alone(
+                "stages.runtimes.memory",
+                [str(model), str(mmproj or ""), str(context), cache_type],
+                measures="memory",
+                where=model,
+                way_out="free memory, or measure with a shorter context",
             )
-        except subprocess.TimeoutExpired as error:
-            raise StageError(f"measuring memory took longer than {_SECONDS} s", where=str(model)) from error
-    if done.returncode != 0:
-        reason = done.stderr.strip().splitlines()
-        raise StageError(
-            "the process that measures memory ended badly",
-            where=str(model),
-            why=reason[-1] if reason else f"exit code {done.returncode}; the system may have run out of memory",
-            way_out="free memory, or measure with a shorter context",
         )
-    return int(done.stdout.split()[-1])
 
 
 def peak_resident() -> int:
@@ -89,14 +75,14 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
-def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
+def _converse(model_path: Path, mmproj: Path | None, context: int, cache_type: CacheType) -> None:
     import numpy as np
 
     from stages.runtimes.llamacpp_library import Sequences, TextModel
     from stages.runtimes.llamacpp_vision import VisionEncoder
 
     model = TextModel(model_path)
-    sequences = Sequences(model, sequences=1, length=context, ubatch=UBATCH)
+    sequences = Sequences(model, sequences=1, length=context, ubatch=UBATCH, cache_type=cache_type)
     at = 0
     if mmproj is not None:
         encoder = VisionEncoder(model, read_vision_header(mmproj))
@@ -116,5 +102,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int) -> None:
 
 
 if __name__ == "__main__":
-    _converse(Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2] else None, int(sys.argv[3]))
+    _converse(
+        Path(sys.argv[1]), Path(sys.argv[2]) if sys.argv[2] else None, int(sys.argv[3]), cast("CacheType", sys.argv[4])
+    )
     sys.stdout.write(f"{peak_resident()}\n")

@@ -139,7 +139,7 @@ def planned_fallbacks(spec: ModelSpec) -> tuple[Fallback, ...]:
     return (*named, *(one for one in others if one.tensors))
 
 
-def least_memory(spec: ModelSpec, context: int) -> MemoryPlan:
+def least_memory(spec: ModelSpec, context: int, *, cache_type: CacheType = "F16") -> MemoryPlan:
     """The same with the smallest type that each matrix allows, those included that need an importance matrix if the
     model is made with one.
 
@@ -154,7 +154,7 @@ def least_memory(spec: ModelSpec, context: int) -> MemoryPlan:
         return min((_allowed(type, row) for type in fitting), key=lambda type: Tensor((_LONGEST, 1), type).nbytes)
 
     types = {name: smallest(row, "blk." not in name) for name, (row, *_) in outline.shapes.items()}
-    return predict_outline(outline, types, context, vision=spec.vision)
+    return predict_outline(outline, types, context, vision=spec.vision, cache_type=cache_type)
 
 
 def _allowed(type: str, row: int) -> str:

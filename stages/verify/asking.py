@@ -15,6 +15,7 @@ from artifacts.manifest import sha256_bytes
 from artifacts.measures import Role
 from stages.judges.judge import Judgement
 from stages.judges.refusal import RefusalRule
+from stages.runtimes.llamacpp_library import CacheType
 from stages.runtimes.runtime import Progress, Request, Response, Runtime
 from stages.verify.questions import Ask, digest
 
@@ -24,12 +25,14 @@ _RUNTIMES: dict[str, RuntimeName] = {"gguf": "llamacpp", "gptq": "transformers",
 
 @dataclass(frozen=True)
 class Subject:
-    """An artifact under verification. `gated`: it ships; controls and references do not."""
+    """An artifact under verification. `gated`: it ships; controls and references do not. `cache_type`: how llama.cpp
+    keeps keys and values on the device."""
 
     id: str
     artifact: Artifact
     role: Role
     gated: bool
+    cache_type: CacheType = "F16"
 
     @property
     def runtime(self) -> RuntimeName:
@@ -81,7 +84,7 @@ def open_runtime(subject: Subject) -> Runtime:
     if subject.runtime == "llamacpp":
         from stages.runtimes.llamacpp import LlamaCppRuntime
 
-        return LlamaCppRuntime(subject.artifact.path, as_shipped=True)
+        return LlamaCppRuntime(subject.artifact.path, as_shipped=True, cache_type=subject.cache_type)
     from stages.runtimes.transformers import TransformersRuntime
 
     return TransformersRuntime(subject.artifact.path)
@@ -104,7 +107,8 @@ def ask(
         exit: for asks with an image; None is the artifact's default exit.
     """
     own = subject.artifact.metadata.get("default_exit")
-    key = sha256_bytes(f"{subject.artifact.digest} {subject.runtime} {exit}".encode())
+    kept = "" if subject.cache_type == "F16" else f" {subject.cache_type}"
+    key = sha256_bytes(f"{subject.artifact.digest} {subject.runtime} {exit}{kept}".encode())
     memory = _Memory(scratch / f"answers-{key}.jsonl")
     keys = [digest([ask]) for ask in asks]
     missing = [place for place, key in enumerate(keys) if key not in memory.known]

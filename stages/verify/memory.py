@@ -14,6 +14,7 @@ from artifacts.errors import SourceError, StageError
 from artifacts.measures import Measure
 from stages.runtimes.gguf_parts import model_file
 from stages.runtimes.llamacpp import MMPROJ_NAME
+from stages.runtimes.llamacpp_library import CacheType, cache_type_of
 from stages.verify.scores import Answers
 
 _CONTEXT: Final = 2048  # tokens, where the recipe names no device
@@ -25,11 +26,11 @@ def memory_rows(one: Answers, device: Mapping[str, int], *, measure: bool) -> li
 
     Only a GGUF's memory is known; rows of what transformers runs have no value.
     """
-    context = device.get("context", _CONTEXT)
-    return [_predicted(one, context), _measured(one, context, measure=measure)]
+    context, kept = device.get("context", _CONTEXT), cache_type_of(device)
+    return [_predicted(one, context, kept), _measured(one, context, kept, measure=measure)]
 
 
-def _predicted(one: Answers, context: int) -> Measure:
+def _predicted(one: Answers, context: int, kept: CacheType) -> Measure:
     from stages.runtimes.prediction import predict_files
 
     def row(value: float | None, note: str) -> Measure:
@@ -39,13 +40,13 @@ def _predicted(one: Answers, context: int) -> Measure:
         return row(None, "memory is predicted for GGUF files only")
     model, mmproj = _files(one)
     try:
-        plan = predict_files(model, mmproj, context)
+        plan = predict_files(model, mmproj, context, cache_type=kept)
     except (SourceError, StageError) as error:
         return row(None, f"the shapes of the GGUF cannot be read: {error}")
-    return row(float(plan.total), f"context of {context} tokens; from the files' shapes and types")
+    return row(float(plan.total), f"context of {context} tokens{_kept(kept)}; from the files' shapes and types")
 
 
-def _measured(one: Answers, context: int, *, measure: bool) -> Measure:
+def _measured(one: Answers, context: int, kept: CacheType, *, measure: bool) -> Measure:
     from stages.runtimes.memory import measure_memory
 
     def row(value: float | None, note: str) -> Measure:
@@ -57,11 +58,15 @@ def _measured(one: Answers, context: int, *, measure: bool) -> Measure:
         return row(None, "memory is measured of GGUF files only")
     model, mmproj = _files(one)
     try:
-        peak = measure_memory(model, mmproj, context)
+        peak = measure_memory(model, mmproj, context, cache_type=kept)
     except StageError as error:
         return row(None, str(error))
     steps = f"rounded up to {_STEP >> 20} MiB"
-    return row(float(-(-peak // _STEP) * _STEP), f"peak of a process that fills {context} tokens; {steps}")
+    return row(float(-(-peak // _STEP) * _STEP), f"peak of a process that fills {context} tokens{_kept(kept)}; {steps}")
+
+
+def _kept(type: CacheType) -> str:
+    return "" if type == "F16" else f", keys and values in {type}"
 
 
 def _files(one: Answers) -> tuple[Path, Path | None]:

@@ -9,6 +9,7 @@ Notable:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from artifacts.errors import RecipeError
@@ -17,6 +18,7 @@ from stages.data import images as image_data
 from stages.data import prompts as prompt_data
 from stages.judges import registry
 from stages.judges.refusal import RefusalRule
+from stages.runtimes.llamacpp_library import cache_type_of
 from stages.stage import Context, Planned, Stage
 from stages.verify.asking import Subject
 from stages.verify.params import IcetVerifyParams
@@ -126,11 +128,11 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     def _subjects(self, context: Context) -> list[Subject]:
         """Every artifact to measure; the baseline first, what ships last (its figures need the others beside them)."""
         params, inputs = self.params, context.inputs
-        found = []
+        found: list[Subject] = []
         if params.baseline is not None:
             found.append(Subject(params.baseline, inputs[params.baseline], "source", gated=False))
         if params.hardened is not None and params.hardened != params.baseline:
             found.append(Subject(params.hardened, inputs[params.hardened], "hardened", gated=False))
         found += [Subject(id, inputs[id], "quantized", gated=False) for id in dict.fromkeys(params.controls)]
         found += [Subject(id, inputs[id], "quantized", gated=True) for id in self._shipped(inputs)]
-        return found
+        return [replace(one, cache_type=cache_type_of(context.device)) for one in found]

@@ -1,0 +1,337 @@
+"""What a budget could be met with: fewer bits, an earlier exit, fewer blocks; what each takes, and what is known of it.
+
+Notable:
+- memory and size are predicted as in the plan, from shapes;
+- the KL that a type should come to is the sum of what each group of tensors was measured to cost in it, where
+  `type: auto` has measured this very checkpoint; else it is not known, and not guessed. It is KL without images: an
+  earlier exit does not change it, and what fewer blocks do to it is not known before they are gone;
+- what a verification in the store has measured of the same model in the same type, at the same exit, with as many
+  blocks, stands beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from artifacts.errors import PipelineError, StageError
+from artifacts.measures import MEASURES_NAME, Measure, read_measures
+from pipeline.commands.runs import table
+from pipeline.device import KINDS, show_bytes
+
+if TYPE_CHECKING:
+    from artifacts.artifact import Artifact
+    from artifacts.store import Store
+    from pipeline.graph import Graph, Node
+    from stages.models.spec import ModelSpec
+    from stages.runtimes.llamacpp_library import CacheType
+    from stages.runtimes.prediction import MemoryPlan
+
+_CONTEXT: Final = 2048  # tokens, where the recipe names no device
+_USUAL: Final = "Q4_0"
+_EXITS: Final = 6  # that are shown with no other change, at most
+_SHARES: Final = (0.05, 0.1, 0.2, 0.3)  # of the blocks that could be dropped
+_SMALL: Final = ("IQ3_XXS", "IQ2_M", "IQ2_XXS")  # beside the usual types, where there is an importance matrix
+_SHOWN: Final = ("kl_text", "kl_refusal", "asr", "vqa_accuracy")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a verification found of such a model."""
+
+    digest: str
+    kl_text: float | None = None
+    kl_refusal: float | None = None
+    asr: float | None = None  # average over exits
+    vqa_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make the model of a stage. Bytes; nats a token."""
+
+    change: str  # against the recipe
+    type: str
+    exit: int | None  # None: it sees no images
+    blocks: int  # of the language model
+    size: int  # of the tensors in all files
+    memory: int
+    fits: bool | None  # None: no device is named
+    expected_kl_text: float | None  # None: not known
+    expected_kl_refusal: float | None
+    measured: Measured | None = None
+
+
+@dataclass(frozen=True)
+class Explored:
+    """The ways of one gguf stage, the recipe's own first."""
+
+    stage: str
+    budget: int | None
+    context: int
+    estimated_from: str  # which measurement of sensitivity; "" if there is none
+    ways: tuple[Way, ...] = field(default=())
+    note: str = ""
+
+    def to_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def explore(graph: Graph) -> list[Explored]:
+    """Every gguf stage's ways. Runs nothing, downloads nothing.
+
+    Args:
+        graph: built without its check of the budget: what does not fit is what this is for.
+    """
+    from pipeline.commands.load import open_store
+    from pipeline.keys import cached_artifacts
+
+    store = open_store()
+    cached = cached_artifacts(graph, store)
+    return [_explored(graph, node, store, cached) for node in graph.nodes if node.planned.type == "gguf"]
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What a device allows. `budget` None: no device is named."""
+
+    context: int = _CONTEXT
+    budget: int | None = None
+    cache_type: CacheType = "F16"
+
+    def plan(self, spec: ModelSpec) -> MemoryPlan:
+        from stages.runtimes.prediction import predict_memory
+
+        return predict_memory(spec, self.context, cache_type=self.cache_type)
+
+    def holds(self, spec: ModelSpec) -> bool:
+        return self.budget is None or self.plan(spec).total <= self.budget
+
+
+def _explored(graph: Graph, node: Node, store: Store, cached: Mapping[str, Artifact]) -> Explored:
+    device = graph.recipe.device
+    room = _Room(device.context, device.memory, device.kv_cache) if device is not None else _Room()
+    spec = node.planned.spec
+    if spec is None:
+        return Explored(node.id, room.budget, room.context, "", note="known once the source has been read")
+    checkpoint = next((cached[id].digest for id in node.needs if id in cached), "")
+    known = _Known(checkpoint, str(graph.recipe.source.get("model", "")), store)
+    try:
+        ways = [_way(change, one, room, known) for change, one in _specs(spec, room)]
+    except StageError as error:
+        return Explored(node.id, room.budget, room.context, "", note=f"unknown: {error.what}")
+    return Explored(node.id, room.budget, room.context, known.estimated_from, tuple(ways))
+
+
+def _specs(spec: ModelSpec, room: _Room) -> Iterator[tuple[str, ModelSpec]]:
+    """The recipe's model, then with one change at a time, then what fits with two where one is not enough."""
+    types = [*KINDS, *(_SMALL if spec.imatrix else ())]
+    own = spec
+    if spec.quantization is None:  # of a stage that chooses, stands the largest type that there is room for
+        sized = [_of_type(spec, type) for type in types]
+        own = next((one for one in sized if room.holds(one)), sized[-1]) if room.budget else _of_type(spec, _USUAL)
+    yield "as in the recipe" if spec.quantization is not None else f"{own.quantization} for chosen types", own
+    others = [(type, _of_type(own, type)) for type in types if type != own.quantization]
+    yield from others
+    exits = list(_exits(own))
+    yield from exits[:: max(1, -(-len(exits) // _EXITS))]
+    yield from _fewer_blocks(own)
+    for type, one in [(str(own.quantization), own), *others]:
+        if not room.holds(one):
+            for changes in (_exits(one), _fewer_blocks(one)):  # of each kind the least that is enough
+                yield from islice(((f"{type}, {name}", less) for name, less in changes if room.holds(less)), 1)
+
+
+def _of_type(spec: ModelSpec, type: str) -> ModelSpec:
+    return replace(spec, quantization=type, tensor_types=())
+
+
+def _exits(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """All earlier ones, the latest first."""
+    if spec.vision is not None:
+        for exit in range(spec.vision.default_exit - 1, 0, -1):
+            yield f"exit {exit}", spec.with_exit(exit)
+
+
+def _fewer_blocks(spec: ModelSpec) -> Iterator[tuple[str, ModelSpec]]:
+    """Some of the language model's blocks dropped."""
+    layers = spec.text.layers
+    for gone in dict.fromkeys(max(1, round(share * layers)) for share in _SHARES):
+        if gone < layers:
+            text = replace(spec.text, layers=layers - gone)
+            kept = tuple(pair for pair in spec.tensor_types if _exists(pair[0], text.layers))
+            yield f"{gone} blocks fewer" if gone > 1 else "1 block fewer", replace(spec, text=text, tensor_types=kept)
+
+
+def _exists(tensor: str, layers: int) -> bool:
+    parts = tensor.split(".")
+    return parts[0] != "blk" or int(parts[1]) < layers
+
+
+def _way(change: str, spec: ModelSpec, room: _Room, known: _Known) -> Way:
+    plan = room.plan(spec)
+    text, refusal = known.expected(spec)
+    exit = spec.vision.default_exit if spec.vision is not None else None
+    return Way(
+        change=change,
+        type=str(spec.quantization),
+        exit=exit,
+        blocks=spec.text.layers,
+        size=sum(plan.by_type.values()) + _encoder_bytes(spec),
+        memory=plan.total,
+        fits=None if room.budget is None else plan.total <= room.budget,
+        expected_kl_text=text,
+        expected_kl_refusal=refusal,
+        measured=known.measured(str(spec.quantization), exit, spec.text.layers),
+    )
+
+
+def _encoder_bytes(spec: ModelSpec) -> int:
+    from stages.runtimes.hollow import encoder_tensors
+
+    if spec.vision is None:
+        return 0
+    return sum(tensor.nbytes for tensor in encoder_tensors(spec.vision, spec.text.hidden_size).values())
+
+
+class _Known:
+    """What has been measured: sensitivity of this checkpoint, and verdicts about this model."""
+
+    def __init__(self, checkpoint: str, model: str, store: Store) -> None:
+        from stages.quantize.known import known_costs
+
+        self._costs = known_costs(checkpoint) if checkpoint else None
+        self._verdicts = {key: found for key, found in _verdicts(store, _named(model))}
+        self._layers: int | None = None
+        self.estimated_from = f"sensitivity of {checkpoint[:12]}" if self._costs is not None else ""
+
+    def expected(self, spec: ModelSpec) -> tuple[float | None, float | None]:
+        """What the file's types should cost in KL, text and refusals; None where that is not known."""
+        from stages.runtimes.prediction import planned_types
+
+        types = planned_types(spec)
+        if self._costs is None or isinstance(types, str):
+            return (None, None)
+        found = self._costs.of(types)
+        return (None, None) if found is None else (found.text, found.refusal)
+
+    def measured(self, type: str, exit: int | None, blocks: int) -> Measured | None:
+        return self._verdicts.get((type, exit, blocks))
+
+
+def _named(model: str) -> str:
+    """As manifests name it: of a folder only its name."""
+    return Path(model).name if model.startswith(("./", "../", "~/", "/")) else model
+
+
+def _verdicts(store: Store, model: str) -> Iterator[tuple[tuple[str, int | None, int], Measured]]:
+    """(type, exit, blocks) -> what was measured, of every GGUF of this model that a verdict in the store is about."""
+    for digest in store.digests():
+        artifact = _opened(store, digest)
+        if artifact is None or artifact.type != "verdict":
+            continue
+        try:
+            rows = read_measures(artifact.file(MEASURES_NAME))
+        except (PipelineError, OSError, ValueError):
+            continue
+        for id in dict.fromkeys(row.artifact for row in rows if row.runtime == "llamacpp"):
+            about = [row for row in rows if row.artifact == id]
+            made = _opened(store, about[0].digest)
+            if made is None or _origin(store, made) != model:
+                continue
+            blocks = _block_count(made)
+            if blocks is not None:
+                exit = made.metadata.get("default_exit")
+                key = (str(made.metadata.get("type")), exit if isinstance(exit, int) else None, blocks)
+                yield key, Measured(made.digest, **{name: _value(about, name) for name in _SHOWN})
+
+
+def _origin(store: Store, made: Artifact) -> str:
+    """The source's model, through whatever stages stand between; "" where the store does not hold them any more."""
+    found: Artifact | None = made
+    while found is not None:
+        named = found.metadata.get("model") or found.metadata.get("base")
+        if named:
+            return str(named)
+        before = found.manifest.provenance.inputs.values()
+        found = next((one for one in (_opened(store, digest) for digest in before) if one is not None), None)
+    return ""
+
+
+def _opened(store: Store, digest: str) -> Artifact | None:
+    from artifacts.artifact import Artifact
+
+    try:
+        return Artifact.open(store.object_path(digest))
+    except PipelineError:
+        return None
+
+
+def _block_count(made: Artifact) -> int | None:
+    from stages.runtimes.gguf_parts import model_file, read_model
+
+    try:
+        header = read_model(model_file(made.path))
+    except PipelineError:
+        return None
+    count = header.fields.get(f"{header.architecture}.block_count")
+    return count if isinstance(count, int) else None
+
+
+def _value(rows: Sequence[Measure], measure: str) -> float | None:
+    """Of the artifact as a whole, else at the one exit that it was measured at."""
+    found = [row for row in rows if row.measure == measure]
+    whole = [row for row in found if row.exit is None and row.band in (None, "average", "all")]
+    return next((row.value for row in (whole or found)), None)
+
+
+def show_explored(found: Sequence[Explored]) -> str:
+    """One table a stage."""
+    if not found:
+        return "explore  no stage makes a GGUF"
+    return "\n".join(line for one in found for line in _lines(one))
+
+
+def _lines(one: Explored) -> Iterator[str]:
+    limit = f", budget {show_bytes(one.budget)}" if one.budget is not None else ""
+    yield f"\nexplore  {one.stage}: context {one.context}{limit}"
+    if not one.ways:
+        yield f"  {one.note}"
+        return
+    head = ("  change", "exit", "blocks", "size", "memory", "", "KL expected", "KL measured", "ASR", "VQA")
+    rows = [head]
+    for way in one.ways:
+        measured = way.measured or Measured("")
+        rows.append(
+            (
+                f"  {way.change}",
+                str(way.exit or "-"),
+                str(way.blocks),
+                show_bytes(way.size),
+                show_bytes(way.memory),
+                {True: "fits", False: "too large", None: ""}[way.fits],
+                _pair(way.expected_kl_text, way.expected_kl_refusal, "not known"),
+                _pair(measured.kl_text, measured.kl_refusal, "not measured"),
+                _share(measured.asr),
+                _share(measured.vqa_accuracy),
+            )
+        )
+    yield table(rows)
+    yield "  KL: nats a token on ordinary text / on refusals, without images. " + (
+        f"Expected: {one.estimated_from}, summed over groups of tensors."
+        if one.estimated_from
+        else "Expected ones are known of a checkpoint that type: auto has measured."
+    )
+
+
+def _pair(text: float | None, refusal: float | None, otherwise: str) -> str:
+    if text is None and refusal is None:
+        return otherwise
+    return " / ".join("-" if value is None else f"{value:.2g}" for value in (text, refusal))
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}%"

@@ -1,0 +1,74 @@
+"""What `type: auto` has measured of a checkpoint, kept where `pipeline plan --explore` finds it.
+
+One small file a checkpoint, in the pipeline's own folder: a measurement of hours should not be known to one run alone.
+The last one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from artifacts.home import cache_dir
+from stages.quantize.options import Group, Option
+from stages.quantize.sensitivity import Divergence
+from stages.quantize.types import FLOATS
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Groups of tensors, and what each type costs them."""
+
+    groups: Sequence[tuple[Sequence[str], Mapping[str, Divergence]]]
+
+    def of(self, types: Mapping[str, str]) -> Divergence | None:
+        """What a file with these types should come to: the sum over groups, as long as all of it is small.
+
+        Where the tensors of a group have several types, the mean of what each would cost. None: one of the types was
+        not looked at, or a tensor is missing.
+        """
+        text = refusal = 0.0
+        for tensors, costs in self.groups:
+            for name in tensors:
+                type = types.get(name, "")
+                cost = Divergence(0.0, 0.0) if type in FLOATS else costs.get(type)
+                if cost is None:
+                    return None
+                text += cost.text / len(tensors)
+                refusal += cost.refusal / len(tensors)
+        return Divergence(text, refusal)
+
+
+def known_costs(checkpoint: str) -> Costs | None:
+    """What is known of the checkpoint with this digest."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        noted = json.loads(_path(checkpoint).read_bytes())
+        return Costs(
+            [
+                (tuple(map(str, tensors)), {type: Divergence(*map(float, cost)) for type, cost in costs.items()})
+                for tensors, costs in noted["groups"]
+            ]
+        )
+    return None
+
+
+def note_costs(checkpoint: str, options: Mapping[Group, Sequence[Option]]) -> None:
+    """Keep it; a home that cannot be written to keeps nothing."""
+    groups = [
+        [group.tensors, {option.type: [option.cost.text, option.cost.refusal] for option in few}]
+        for group, few in options.items()
+    ]
+    path = _path(checkpoint)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.tmp")
+        part.write_text(json.dumps({"groups": groups}) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def _path(checkpoint: str) -> Path:
+    return cache_dir() / "sensitivity" / f"{checkpoint}.json"

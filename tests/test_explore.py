@@ -1,0 +1,160 @@
+"""`pipeline plan --explore`: what a budget could be met with, and what is known of each way."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from artifacts.artifact import Artifact
+from artifacts.manifest import Provenance
+from artifacts.measures import MEASURES_NAME, Measure, write_measures
+from pipeline.cli import app
+from pipeline.commands.explore import Explored, Measured, explore
+from pipeline.commands.load import load_graph, open_store
+from pipeline.keys import content_key
+from stages.models.smol_llava import smol_llava_spec
+from stages.quantize.known import Costs, known_costs, note_costs
+from stages.quantize.options import Group, Option
+from stages.quantize.sensitivity import Divergence
+from stages.runtimes.mixture import outline_of_text
+
+RECIPE = """\
+recipe: 1
+name: tight
+source: {{model: demo:smol-llava}}
+device: {{memory: {memory}, context: 512}}
+stages:
+  gguf: {{uses: gguf, with: {{type: {type}}}}}
+"""
+
+
+def cli(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), prog_name="pipeline")
+
+
+def explored(folder: Path, memory: str, type: str) -> Explored:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(memory=memory, type=type))
+    (found,) = explore(load_graph(str(path), within_budget=False))
+    return found
+
+
+def test_what_does_not_fit_is_shown_with_every_change_that_would_make_it_fit(tmp_path: Path) -> None:
+    found = explored(tmp_path, "340MiB", "F16")
+    own = found.ways[0]
+    assert (own.change, own.type, own.exit, own.blocks, own.fits) == ("as in the recipe", "F16", 11, 30, False)
+    single = {way.change: way for way in found.ways}
+    assert single["Q4_0"].fits and single["Q4_0"].memory < own.memory and single["Q4_0"].size < own.size
+    assert single["exit 10"].memory < own.memory and single["exit 10"].exit == 10
+    assert single["3 blocks fewer"].blocks == 27
+    for way in found.ways:
+        if ", " in way.change:  # two changes stand where one is not enough, and are enough
+            assert way.fits and single.get(way.type, own).fits is False
+    assert {way.type for way in found.ways if way.fits} > {"Q4_0", "Q8_0"}
+
+
+def test_the_command_shows_a_table_and_gives_it_to_programs(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(memory="340MiB", type="F16"))
+    refused = cli("plan", str(path))
+    assert refused.exit_code == 2 and "does not fit" in refused.stderr
+    shown = cli("plan", str(path), "--explore")
+    assert shown.exit_code == 0, shown.output
+    line = r"^  Q4_0 +11 +30 +\d+ MiB +\d+ MiB +fits +not known +not measured"
+    assert re.search(line, shown.output, re.MULTILINE), shown.output
+    data = json.loads(cli("plan", str(path), "--explore", "--json").output)
+    assert data["explore"][0]["ways"][0]["fits"] is False and data["stages"]
+
+
+def test_what_was_measured_of_a_checkpoint_says_what_types_should_come_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    shapes = outline_of_text(smol_llava_spec().text).shapes
+    groups = {
+        Group(name, (name,), None): [
+            Option("Q8_0", 1, Divergence(0.25 / len(shapes), 0.5 / len(shapes))),
+            Option("Q4_0", 1, Divergence(1.0 / len(shapes), 2.0 / len(shapes))),
+        ]
+        for name in shapes
+    }
+    source = _cached_source(tmp_path)
+    note_costs(source.digest, groups)
+    found = explored(tmp_path, "340MiB", "Q8_0")
+    ways = {way.change: way for way in found.ways}
+    assert source.digest[:12] in found.estimated_from
+    assert found.ways[0].expected_kl_text == pytest.approx(0.25)
+    assert found.ways[0].expected_kl_refusal == pytest.approx(0.5)
+    assert ways["exit 10"].expected_kl_text == pytest.approx(0.25)  # without images the exit is not asked
+    # Of fewer blocks nothing is known, and of types that were not looked at: K-quants, here.
+    assert ways["1 block fewer" if "1 block fewer" in ways else "2 blocks fewer"].expected_kl_text is None
+    assert ways["Q3_K_M"].expected_kl_text is None
+
+
+def test_costs_of_tensors_that_share_a_group_but_not_a_type_are_the_mean() -> None:
+    costs = Costs([(("a", "b"), {"Q4_0": Divergence(1.0, 4.0), "Q8_0": Divergence(0.0, 2.0)})])
+    assert costs.of({"a": "Q4_0", "b": "Q8_0"}) == Divergence(0.5, 3.0)
+    assert costs.of({"a": "Q4_0", "b": "F16"}) == Divergence(0.5, 2.0)
+    assert costs.of({"a": "Q4_0", "b": "Q2_K"}) is None and costs.of({"a": "Q4_0"}) is None
+
+
+def test_what_a_verification_in_the_store_found_stands_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    store = open_store()
+    store.prepare()
+    output = store.new_output("a" * 64)
+    writer = gguf.GGUFWriter(output / "model.gguf", "llama")
+    writer.add_block_count(30)
+    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    about = {"type": "Q4_0", "default_exit": 11, "base": "demo:smol-llava"}
+    made = store.add("a" * 64, output, "gguf", about, Provenance(stage="gguf"))
+    rows = [
+        Measure(
+            artifact="q4",
+            digest=made.digest,
+            role="quantized",
+            runtime="llamacpp",
+            measure=name,
+            value=value,
+            band=band,
+        )
+        for name, value, band in (("kl_text", 0.25, None), ("asr", 0.5, "average"), ("asr", 0.75, "early"))
+    ]
+    output = store.new_output("b" * 64)
+    write_measures(output / MEASURES_NAME, rows)
+    store.add("b" * 64, output, "verdict", {}, Provenance(stage="icet-verify"))
+    ways = {way.change: way for way in explored(tmp_path, "340MiB", "F16").ways}
+    assert ways["Q4_0"].measured == Measured(made.digest, kl_text=0.25, asr=0.5)
+    assert ways["Q8_0"].measured is None and ways["as in the recipe"].measured is None
+
+
+def test_a_damaged_note_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path))
+    note_costs("ab", {Group("g", ("g",), 0): [Option("Q4_0", 1, Divergence(1.0, 2.0))]})
+    assert known_costs("ab") == Costs([(("g",), {"Q4_0": Divergence(1.0, 2.0)})])
+    (tmp_path / "sensitivity" / "ab.json").write_text('{"groups": [[["g"], {"Q4_0": [1.0')
+    assert known_costs("ab") is None and known_costs("cd") is None
+
+
+def _cached_source(folder: Path) -> Artifact:
+    """Something in the store under the key of the recipe's source, as if the demo had been built."""
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(memory="340MiB", type="Q8_0"))
+    graph = load_graph(str(path), within_budget=False)
+    stage = graph.node("source").stage
+    key = content_key(stage, {}, seed=graph.recipe.seed_of("source"), device={})
+    store = open_store()
+    store.prepare()
+    output = store.new_output(key)
+    (output / "config.json").write_text("{}")
+    return store.add(key, output, "checkpoint", {}, Provenance(stage="source", key=key))
