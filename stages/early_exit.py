@@ -17,6 +17,7 @@ from stages.data import easy_vqa, images
 from stages.models import checkpoint, realign
 from stages.models.family import families, family_of
 from stages.models.flops import encoder_flops
+from stages.models.licence import inherited
 from stages.models.shards import LeftOut
 from stages.models.truncation import cut_files
 from stages.stage import Context, Planned, Stage, StageParams
@@ -87,7 +88,7 @@ class EarlyExitStage(Stage[EarlyExitParams]):
     name = "early-exit"
     summary = "keep the first blocks of the image encoder and leave it there"
     accepts = ("checkpoint",)
-    code_version = "3"
+    code_version = "4"
     output_type = "checkpoint"
     libraries = ("torch", "transformers")
     Params = EarlyExitParams
@@ -141,7 +142,8 @@ class EarlyExitStage(Stage[EarlyExitParams]):
         def progress(done: float, note: str = "") -> None:
             context.progress(begun + (1 - begun) * done, 1, note)
 
-        told = _told(family, vision, layer) | _measured(utility, self.params)
+        about = inherited(context.input("checkpoint"))
+        told = about | _told(family, vision, layer) | _measured(utility, self.params)
 
         cut = None if self.params.realign else family.disk_cut(config, layer)
         if cut is not None:  # nothing is computed: the model need not be in memory

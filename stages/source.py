@@ -16,6 +16,7 @@ from artifacts.errors import RecipeError, SourceError
 from stages.data import hub
 from stages.models import checkpoint
 from stages.models.family import family_of
+from stages.models.licence import licence_of
 from stages.models.smol_llava import SOURCES, assemble, smol_llava_spec
 from stages.models.spec import ModelSpec
 from stages.models.tiny import build_tiny_llava, tiny_llava_spec
@@ -61,6 +62,7 @@ class SourceStage(Stage[SourceParams]):
     """Reads safetensors only and runs no code that comes with a model."""
 
     name = "source"
+    code_version = "2"
     summary = "read a model from the demo, a local folder or a hub"
     accepts = ()
     output_type = "checkpoint"
@@ -167,6 +169,7 @@ class SourceStage(Stage[SourceParams]):
             "default_exit": vision.default_exit if vision else None,
             # Not a folder's path: it says where something lay, not what it is.
             "model": Path(name).name if kind == "folder" else self.params.model,
+            **licence_of(folder),
         }
 
 

@@ -15,6 +15,7 @@ from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import Manifest
 from stages.data import hub
 from stages.models import checkpoint
+from stages.models.licence import inherited, licence_of
 from stages.models.tiny import tiny_llava_spec
 from stages.runtimes.gguf_parts import split_model
 from stages.source import SourceParams, SourceStage, parse_model
@@ -51,10 +52,21 @@ def test_a_local_folder_becomes_a_checkpoint_without_what_does_not_belong(tiny_l
     shutil.copytree(tiny_llava, source)
     (source / "pytorch_model.bin").write_bytes(b"a pickle beside the safetensors")
     (source / "modeling.py").write_text("raise SystemExit")
+    (source / "README.md").write_text("---\nlicense: MIT\ntags: [a]\n---\n# Mine\n\nlicense: not this\n")
     folder, metadata = _run(_stage(source), tmp_path)
-    assert metadata["model"] == "mine"
+    assert metadata["model"] == "mine" and metadata["license"] == "mit"
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in tiny_llava.iterdir())
     assert (folder / "model.safetensors").read_bytes() == (tiny_llava / "model.safetensors").read_bytes()
+
+
+def test_a_card_that_names_no_licence_gives_none_and_what_is_made_of_a_model_keeps_its_own(tmp_path: Path) -> None:
+    assert licence_of(tmp_path) == {}
+    for text in ("# A model\nlicense: mit\n", "---\ntags: [a]\n---\nlicense: mit\n", "---\nlicense: a b\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(tmp_path) == {}
+    (tmp_path / "README.md").unlink()
+    Manifest.of_folder(tmp_path, "checkpoint", {"license": "apache-2.0", "model": "m"}).write(tmp_path)
+    assert inherited(Artifact.open(tmp_path)) == {"license": "apache-2.0"}
 
 
 def test_the_weights_are_kept_in_the_dtype_asked_for(tmp_path: Path) -> None:

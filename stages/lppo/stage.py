@@ -20,6 +20,7 @@ from stages.lppo.watch import Watch
 from stages.lppo.workers import Workers
 from stages.models import checkpoint
 from stages.models.family import family_of
+from stages.models.licence import inherited
 from stages.resources import Resources, device_of
 from stages.runtimes import imatrix
 from stages.stage import Context, Planned, Stage
@@ -203,6 +204,7 @@ class Hardening(Stage[P]):
             hardened = merged(family, source, checkpoint.dtype_of(config), adapter, params.lora())
             checkpoint.save_model(hardened, context.output, companions_from=source)
         return {
+            **inherited(context.input("checkpoint")),
             "family": family.name,
             "exits": list(range(1, spec.vision.layers + 1)),
             "default_exit": default,

@@ -11,6 +11,7 @@ from stages.data import articles, easy_vqa, images, prompts
 from stages.models import checkpoint
 from stages.models.adapter import merged
 from stages.models.family import Family, family_of
+from stages.models.licence import inherited
 from stages.prune import depth
 from stages.prune.params import PruneParams
 from stages.resources import device_of
@@ -82,6 +83,7 @@ class PruneStage(Stage[PruneParams]):
         checkpoint.make_readable(context.output)
         context.progress(1, 1)
         return {
+            **inherited(context.input("checkpoint")),
             "family": family.name,
             "exits": list(range(1, spec.vision.layers + 1)) if spec.vision else [],
             "default_exit": spec.vision.default_exit if spec.vision else None,
