@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 _ALIGNED: Final = 32  # bytes
-_SECONDS: Final = 60.0  # for the solver; what it has by then is near enough
-_GAP: Final = 1e-4  # of the least cost
+_SECONDS: Final = 120.0  # for the solver; what it has by then is near enough
+_GAP: Final = 1e-3  # of the least cost
 
 
 @dataclass(frozen=True)
