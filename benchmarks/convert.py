@@ -191,6 +191,7 @@ def main() -> int:
     parser.add_argument("--name", help="what the results call it")
     parser.add_argument("--types", nargs="+", default=["Q4_0", "Q4_K_M"])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--note", default="", help="what to know of the machine meanwhile")
     given = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as name:
@@ -209,7 +210,7 @@ def main() -> int:
                 rows.append(compared(text, type, given.repeat, work))
                 print(title, rows[-1], flush=True)
             size = sum(path.stat().st_size for path in checkpoint.weight_files(text))
-            write({"model": title, "checkpoint_bytes": size, "rows": rows})
+            write({"model": title, "checkpoint_bytes": size, "note": given.note, "rows": rows})
             shutil.rmtree(work / "text", ignore_errors=True)
     return 0
 
