@@ -24,6 +24,7 @@ TEST_RESULT: Final = "https://in-toto.io/attestation/test-result/v0.1"
 # Names of ours; no domain is claimed that is not ours.
 BUILD_TYPE: Final = "urn:icet-pipeline:recipe:1"
 BUILDER: Final = "urn:icet-pipeline:runner:1"
+_LLAMA_CPP: Final = "llama.cpp"  # among the versions: no distribution, but which build computed
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Origin:
 def provenance(bundle: Bundle, origin: Origin) -> dict[str, object]:
     """SLSA provenance of the bundle."""
     libraries = {name: number for name, number in origin.versions.items() if name not in _PLATFORM}
+    build = origin.versions.get(_LLAMA_CPP)
     definition = {
         "buildType": BUILD_TYPE,
         "externalParameters": {
@@ -77,6 +79,7 @@ def provenance(bundle: Bundle, origin: Origin) -> dict[str, object]:
         "resolvedDependencies": [
             *({"name": made.id, "digest": {"sha256": made.digest}} for made in origin.stages),
             *({"uri": f"pkg:pypi/{name}@{number}"} for name, number in sorted(libraries.items())),
+            *([{"name": _LLAMA_CPP, "annotations": {"build": build}}] if build is not None else []),
         ],
     }  # fmt: skip
     details = {
@@ -108,7 +111,7 @@ def test_result(bundle: Bundle, gates: Sequence[Gate]) -> dict[str, object]:
     return _statement(bundle, TEST_RESULT, predicate)
 
 
-_PLATFORM: Final = ("python", "platform", "machine", "executable")
+_PLATFORM: Final = ("python", "platform", "machine", "executable", _LLAMA_CPP)
 
 
 def _statement(bundle: Bundle, kind: str, predicate: Mapping[str, object]) -> dict[str, object]:

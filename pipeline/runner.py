@@ -42,6 +42,7 @@ from pipeline.executors.base import Executor, Job, StoppedError
 from pipeline.keys import canonical_params, content_key, device_numbers, provenance
 from pipeline.report import PAGE_NAME
 from pipeline.rundir import LOGS_NAME, create_run, ended_early, write_recipe
+from stages.runtimes.llamacpp_build import llama_cpp_build
 
 if TYPE_CHECKING:
     from pipeline.graph import Graph, Node
@@ -370,4 +371,5 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     found["executable"] = Path(sys.executable).name
-    return found
+    build = llama_cpp_build()
+    return {**found, "llama.cpp": build} if build is not None else found

@@ -102,7 +102,7 @@ class RunFolder:
     """Builds the folder; `events` may be changed before `write`."""
 
     root: Path
-    model: Path | None = None  # a folder whose files ship; default: files that no model is in
+    model: Path | None = None  # a folder whose files ship, a GPTQ checkpoint if no GGUF is in it; default: no model
     asr: dict[str, float] = field(default_factory=lambda: {"source": 0.32, "harden": 0.07, "plain": 0.46, "gguf": 0.08})
 
     def __post_init__(self) -> None:
@@ -130,8 +130,12 @@ class RunFolder:
     def _make(self) -> dict[str, Artifact]:
         weights = {"model.safetensors": bytes(200_000), "config.json": b"{}"}
         gguf = {"model.gguf": tiny_gguf("llama", 22_500), "mmproj.gguf": tiny_gguf("clip", 5_000)}
+        type = "gguf"
         if self.model is not None:
-            gguf = {name: (self.model / name).read_bytes() for name in gguf}
+            gguf = {
+                path.name: path.read_bytes() for path in sorted(self.model.iterdir()) if path.name != "manifest.json"
+            }
+            type = "gguf" if "model.gguf" in gguf else "gptq"
         trained: dict[str, object] = {
             "default_exit": 9, "steps": 40, "weights_of_step": 36, "objective": "ppo", "quantizer": "Q4_0"
         }  # fmt: skip
@@ -139,7 +143,7 @@ class RunFolder:
             "source": self._add("source", "checkpoint", weights, {"default_exit": 11, "exits": list(range(1, 13))}),
             "exit": self._add("exit", "checkpoint", weights, {"default_exit": 9, "exits": list(range(1, 10))}),
             "harden": self._add("harden", "checkpoint", weights, trained),
-            "gguf": self._add("gguf", "gguf", gguf, {"default_exit": 9, "type": "Q4_0"}),
+            "gguf": self._add("gguf", type, gguf, {"default_exit": 9, "type": "Q4_0"}),
             "plain": self._add("plain", "gguf", gguf, {"default_exit": 9, "type": "Q4_0", "hardened": False}),
         }
 
@@ -306,7 +310,7 @@ class RunFolder:
                 recipe_path="recipe.yaml",
                 stages=NEEDS,
                 uses=USES,
-                versions={"python": "3.11.7", "torch": "2.13.0", "llama-cpp-python": "0.3.36"},
+                versions={"python": "3.11.7", "llama-cpp-python": "0.3.36", "llama.cpp": "ggml 0.25.3, commit 0c1e570"},
                 store=str(self.store.root),
             )
         ]

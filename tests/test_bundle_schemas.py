@@ -176,6 +176,13 @@ def test_statements_are_what_their_specifications_define(bundle: Bundle) -> None
         found = json_format.ParseDict(statement, statement_pb2.Statement())
         Statement.copy_from_pb(found).validate()
         json_format.ParseDict(statement["predicate"], message)  # no field that the definition does not have
+        if name == "provenance":
+            parts = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+            named = {one["name"]: one for one in parts if "name" in one}
+            assert (
+                "commit" in named["llama.cpp"]["annotations"]["build"]
+                and len(named["source"]["digest"]["sha256"]) == 64
+            )
         digests = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
         assert digests["model.gguf"] == bundle.manifest.files["model.gguf"].hex
 

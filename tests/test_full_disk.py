@@ -20,6 +20,7 @@ from artifacts.registry import transport
 from artifacts.registry.manifest import EMPTY, MEDIA_EMPTY, MEDIA_INDEX, TITLE, Descriptor, OciManifest
 from artifacts.registry.oci_layout import Layout, layout_damage, read_tags
 from artifacts.registry.transfer import copy, pull, push
+from pipeline.commands.pull import kept_bundle
 
 CLI = [sys.executable, "-m", "pipeline.cli"]
 
@@ -173,3 +174,15 @@ def test_a_second_pull_into_the_same_folder_is_refused_while_the_first_goes_on(
         failures = [str(one.exception()) for one in results if one.exception() is not None]
     assert len(failures) == 1 and "another process is pulling" in failures[0]
     assert Bundle.open(model.target).damage() == []
+
+
+def test_a_model_that_is_wanted_twice_at_once_is_fetched_once(
+    planted: tuple[RudeServer, Planted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, model = planted
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    server.plant(model.path, Answer(body=model.weights, piece=100_000, pause=0.2))
+    name = f"oci:{server.name}@{model.bundle.digest}"
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(kept_bundle, [name, name])
+    assert first.folder == second.folder and first.damage() == [] and len(server.asked(model.path)) == 1

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from run_folder import RECIPE, RunFolder
 
+from artifacts.bundle import Bundle
 from artifacts.errors import GateError, StoreError
 from artifacts.registry.oci_layout import layout_damage, read_tags
+from artifacts.registry.ollama import create
 from pipeline.events import GateChecked, Published, StageFinished, StageMetric, StageStarted
 from pipeline.graph import Graph, build_graph
 from pipeline.publish import publish
@@ -133,3 +135,27 @@ def test_skopeo_copies_a_published_model_unchanged(folder: RunFolder, tmp_path: 
     tag = next(iter(result.tags))
     subprocess.run(["skopeo", "copy", "-q", f"oci:{tmp_path / 'dist'}:{tag}", f"oci:{tmp_path / 'copy'}:x"], check=True)
     assert read_tags(tmp_path / "copy") == {"x": result.digest}
+
+
+def test_a_checkpoint_is_a_bundle_that_transformers_runs(tiny_llava: Path, tmp_path: Path) -> None:
+    recipe = RECIPE.replace(
+        "gguf: {uses: gguf, needs: harden, with: {type: Q4_0}}",
+        "gguf: {uses: gptq, needs: harden, with: {group_size: 64}}",
+    )
+    made = RunFolder(tmp_path / "made", model=tiny_llava)
+    run = made.write()
+    (run / "recipe.yaml").write_text(recipe)
+    publish(_graph(tmp_path, "folder:unused", recipe), run, made.artifacts, to=f"folder:{tmp_path / 'b'}")
+    bundle = Bundle.open(tmp_path / "b")
+    assert (
+        bundle.damage() == []
+        and bundle.named("model") == ["model.safetensors"]
+        and "Modelfile" not in bundle.manifest.files
+    )
+    assert bundle.config["config"]["format"] == "safetensors"  # type: ignore[index]
+    guide = (bundle.folder / "RUN.md").read_text()
+    assert (
+        "llama.cpp, Ollama and Docker Model Runner do not read it" in guide and "AutoModelForImageTextToText" in guide
+    )
+    with pytest.raises(StoreError, match="Ollama runs GGUF files"):
+        create(bundle, "smol")
