@@ -9,8 +9,10 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 # GPTQModel stands apart: peft imports it wherever it is installed. PYTHONPATH=$(GPTQ) adds it to a command.
 GPTQ := $(VENV)/gptq
+# inspect-ai wants older libraries than the lock's: `PYTHONPATH=$(INSPECT) pipeline report --inspect-log DIR`.
+INSPECT := $(VENV)/inspect
 
-.PHONY: help quickstart test lint types setup gptq lock clean
+.PHONY: help quickstart test lint types setup gptq inspect lock clean
 
 help:            ## show the targets
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/  -/'
@@ -31,11 +33,18 @@ $(GPTQ)/.ready: $(READY) requirements-gptq.lock
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(GPTQ) --requirement requirements-gptq.lock
 	touch $@
 
+inspect: $(INSPECT)/.ready  ## what logs for inspect_ai's viewer need, in .venv/inspect
+
+$(INSPECT)/.ready: $(READY) requirements-inspect.lock
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(INSPECT) --requirement requirements-inspect.lock
+	touch $@
+
 quickstart: $(READY)  ## compress, harden, quantize and verify the demo model; ends with a report and an OCI layout
 	$(BIN)/pipeline run recipes/quickstart.yaml
 
-test: $(READY) $(GPTQ)/.ready  ## the whole test suite with coverage
-	$(BIN)/python -m pytest --cov --cov-report= --ignore=tests/test_gptq.py
+test: $(READY) $(GPTQ)/.ready $(INSPECT)/.ready  ## the whole test suite with coverage
+	$(BIN)/python -m pytest --cov --cov-report= --ignore=tests/test_gptq.py --ignore=tests/test_inspect_log.py
+	PYTHONPATH=$(INSPECT) $(BIN)/python -m pytest tests/test_inspect_log.py --cov --cov-append --cov-report=
 	PYTHONPATH=$(GPTQ) $(BIN)/python -m pytest tests/test_gptq.py --cov --cov-append --cov-report=term:skip-covered
 
 lint: $(READY)   ## ruff and the one-way arrows

@@ -186,6 +186,9 @@ def report(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Write the page again from the run's events.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the curve of ASR by exit to this file.")] = None,
+    inspect_log: Annotated[
+        Path | None, typer.Option("--inspect-log", help="Write logs for inspect_ai's viewer into this folder.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where a run's report is. Can write it again from the run's events, draw its curve, or open it.
@@ -194,12 +197,15 @@ def report(
     Example: pipeline report
              pipeline report quickstart-20260101 --rebuild --open
              pipeline report --svg docs/asr-by-exit.svg
+             pipeline report --inspect-log logs && inspect view --log-dir logs
     """
-    from pipeline.commands.report import draw_curve, find_report
+    from pipeline.commands.report import draw_curve, find_report, write_logs
 
     page, machine = find_report(run, runs_dir, rebuild=rebuild)
     if svg is not None:
         draw_curve(machine, svg)
+    if inspect_log is not None:
+        write_logs(machine, inspect_log)
     if as_json:
         print(machine.read_text(encoding="utf-8"))
     else:

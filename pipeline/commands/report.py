@@ -38,3 +38,16 @@ def draw_curve(machine: Path, target: Path) -> None:
         raise RecipeError(
             f"no curve was written to {target}", where=str(machine), why=str(error), way_out="give a run that verified"
         ) from error
+
+
+def write_logs(machine: Path, folder: Path) -> list[Path]:
+    """Write the responses of a report.json as logs of inspect_ai, one a model.
+
+    Raises:
+        StoreError: inspect_ai is not installed, or the responses are gone. RecipeError: there are none, or the folder
+            cannot be written.
+    """
+    from pipeline.report.inspect_log import write_inspect_logs
+    from pipeline.report.model import Report
+
+    return write_inspect_logs(Report.model_validate_json(machine.read_bytes()), folder)
