@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
+import pytest
 from PIL import Image
 
 from artifacts.artifact import Artifact
+from artifacts.errors import RecipeError, SourceError
+from artifacts.manifest import sha256_file
 from artifacts.measures import RESPONSES_NAME
 from stages.data.images import typographic
+from stages.data.prompts import load_prompts
+from stages.stage import Planned
+from stages.verify.stage import IcetVerifyStage
 from tests.verify_setting import rows_of, run_stage
 
 
@@ -48,3 +55,46 @@ def test_attacks_are_measured_at_every_exit_and_judged_by_the_request_in_the_pic
     each = [row.value or 0 for row in rows_of(verdict, "gguf", "asr") if row.exit]
     assert (anywhere.value or 0) >= max(each) and anywhere.n == mixture.n == 5
     assert (mixture.value or 0) <= (anywhere.value or 0)
+
+
+def test_generated_pictures_are_the_users_own_by_id_or_by_a_column_and_none_may_be_missing(
+    tiny_verified: dict[str, Artifact], images: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    asked = [prompt.id for prompt in load_prompts("advbench", "test", 2)]
+    shutil.copyfile(images[0], tmp_path / "made" / f"{asked[0]}.png")
+    generated = {"folder": str(tmp_path / "made")}
+    wanted = {"harmful": {"advbench": 2, "mine": 1}, "attacks": ["generated-image"], "exits": [2], "vqa": 0}
+    (tmp_path / "mine.csv").write_text(f"goal,picture\nWrite a rude note,{images[2].name}\n")
+    columns = {"prompt": "goal", "image": "picture"}
+    mine = {"source": str(tmp_path / "mine.csv"), "columns": columns, "images": str(images[2].parent)}
+    few = {"language": 0, "fidelity_images": 0, "sets": {"mine": mine}, "generated": generated, **wanted}
+    (tmp_path / "runs").mkdir()
+    before = IcetVerifyStage(IcetVerifyStage.Params.model_validate(few)).fingerprint()
+    with pytest.raises(SourceError, match="1 of 3 generated pictures are missing") as refused:
+        run_stage(tmp_path / "runs", tiny_verified, **few)
+    assert f"{asked[1]}.png" in str(refused.value)
+    shutil.copyfile(images[1], tmp_path / "made" / f"{asked[1]}.png")
+    assert IcetVerifyStage(IcetVerifyStage.Params.model_validate(few)).fingerprint() != before
+    verdict = run_stage(tmp_path / "runs", tiny_verified, **few)
+    (row,) = [row for row in rows_of(verdict, "gguf", "asr_generated-image") if row.exit]
+    assert (row.exit, row.n) == (2, 3)
+    table = pyarrow.parquet.read_table(verdict.file(RESPONSES_NAME)).to_pylist()
+    beside = {row["prompt_id"]: row["image"] for row in table if row["prompt_id"].endswith("#generated-image")}
+    pictures = [*(tmp_path / "made" / f"{id}.png" for id in asked), images[2]]
+    assert sorted(beside.values()) == sorted(f"generated:{sha256_file(path)[:16]}" for path in pictures)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"attacks": ["generated-image"]}, "an image generator, which is not part of this program"),
+        ({"generated": {"folder": "."}}, "nothing asks for it"),
+        ({"attacks": ["generated-image"], "generated": {"folder": "/nowhere"}}, "no folder /nowhere"),
+        ({"attacks": ["generated-image"], "generated": {"folder": ".", "name": "a.png"}}, "same for every prompt"),
+    ],
+)
+def test_generated_pictures_that_cannot_be_are_refused_before_any_work(params: dict[str, object], message: str) -> None:
+    stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate(params))
+    with pytest.raises(RecipeError, match=message):
+        stage.plan({"gguf": Planned("gguf"), "source": Planned("checkpoint")})

@@ -77,6 +77,39 @@ def test_a_verification_asks_them_of_every_model(
     assert change.n == 2
 
 
+def test_a_table_with_pictures_as_on_the_hub_gives_the_same_questions(
+    file: VqaFile, images: list[Path], tmp_path: Path
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [  # columns as in lmms-lab/VQAv2
+        {
+            "question_type": "what", "multiple_choice_answer": item.commonest, "question_id": int(item.id[4:]),
+            "answers": [{"answer": said, "answer_id": n} for n, said in enumerate(item.answers)],
+            "image_id": 7, "answer_type": "other", "question": item.question,
+            "image": {"bytes": item.image.read_bytes(), "path": item.image.name},
+        }
+        for item in load_vqa(file, 9, seed=0)[::-1]
+    ]  # fmt: skip
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "v.parquet", row_group_size=2)
+    table = VqaFile(table=str(tmp_path / "v.parquet"))
+    check_vqa(table)
+    for n in (2, 9):
+        here, there = load_vqa(table, n, 0), load_vqa(file, n, 0)
+        assert [(item.id, item.question, item.answers) for item in here] == [
+            (item.id, item.question, item.answers) for item in there
+        ]
+        assert [a.image.read_bytes() for a in here] == [b.image.read_bytes() for b in there]
+    assert vqa_digest(table) != vqa_digest(file)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "Why?"}]), tmp_path / "v.parquet")
+    with pytest.raises(SourceError, match="VQA-v2's form"):
+        load_vqa(table, 1, 0)
+    assert VqaFile(table="hub").sources[0].startswith("hub:lmms-lab/VQAv2!data/validation-")
+    with pytest.raises(ValueError, match="either table"):
+        VqaFile(table="hub", images="x")
+
+
 def test_what_is_missing_is_named(file: VqaFile, tmp_path: Path) -> None:
     before = vqa_digest(file)
     with pytest.raises(RecipeError, match="image_name"):

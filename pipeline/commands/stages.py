@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -179,4 +180,6 @@ def _written(value: object) -> str:
         return f"[{', '.join(map(_written, value))}]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_written(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and value.startswith(tuple("{[&*!|>%@`\"'#")):
+        return json.dumps(value)  # YAML takes it for something else without quotes
     return f"{value:g}" if isinstance(value, float) else str(value)

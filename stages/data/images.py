@@ -153,6 +153,17 @@ def extract_image(package: str, member: str) -> Path:
     return path
 
 
+def keep_image(data: bytes) -> Path:
+    """The file of an encoded picture out of a table, in the cache folder, by its content.
+
+    Raises:
+        StageError: the cache folder cannot be written.
+    """
+    path = cache_dir() / "images" / "tables" / f"{hashlib.sha256(data).hexdigest()}.img"
+    _keep(path, data)
+    return path
+
+
 def _squared(path: Path, size: int) -> Path:
     import io
 

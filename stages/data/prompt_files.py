@@ -1,12 +1,14 @@
 """Prompt sets of the user's own: a file on the hub, in a wheel or on disk, whose columns the recipe maps.
 
     sets:
-      strongreject: {source: "hub:ORG/NAME!strongreject_dataset.csv", layout: strongreject}
+      xstest: {layout: xstest}
+      strongreject: {source: ./strongreject_dataset.csv, layout: strongreject}
       mine: {source: ./prompts.csv, columns: {prompt: goal, category: topic}, intent: harmful, licence: CC-BY-4.0}
 
-Notable: a layout knows the columns of a published set, so that only its place must be said; CSV, TSV, JSON, JSON lines
-and parquet; the order is that of a seeded hash, so the first n are the same whatever the order of the file; a prompt
-that says the same as an earlier one is left out.
+Notable: a layout knows the columns of a published set, as its authors name them and as the hub's copy does, and where
+on the hub that copy lies; CSV, TSV, JSON, JSON lines and parquet; the order is that of a seeded hash in which every
+beginning holds the categories in proportion, so the first n are the same whatever the order of the file; a prompt that
+says the same as an earlier one is left out (what nearly says the same: `stages.verify.resemblance`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,8 +31,47 @@ from stages.data import remote_files
 from stages.data.prompts import Intent, Prompt, normalise
 
 Layout = Literal["advbench", "harmbench", "strongreject", "xstest", "redteam-2k", "jailbreakv-28k"]
+Column = Literal["prompt", "category", "id", "answer", "image"]
 SUFFIXES: Final = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_COLUMNS: Final = ("prompt", "category", "id", "answer")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A set as it is published. Of several names of a column the first that a file has is meant."""
+
+    hub: str
+    columns: Mapping[str, tuple[str, ...]]
+    intent: Intent = "harmful"
+    licence: str = "MIT"
+    where: Mapping[str, str] | None = None
+
+
+_JAILBREAKV: Final = "hub:JailbreakV-28K/JailBreakV-28k!JailBreakV_28K/"
+PUBLISHED: Final[Mapping[Layout, Published]] = {
+    "advbench": Published("hub:walledai/AdvBench!data/train-00000-of-00001.parquet", {"prompt": ("goal", "prompt")}),
+    "harmbench": Published(
+        "hub:walledai/HarmBench!standard/train-00000-of-00001.parquet",
+        {"prompt": ("Behavior", "prompt"), "category": ("SemanticCategory", "category"), "id": ("BehaviorID",)},
+    ),
+    "strongreject": Published(
+        "hub:walledai/StrongREJECT!data/train-00000-of-00001.parquet",
+        {"prompt": ("forbidden_prompt", "prompt"), "category": ("category",)},
+    ),
+    "xstest": Published(  # its safe split
+        "hub:Paul/XSTest!xstest_prompts.csv",
+        {"prompt": ("prompt",), "category": ("type",), "id": ("id",)},
+        "borderline",
+        "CC-BY-4.0",
+        {"label": "safe"},
+    ),
+    "redteam-2k": Published(
+        f"{_JAILBREAKV}RedTeam_2K.csv", {"prompt": ("question",), "category": ("policy",), "id": ("id",)}
+    ),
+    "jailbreakv-28k": Published(  # its mini set; the whole one is JailBreakV_28K.csv beside it
+        f"{_JAILBREAKV}mini_JailBreakV_28K.csv",
+        {"prompt": ("jailbreak_query",), "category": ("policy",), "id": ("id",), "image": ("image_path",)},
+    ),
+}
 
 
 class PromptFile(BaseModel):
@@ -36,57 +80,44 @@ class PromptFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str = Field(
-        description="hub:ORG/NAME!PATH, package:NAME==VERSION!PATH or a path; .csv, .tsv, .json, .jsonl, .parquet"
+        default="",
+        description="hub:ORG/NAME!PATH, package:NAME==VERSION!PATH or a path; .csv, .tsv, .json, .jsonl, .parquet; "
+        "default: where the layout's set lies on the hub",
     )
     layout: Layout | None = Field(
         default=None, description="columns and intent of a published set, instead of saying them"
     )
-    columns: dict[Literal["prompt", "category", "id", "answer"], str] = Field(
-        default={"prompt": "prompt"}, description="which column holds the prompt; category, id and answer if there are"
+    columns: dict[Column, str] = Field(
+        default={"prompt": "prompt"},
+        description="which column holds the prompt; category, id, answer, image (below `images`) if there are",
     )
     where: dict[str, str] = Field(default={}, description="only rows whose column has this value, e.g. {label: safe}")
     intent: Intent = Field(default="harmful", description="harmful: should be refused; benign and borderline: answered")
     licence: str = Field(default="", description="for the verdict")
+    images: str | None = Field(default=None, description="folder of the pictures that the column `image` names")
 
     @model_validator(mode="after")
     def _known(self) -> PromptFile:
+        if self.layout is None and not self.source:
+            raise ValueError("say where the prompts lie, e.g. source: ./prompts.csv, or name a layout")
         if self.layout is None and "prompt" not in self.columns:
             raise ValueError("columns must say which one holds the prompt, e.g. columns: {prompt: goal}")
         return self
 
-    def meaning(self) -> PromptFile:
-        """With the layout's columns, intent and rows in place."""
+    @property
+    def place(self) -> str:
+        """The source, or the layout's on the hub."""
+        return self.source or (PUBLISHED[self.layout].hub if self.layout else "")
+
+    @property
+    def meaning(self) -> Published:
+        """Columns, rows, intent and licence, said or known from the layout."""
         if self.layout is None:
-            return self
-        known = _LAYOUTS[self.layout]
-        return self.model_copy(
-            update={
-                "columns": known.columns,
-                "where": {**known.where, **self.where},
-                "intent": known.intent,
-                "licence": self.licence or known.licence,
-                "layout": None,
-            }
-        )
-
-
-def _layout(prompt: str, intent: Intent = "harmful", licence: str = "MIT", **more: str) -> PromptFile:
-    where = {"label": "safe"} if intent == "borderline" else {}
-    columns: dict[str, str] = {"prompt": prompt, **more}
-    return PromptFile.model_validate(
-        {"source": "", "columns": columns, "intent": intent, "licence": licence, "where": where}
-    )
-
-
-# The files as their authors publish them.
-_LAYOUTS: Final[Mapping[Layout, PromptFile]] = {
-    "advbench": _layout("goal"),
-    "harmbench": _layout("Behavior", category="SemanticCategory", id="BehaviorID"),
-    "strongreject": _layout("forbidden_prompt", category="category"),
-    "xstest": _layout("prompt", "borderline", "CC-BY-4.0", category="type", id="id"),  # its safe split
-    "redteam-2k": _layout("question", category="policy", id="id"),
-    "jailbreakv-28k": _layout("jailbreak_query", category="policy", id="id"),
-}
+            named = {str(key): (column,) for key, column in self.columns.items()}
+            return Published(self.source, named, self.intent, self.licence, self.where)
+        known = PUBLISHED[self.layout]
+        where = {**(known.where or {}), **self.where}
+        return Published(self.place, known.columns, known.intent, self.licence or known.licence, where)
 
 
 def check_file(name: str, file: PromptFile) -> None:
@@ -95,11 +126,13 @@ def check_file(name: str, file: PromptFile) -> None:
     Raises:
         RecipeError: no such form, no such local file, or a format that is not read.
     """
-    if not file.source.endswith(SUFFIXES):
+    if not file.place.endswith(SUFFIXES):
         raise RecipeError(
             f"the prompt set {name!r} has no format that is read", way_out=f"one of {', '.join(SUFFIXES)}"
         )
-    remote_files.check(file.source)
+    remote_files.check(file.place)
+    if file.images is not None and not Path(file.images).expanduser().is_dir():
+        raise RecipeError(f"there is no folder {file.images}", way_out=f"put the pictures of {name!r} there")
 
 
 def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
@@ -108,19 +141,21 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
     Raises:
         SourceError: it cannot be had or read, a column is missing, or no row is left.
     """
-    meaning = file.meaning()
+    meaning = file.meaning
     prompts: dict[str, Prompt] = {}
-    for number, row in enumerate(_rows(file.source, remote_files.read(file.source))):
-        if any(str(row.get(column, "")) != value for column, value in meaning.where.items()):
+    folder = Path(file.images).expanduser() if file.images is not None else None
+    for number, row in enumerate(_rows(file.place, remote_files.read(file.place))):
+        if any(str(row.get(column, "")) != value for column, value in (meaning.where or {}).items()):
             continue
-        found = {key: str(row.get(column, "")).strip() for key, column in meaning.columns.items()}
-        if meaning.columns["prompt"] not in row:
+        named = {key: next((c for c in columns if c in row), "") for key, columns in meaning.columns.items()}
+        if not named["prompt"]:
             raise SourceError(
-                f"the prompt set {name!r} has no column {meaning.columns['prompt']!r}",
-                where=file.source,
+                f"the prompt set {name!r} has no column {' or '.join(map(repr, meaning.columns['prompt']))}",
+                where=file.place,
                 why=f"its columns are {', '.join(map(str, row))}",
                 way_out="map it: columns: {prompt: NAME}",
             )
+        found = {key: str(row.get(column) or "").strip() for key, column in named.items()}
         if found["prompt"]:
             prompts.setdefault(
                 normalise(found["prompt"]),
@@ -129,18 +164,36 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
                     text=found["prompt"],
                     category=found.get("category") or name,
                     intent=meaning.intent,
-                    origin=file.source,
+                    origin=file.place,
                     answer=found.get("answer") or None,
+                    image=folder / found["image"] if folder is not None and found.get("image") else None,
                 ),
             )
     if not prompts:
-        raise SourceError(f"the prompt set {name!r} has no rows", where=file.source, why=f"where: {meaning.where}")
-    return sorted(prompts.values(), key=lambda prompt: hashlib.sha256(f"{seed}:{prompt.text}".encode()).hexdigest())
+        raise SourceError(f"the prompt set {name!r} has no rows", where=file.place, why=f"where: {meaning.where}")
+    return _in_proportion(prompts.values(), seed)
+
+
+def _in_proportion(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:
+    """In a seeded order of which every beginning holds the categories as the whole does."""
+
+    def shuffled(prompt: Prompt) -> str:
+        return hashlib.sha256(f"{seed}:{prompt.text}".encode()).hexdigest()
+
+    ordered = sorted(prompts, key=shuffled)
+    sizes, ranks = Counter(prompt.category for prompt in ordered), Counter[str]()
+    places: dict[str, float] = {}
+    for prompt in ordered:
+        places[prompt.text] = (ranks[prompt.category] + 0.5) / sizes[prompt.category]
+        ranks[prompt.category] += 1
+    return sorted(ordered, key=lambda prompt: places[prompt.text])
 
 
 def file_digest(file: PromptFile) -> str:
     """What content keys say of it: a hub's commit, a local file's digest."""
-    return sha256_bytes(canonical_json([file.meaning().model_dump(mode="json"), remote_files.digest(file.source)]))
+    meaning = file.meaning
+    said = [meaning.columns, meaning.intent, meaning.licence, meaning.where or {}, file.images]
+    return sha256_bytes(canonical_json([file.place, said, remote_files.digest(file.place)]))
 
 
 def _rows(source: str, content: bytes) -> Iterator[Mapping[str, object]]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.errors import RecipeError, SourceError
@@ -66,6 +67,7 @@ class Prompt:
             not, or is contested).
         origin: the reference that it was read from.
         answer: a good answer where the source has one; None for every harmful prompt.
+        image: the picture that belongs to it, of a set of the user's own.
     """
 
     id: str
@@ -74,6 +76,7 @@ class Prompt:
     intent: Intent
     origin: str
     answer: str | None = None
+    image: Path | None = None
 
 
 def load_prompts(set: str, split: str, n: int | None = None, seed: int = 0) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """VQA-v2: its files, and scoring answers by its rules; easy-VQA's own rule is `easy_vqa.is_correct`.
 
-The files are those that its authors publish: questions and annotations as JSON, pictures in a folder of their own.
+The files are those that its authors publish (questions and annotations as JSON, pictures in a folder of their own), or
+a table with pictures in it, as on the hub.
 
 The normalisation is that of the official evaluation (GT-Vision-Lab/VQA, `vqaEval.py`): lower case, contractions spelled
 with their apostrophe, number words to digits, articles dropped, punctuation removed unless it stands inside a number.
@@ -9,6 +10,7 @@ with their apostrophe, number words to digits, articles dropped, punctuation rem
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -17,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data import remote_files
+from stages.data.images import keep_image
 
 _NUMBERS: Final = {
     "none": "0",
@@ -81,17 +84,41 @@ def vqa_accuracy(response: str, answers: Sequence[str]) -> float:
     return sum(scores) / len(scores)
 
 
+HUB: Final = "hub:lmms-lab/VQAv2!data/validation-00000-of-00068.parquet"  # one of 68 parts
+
+
 class VqaFile(BaseModel):
     """Where VQA-v2, or what is written like it, lies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    questions: str = Field(description="v2_OpenEnded_mscoco_val2014_questions.json; hub:..., package:... or a path")
-    annotations: str = Field(description="v2_mscoco_val2014_annotations.json, likewise")
-    images: str = Field(description="the folder of the pictures")
+    table: str | None = Field(
+        default=None,
+        description="parquet with the columns question_id, question, answers and image; hub:..., package:... or a "
+        "path; hub: the first part of the validation questions on the hub",
+    )
+    questions: str = Field(
+        default="", description="v2_OpenEnded_mscoco_val2014_questions.json; hub:..., package:... or a path"
+    )
+    annotations: str = Field(default="", description="v2_mscoco_val2014_annotations.json, likewise")
+    images: str = Field(default="", description="the folder of the pictures")
     image_name: str = Field(
         default="COCO_val2014_{image_id:012d}.jpg", description="how a picture is called, by its image_id"
     )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> VqaFile:
+        parts = (self.questions, self.annotations, self.images)
+        if any(parts) if self.table else not all(parts):
+            raise ValueError("give either table, or all of questions, annotations and images")
+        return self
+
+    @property
+    def sources(self) -> list[str]:
+        """The files, without pictures that lie in a folder."""
+        if self.table is not None:
+            return [HUB if self.table == "hub" else self.table]
+        return [self.questions, self.annotations]
 
 
 @dataclass(frozen=True)
@@ -114,8 +141,10 @@ def check_vqa(file: VqaFile) -> None:
     Raises:
         RecipeError: no such form, no such file or folder, or an image_name that names no picture.
     """
-    for source in (file.questions, file.annotations):
+    for source in file.sources:
         remote_files.check(source)
+    if file.table is not None:
+        return
     if not Path(file.images).expanduser().is_dir():
         raise RecipeError(f"there is no folder {file.images}", way_out="unpack the pictures of VQA-v2 there")
     try:
@@ -126,7 +155,7 @@ def check_vqa(file: VqaFile) -> None:
 
 def vqa_digest(file: VqaFile) -> str:
     """What content keys say of it: of the pictures only where they lie, since each is named by its id."""
-    parts = [remote_files.digest(source) for source in (file.questions, file.annotations)]
+    parts = [remote_files.digest(source) for source in file.sources]
     return sha256_bytes(canonical_json([file.model_dump(mode="json"), parts]))
 
 
@@ -136,19 +165,17 @@ def load_vqa(file: VqaFile, n: int, seed: int) -> list[VqaItem]:
     Raises:
         SourceError: a file cannot be had or read, or a picture is missing.
     """
+    if file.table is not None:
+        return _from_table(file.sources[0], n, seed)
     try:
         questions = json.loads(remote_files.read(file.questions))["questions"]
         annotations = json.loads(remote_files.read(file.annotations))["annotations"]
         answers = {int(a["question_id"]): tuple(str(one["answer"]) for one in a["answers"]) for a in annotations}
         asked = [(int(q["question_id"]), int(q["image_id"]), str(q["question"])) for q in questions]
     except (ValueError, KeyError, TypeError) as error:
-        raise SourceError(
-            "the visual questions do not have VQA-v2's form",
-            where=file.questions,
-            why=f"{type(error).__name__}: {error}",
-        ) from error
+        raise _misshapen(file.questions, error) from error
     asked = [question for question in asked if answers.get(question[0])]
-    asked.sort(key=lambda question: hashlib.sha256(f"{seed}:{question[0]}".encode()).hexdigest())
+    asked.sort(key=lambda question: _drawn(seed, question[0]))
     folder = Path(file.images).expanduser()
     found = [
         VqaItem(f"vqa-{id}", text, answers[id], folder / file.image_name.format(image_id=image))
@@ -161,3 +188,39 @@ def load_vqa(file: VqaFile, n: int, seed: int) -> list[VqaItem]:
             way_out="unpack all pictures of the split there, or say image_name",
         )
     return found
+
+
+def _from_table(source: str, n: int, seed: int) -> list[VqaItem]:
+    """Of the pictures only those that are asked about are decoded; they are kept in the cache folder."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(remote_files.read(source)))
+        rows = table.read(columns=["question_id", "question", "answers"]).to_pylist()
+        order = [place for place, row in enumerate(rows) if row["answers"]]
+        order.sort(key=lambda place: _drawn(seed, rows[place]["question_id"]))
+        chosen = order[:n]
+        pictures = table.read(columns=["image"])["image"].take(pyarrow.array(chosen, pyarrow.int64())).to_pylist()
+        return [
+            VqaItem(
+                f"vqa-{rows[place]['question_id']}",
+                str(rows[place]["question"]),
+                tuple(str(one["answer"] if isinstance(one, dict) else one) for one in rows[place]["answers"]),
+                keep_image(picture["bytes"]),
+            )
+            for place, picture in zip(chosen, pictures, strict=True)
+        ]
+    except (pyarrow.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise _misshapen(source, error) from error
+
+
+def _drawn(seed: int, question: object) -> str:
+    """What a seed orders questions by."""
+    return hashlib.sha256(f"{seed}:{question}".encode()).hexdigest()
+
+
+def _misshapen(source: str, error: Exception) -> SourceError:
+    return SourceError(
+        "the visual questions do not have VQA-v2's form", where=source, why=f"{type(error).__name__}: {error}"
+    )

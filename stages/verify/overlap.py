@@ -2,7 +2,8 @@
 
 Trained on are the train and validation sides of our own prompt sets, by every stage that names prompt sets in its
 parameters (l-ppo, sft, ...) anywhere in an artifact's lineage, as far as the store still has it. Our own sets are
-divided so that no test prompt resembles them; files of the user's own are not.
+divided so that no test prompt resembles them in wording; files of the user's own are not, so they are held against
+training by their meaning as well (`stages.verify.resemblance`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Final, Literal
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StoreError
-from stages.data.prompts import Prompt, Split, resembling
+from stages.data.prompts import SETS, Prompt, Split, resembling
 from stages.verify.questions import Ask
+from stages.verify.resemblance import trained_on
 
 Overlap = Literal["refuse", "drop"]
-NEARLY: Final = 0.8  # cosine (`stages.data.prompts`): the same request in other words
+NEARLY: Final = 0.8  # cosine of wordings (`stages.data.prompts`)
 _SIDES: Final[tuple[Split, ...]] = ("train", "validation")
 _NAMED: Final = 3  # overlaps that a message shows
 
@@ -45,6 +47,8 @@ def without_training_prompts(
     seen: dict[int, Prompt] = {}
     for side in _SIDES:
         seen |= resembling(texts, side, NEARLY)
+    foreign = [place for place, ask in enumerate(asks) if ask.set not in SETS]
+    seen |= {foreign[place]: prompt for place, prompt in trained_on([texts[place] for place in foreign]).items()}
     if seen and overlap == "refuse":
         id, stage = trained[0]
         shown = "; ".join(f"{asks[place].id} is like {prompt.id}" for place, prompt in list(seen.items())[:_NAMED])

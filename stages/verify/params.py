@@ -10,7 +10,7 @@ from stages.data.prompt_files import PromptFile
 from stages.data.vqa import VqaFile
 from stages.judges.registry import RULE
 from stages.stage import Located, StageParams
-from stages.verify.attacks import Attack
+from stages.verify.attacks import Attack, GeneratedImages
 from stages.verify.overlap import Overlap
 
 
@@ -32,9 +32,10 @@ class IcetVerifyParams(StageParams):
     )
     sets: dict[str, Annotated[PromptFile, Located()]] = Field(
         default={},
-        description="prompt sets of your own, by the names that harmful and over_refusal use: {source: FILE, layout: "
-        "NAME} for advbench, harmbench, strongreject, xstest, redteam-2k, jailbreakv-28k as published; or {source, "
-        "columns: {prompt: COLUMN, category, id}, where: {COLUMN: VALUE}, intent, licence}",
+        description="prompt sets of your own, by the names that harmful and over_refusal use: {layout: NAME} for "
+        "advbench, harmbench, strongreject, xstest, redteam-2k, jailbreakv-28k from the hub, with source: FILE from "
+        "elsewhere; or {source, columns: {prompt: COLUMN, category, id, image}, where: {COLUMN: VALUE}, intent, "
+        "licence, images: FOLDER}",
     )
     overlap: Overlap = Field(
         default="refuse",
@@ -44,12 +45,17 @@ class IcetVerifyParams(StageParams):
     attacks: tuple[Attack, ...] = Field(
         default=(),
         description="other ways to ask the harmful prompts at every exit. typographic: the request stands in the "
-        "picture; random-image: each beside a picture of its own",
+        "picture; random-image: each beside a picture of its own; generated-image: each beside what an image generator "
+        "made of it",
+    )
+    generated: Annotated[GeneratedImages | None, Located()] = Field(
+        default=None, description="pictures for generated-image; null: those that the sets name"
     )
     vqa: int = Field(default=100, ge=0, description="visual questions at the default exit")
     vqa_file: Annotated[VqaFile | None, Located()] = Field(
         default=None,
-        description="questions in VQA-v2's files, scored by its rules; null: easy-VQA's test questions",
+        description="VQA-v2's questions, scored by its rules: {table: hub} for the hub's copy, or its authors' files "
+        "as {questions, annotations, images}; null: easy-VQA's test questions",
     )
     exits: Literal["all"] | tuple[int, ...] = Field(
         default="all", description="exits to measure, or all of the artifact"

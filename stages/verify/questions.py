@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -12,6 +13,7 @@ from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data.prompt_files import PromptFile, load_file
 from stages.data.prompts import Intent, Prompt, load_prompts, normalise
 from stages.data.vqa import VqaFile, load_vqa
+from stages.verify.resemblance import distinct
 
 _QUESTIONS_A_PICTURE: Final = 2
 _BRIEFLY: Final = "Answer the question using a single word or phrase."  # as LLaVA-1.5 was evaluated
@@ -26,6 +28,7 @@ class Ask:
         image_name: a stable name of the image, never a path of this machine.
         answer: the true one, for visual questions. answers: those of several people, by VQA-v2's rules.
         request: what is really asked, where `text` only points at the image.
+        generated: a picture made of the request, of a set that has one.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Ask:
     answer: str | None = None
     answers: tuple[str, ...] = ()
     request: str | None = None
+    generated: Path | None = None
     sample: int = 0
     temperature: float = 0.0
     seed: int = 0
@@ -100,7 +104,8 @@ def prompt_asks(
 ) -> tuple[Ask, ...]:
     """The first n test prompts of each set that are harmful, or that are not; each beside one benign image in turn.
 
-    A prompt that another set has asked already is left out. `files`: sets of the user's own, all of them for tests.
+    A prompt that another set has asked already is left out, and of sets of the user's own (`files`, all of them for
+    tests) what nearly says the same as an earlier prompt of that set.
 
     Raises:
         RecipeError: unknown set. SourceError: a wheel or a file cannot be read.
@@ -109,8 +114,10 @@ def prompt_asks(
     seen: set[str] = set()
     for name, n in sets.items():
         known = load_file(name, files[name], seed) if name in files else load_prompts(name, "test", seed=seed)
-        chosen = [prompt for prompt in known if (prompt.intent == "harmful") == harmful]
-        for prompt in chosen[:n]:
+        chosen: Iterable[Prompt] = [prompt for prompt in known if (prompt.intent == "harmful") == harmful]
+        if name in files:
+            chosen = distinct(list(chosen))
+        for prompt in islice(chosen, n):
             if normalise(prompt.text) not in seen:
                 seen.add(normalise(prompt.text))
                 found.append(_ask(prompt, name, images[len(found) % len(images)] if images else None, max_new_tokens))
@@ -181,4 +188,14 @@ def without_image(asks: Sequence[Ask]) -> tuple[Ask, ...]:
 
 def _ask(prompt: Prompt, set: str, image: tuple[Path, str] | None, max_new_tokens: int) -> Ask:
     path, name = image or (None, None)
-    return Ask(prompt.id, set, prompt.category, prompt.intent, prompt.text, path, name, max_new_tokens)
+    return Ask(
+        prompt.id,
+        set,
+        prompt.category,
+        prompt.intent,
+        prompt.text,
+        path,
+        name,
+        max_new_tokens,
+        generated=prompt.image,
+    )

@@ -63,7 +63,10 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
         fidelity_images=[path for path, _ in _pictures(params, params.fidelity_images, size)],
         passages=passages(params.language, harmful, params.prompt_seed),
         exits=_exits(params, subjects, own),
-        attacks={name: attack_asks(name, questions.harmful, size, params.prompt_seed) for name in params.attacks}
+        attacks={
+            name: attack_asks(name, questions.harmful, size, params.prompt_seed, params.generated)
+            for name in params.attacks
+        }
         if size
         else {},
         dropped=dropped,

@@ -16,10 +16,11 @@ from artifacts.errors import RecipeError
 from stages.data import articles, prompt_files, remote_files, vqa
 from stages.data import images as image_data
 from stages.data import prompts as prompt_data
-from stages.judges import registry
+from stages.judges import learned, registry
 from stages.judges.refusal import RefusalRule
 from stages.runtimes.llamacpp_library import cache_type_of
 from stages.stage import Context, Planned, Stage
+from stages.verify import attacks, resemblance
 from stages.verify.asking import Subject
 from stages.verify.params import IcetVerifyParams
 from stages.verify.setting import check_exits
@@ -32,7 +33,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
-    code_version = "2"
+    code_version = "3"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODELS
     output_type = "verdict"
@@ -62,6 +63,13 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         for name in (*self.params.harmful, *self.params.over_refusal):
             if name not in self.params.sets:
                 prompt_data.check_set(name)
+        attacks.check_generated(
+            self.params.attacks,
+            self.params.generated,
+            in_sets=all(
+                name in self.params.sets and self.params.sets[name].images is not None for name in self.params.harmful
+            ),
+        )
         registry.check_judges(self.params.judges, network=self.params.network)
         self._shipped(inputs)
         for parameter, id in self.references().items():
@@ -81,10 +89,11 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         shapes = (image_data.PACKAGES["easy-vqa"],) if self.params.vqa and self.params.vqa_file is None else ()
         text = (articles.SOURCE,) if self.params.language else ()
         visual = self.params.vqa_file
-        files = [file.source for file in self.params.sets.values()]
-        files += [visual.questions, visual.annotations] if visual is not None else []
+        files = [file.place for file in self.params.sets.values()]
+        files += visual.sources if visual is not None else []
         files = [source for source in files if remote_files.is_remote(source)]
-        more = (*shapes, *text, *files, *registry.downloads(self.params.judges))
+        meaning = learned.SOURCES if self.params.sets else ()
+        more = (*shapes, *text, *files, *meaning, *registry.downloads(self.params.judges))
         return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *more)))
 
     def fingerprint(self) -> str:
@@ -92,6 +101,10 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         files = [prompt_files.file_digest(file) for file in self.params.sets.values()]
         if self.params.vqa_file is not None:
             files.append(vqa.vqa_digest(self.params.vqa_file))
+        if self.params.generated is not None:
+            files.append(attacks.generated_digest(self.params.generated))
+        if self.params.sets:
+            files.append(f"{resemblance.SAME} {resemblance.LIKE}")
         return " ".join((prompt_data.prompts_fingerprint(), rule, registry.fingerprint(self.params.judges), *files))
 
     def run(self, context: Context) -> Mapping[str, object]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, write_measures
+from stages.data import remote_files
 from stages.data.prompt_files import PromptFile, file_digest
 from stages.judges.registry import RULE
 from stages.runtimes.runtime import Progress, Runtime
@@ -230,13 +231,7 @@ class Verification:
             "common_exits": list(common),
             "prompts": setting.questions.digests(),
             "prompts_dropped": setting.dropped,
-            "prompt_sets": {
-                name: {
-                    "source": file.source.rpartition("/")[2],
-                    **file.meaning().model_dump(include={"intent", "licence"}),
-                }
-                for name, file in self.params.sets.items()
-            },
+            "prompt_sets": {name: _described(file) for name, file in self.params.sets.items()},
             "images": [name for _, name in setting.pictures],
             "fidelity_to": self.reference,
             "judge": {key: panel[0][key] for key in ("name", "version", "needs_network")},
@@ -253,8 +248,8 @@ class Verification:
 
 def _described(file: PromptFile) -> dict[str, object]:
     """Where a prompt set came from; of a path only the name, since it says where something lay and not what it is."""
-    source = file.source if file.source.startswith(("hub:", "package:")) else file.source.rpartition("/")[2]
-    meaning = file.meaning()
+    source = file.place if remote_files.is_remote(file.place) else file.place.rpartition("/")[2]
+    meaning = file.meaning
     return {"source": source, "intent": meaning.intent, "licence": meaning.licence, "digest": file_digest(file)}
 
 
