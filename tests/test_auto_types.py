@@ -134,7 +134,8 @@ def test_how_log_odds_of_refusals_move_is_foretold_by_gradient_times_change(unev
     gradients = probe.gradients([weight])
     with rounded([weight], [weight.detach() + change]):
         after = probe.log_odds()
-    for kind in range(2):
+    assert len(before) == len(gradients) == 4  # two kinds, first tokens and those behind
+    for kind in range(4):
         foretold = float((gradients[kind][0] * change).sum())
         assert after[kind] - before[kind] == pytest.approx(foretold, rel=0.05, abs=1e-5)
     assert all(parameter.requires_grad for parameter in model.parameters())

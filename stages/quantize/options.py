@@ -3,7 +3,8 @@
 - KL: each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on
   ordinary text and on the tokens of refusals (`sensitivity`). KL grows with the square of the change, so for other
   types it is scaled by the error that each leaves in the weights, columns weighed by the importance matrix;
-- how the log-odds of refusals move: gradient times change, for every type by itself, since that has a sign.
+- how the log-odds of refusals move, those of first tokens and of the others: gradient times change, for every type by
+  itself, since that has a sign.
 
 Only calibration articles and training prompts are read.
 """
@@ -162,7 +163,7 @@ class _Note:
 
 
 def _gradients(bench: Workbench, groups: Sequence[Group]) -> list[dict[str, torch.Tensor]]:
-    """By kind of refusal, by tensor."""
+    """Of each of the log-odds, by tensor."""
     names = [name for group in groups for name in group.tensors]
     found = bench.probe("train").gradients([bench.weights[name] for name in names])
     return [dict(zip(names, kind, strict=True)) for kind in found]

@@ -3,9 +3,10 @@
 Measured on fixed sequences, with one group of weights rounded at a time or with all. What stands before the first block
 that changes is not computed again: every block's inputs are kept from the pass of the whole model.
 
-Refusals have a second measure. Whether one begins is a matter of one token, and its log-odds move to one side or the
-other with every rounded group. KL, which is a square, does not tell the sides apart: sums of it promise little where
-many small moves go the same way. Signed moves add up, so these can be made to cancel.
+Refusals have a second measure. Safety tuning changes weights little, and what it taught is one direction: the log-odds
+of a refusal's first token, and of those behind it, move to one side or the other with every rounded group. KL, which is
+a square, does not tell the sides apart: sums of it promise little where many small moves go the same way. Signed moves
+add up, so these can be made to cancel.
 """
 
 from __future__ import annotations
@@ -91,48 +92,52 @@ class Probe:
         return Divergence(*(max(0.0, totals[which]) / max(1, counts[which]) for which in (False, True)))
 
     def log_odds(self) -> list[float]:
-        """Of the first token of a refusal, mean over those of a kind, with the weights as they are now; by kind."""
+        """Of what refusals say, with the weights as they are now: for each kind the mean over first tokens, and that
+        over all behind them."""
         import torch
 
         with torch.inference_mode():
-            return [float(found) for found in self._log_odds()]
+            return [float(odds) for kind in range(self.kinds) for odds in self._log_odds(kind)]
 
     def gradients(self, weights: Sequence[torch.nn.Parameter]) -> list[list[torch.Tensor]]:
-        """By kind of refusal: of its mean log-odds, by each weight."""
+        """Of each of these log-odds, by each weight. In bfloat16: there are as many as weights, several times."""
         import torch
 
         found = []
         with _trainable(weights):
             for kind in range(self.kinds):
-                grads = torch.autograd.grad(self._log_odds(kind)[0], weights, allow_unused=True)
-                found.append([torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)])
+                both = self._log_odds(kind)
+                for place, odds in enumerate(both):
+                    grads = torch.autograd.grad(odds, weights, retain_graph=place + 1 < len(both), allow_unused=True)
+                    pairs = zip(weights, grads, strict=True)
+                    found.append([(torch.zeros_like(w) if g is None else g).bfloat16() for w, g in pairs])
         return found
 
-    def _log_odds(self, only: int | None = None) -> list[torch.Tensor]:
+    def _log_odds(self, kind: int) -> list[torch.Tensor]:
         import torch
 
-        found = []
-        for kind in range(self.kinds) if only is None else (only,):
-            odds = []
-            for sequences in self._sequences:
-                if sequences.part == kind + 1:
-                    hidden = self._embedded(sequences)
-                    for layer, (_, given) in zip(self._layers, sequences.inputs, strict=True):
-                        hidden = _states(layer(hidden, **given))
-                    odds.append(self._first_odds(sequences, self._norm(hidden)))
-            found.append(torch.cat(odds).mean())
-        return found
+        begun, followed = [], []
+        for sequences in self._sequences:
+            if sequences.part == kind + 1:
+                hidden = self._embedded(sequences)
+                for layer, (_, given) in zip(self._layers, sequences.inputs, strict=True):
+                    hidden = _states(layer(hidden, **given))
+                odds, first = self._spoken_odds(sequences, self._norm(hidden))
+                begun.append(odds[first])
+                followed.append(odds[~first])
+        return [torch.cat(found).mean() for found in (begun, followed) if any(map(len, found))]
 
-    def _first_odds(self, sequences: _Sequences, hidden: torch.Tensor) -> torch.Tensor:
-        """(sequences,): of the token behind the first position that counts."""
-        import torch
-
-        rows = torch.arange(len(hidden), device=hidden.device)
-        first = sequences.batch.counted.int().argmax(1)
-        spoken = sequences.ids[rows, first + 1]
-        logits: torch.Tensor = self._head(hidden[rows, first]).float()
+    def _spoken_odds(self, sequences: _Sequences, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens,): log-odds of every token of the answers; and which are the first."""
+        batch = sequences.batch
+        rows, places = batch.counted.nonzero(as_tuple=True)
+        inside = places + 1 < batch.lengths[rows]  # of the last position nothing is known to follow
+        rows, places = rows[inside], places[inside]
+        spoken = sequences.ids[rows, places + 1]
+        logits: torch.Tensor = self._head(hidden[rows, places]).float()
         others = logits.scatter(1, spoken[:, None], float("-inf")).logsumexp(-1)
-        return logits[rows, spoken] - others
+        chosen = logits.gather(1, spoken[:, None])[:, 0]
+        return chosen - others, places == batch.counted.int().argmax(1)[rows]
 
     def _kept(self, batch: Batch, part: int) -> _Sequences:
         import torch
