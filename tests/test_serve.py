@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -43,13 +44,13 @@ KEY = "k3y-for-tests"
 
 @pytest.fixture(scope="module")
 def bundle(tiny_verified: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A model with its image encoder, planned for 1 GiB and 512 tokens."""
+    """A model with its image encoder, planned for 512 tokens and more memory than tests have taken by now."""
     made = tiny_verified["gguf"]
     files = [
         BundleFile(entry.path, made.path / entry.path, MEDIA_WEIGHTS, "model", sha256=entry.sha256)
         for entry in sorted(made.manifest.files, key=lambda entry: entry.path, reverse=True)
     ]
-    plan = {"device": "inline", "budget": 1 << 30, "context": 512}
+    plan = {"device": "inline", "budget": 1 << 40, "context": 512}
     files += [
         BundleFile("manifest.json", made.path / "manifest.json", MEDIA_WEIGHT_CONFIG, "manifest"),
         BundleFile("memory.json", json.dumps(plan).encode(), MEDIA_DOC, "memory"),
@@ -120,8 +121,8 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
 
 def test_the_context_is_what_the_device_has_room_for(bundle: Bundle, tmp_path: Path) -> None:
     _, planned = prepare(str(bundle.folder), tmp_path)
-    assert (planned.context, planned.budget) == (512, 1 << 30)
-    assert planned.predicted is not None and planned.predicted < 1 << 30
+    assert (planned.context, planned.budget) == (512, 1 << 40)
+    assert planned.predicted is not None and planned.predicted < 1 << 40
     assert prepare(str(bundle.folder), tmp_path, context=256)[1].context == 256
     small = _planned_for(bundle, tmp_path / "small", planned.predicted // 4)
     with pytest.raises(RecipeError, match="does not fit the device"):
@@ -265,21 +266,40 @@ def test_a_bundle_a_reference_a_file_and_a_digest_answer_in_a_chat(
     assert len(set(said)) == 1
 
 
-def test_the_command_serves_and_stops(bundle: Bundle, tmp_path: Path) -> None:
+def test_the_command_serves_within_the_memory_that_it_says_and_stops(
+    bundle: Bundle, images: list[Path], tmp_path: Path
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "pipeline.cli", "serve", str(bundle.folder), "--port", str(port)]
+    command += ["--device", "laptop-2gb"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None
-        assert f"http://127.0.0.1:{port}/v1, context 512" in process.stdout.readline()
-        for _ in range(600):
-            try:
-                assert json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health"))["context"] == 512
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            raise AssertionError("it never answered")
-        process.terminate()
+        line = process.stdout.readline()
+        assert f"http://127.0.0.1:{port}/v1, context 2048" in line
+        try:
+            for _ in range(600):
+                try:
+                    assert json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health"))["context"] == 2048
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            else:
+                raise AssertionError("it never answered")
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
+            picture = f"data:image/png;base64,{base64.b64encode(images[0].read_bytes()).decode()}"
+            content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": "a cat " * 450}]
+            answer = client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": content}],
+                max_tokens=4,  # type: ignore[list-item, misc]
+            )
+            assert answer.usage is not None and answer.usage.prompt_tokens > 900
+            if (status := Path(f"/proc/{process.pid}/status")).is_file():
+                peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) >> 10
+                said = int(line.split("context 2048, ")[1].split()[0])
+                assert peak <= said, f"{peak} MiB of {said}"
+        finally:
+            process.terminate()
         assert process.wait(30) is not None

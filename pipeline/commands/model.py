@@ -94,12 +94,13 @@ def _of_artifact(artifact: Artifact, name: str, bundle: Bundle | None) -> FoundM
     )
 
 
-def room_for(found: FoundModel, device: str | None, context: int | None) -> Room:
+def room_for(found: FoundModel, device: str | None, context: int | None, own: int = 0) -> Room:
     """The longest context up to what is asked for that fits the device's memory.
 
     Args:
         device: a profile's name; None: the one that the bundle was planned for, and none of a loose file.
         context: tokens; None: the device's.
+        own: bytes that the program will take beyond what it takes by now.
 
     Raises:
         RecipeError: no such device, or not even a short context fits.
@@ -116,7 +117,7 @@ def room_for(found: FoundModel, device: str | None, context: int | None) -> Room
     wanted = min(wanted, trained) if isinstance(trained, int) else wanted
     if profile is None:
         return Room(wanted)
-    return _fitting(found, profile, wanted)
+    return _fitting(found, profile, wanted, own)
 
 
 def _of_checkpoint(found: FoundModel, profile: Device | None, context: int | None) -> Room:
@@ -142,7 +143,7 @@ def _of_checkpoint(found: FoundModel, profile: Device | None, context: int | Non
     return Room(profile.context, planned, profile.memory, profile.name)
 
 
-def _fitting(found: FoundModel, profile: Device, wanted: int) -> Room:
+def _fitting(found: FoundModel, profile: Device, wanted: int, own: int) -> Room:
     from pipeline.device import show_bytes
     from stages.runtimes.prediction import predict_files
 
@@ -150,7 +151,8 @@ def _fitting(found: FoundModel, profile: Device, wanted: int) -> Room:
     context = wanted
     while True:
         try:
-            needed = predict_files(found.model, found.mmproj, context, cache_type=profile.kv_cache).total
+            plan = predict_files(found.model, found.mmproj, context, cache_type=profile.kv_cache)
+            needed = plan.total + _taken(found) + own
         except StageError as error:
             raise RecipeError(
                 "its memory cannot be planned", where=str(found.model), why=error.what, way_out="leave --device out"
@@ -166,6 +168,16 @@ def _fitting(found: FoundModel, profile: Device, wanted: int) -> Room:
                 way_out="choose a larger device, or a smaller model",
             )
         context = shorter
+
+
+def _taken(found: FoundModel) -> int:
+    """Bytes that this program takes by now beyond the bare process that a prediction counts with."""
+    import psutil
+
+    from stages.runtimes.prediction import process_bytes
+
+    resident: int = psutil.Process().memory_info().rss
+    return max(0, resident - process_bytes(found.mmproj is not None))
 
 
 def _profile(found: FoundModel, name: str | None) -> Device | None:

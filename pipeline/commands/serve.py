@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import RecipeError, StoreError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _Q8_0: Final = 8  # ggml's number
+_REQUESTS: Final = 16 << 20  # bytes of the server at work; 8 were measured, with a picture in the request
 _LARGEST_IMAGE: Final = 32 << 20  # characters of a data URL
 
 
@@ -43,6 +45,7 @@ def prepare(
     from stages.runtimes.gguf_parts import read_model
     from stages.runtimes.llamacpp_cls import check_cls
 
+    _library()  # before anything is fetched, and what it takes is counted
     found = find_model(name, runs_dir, policy, mmproj)
     if found.model is None:
         raise RecipeError(
@@ -56,7 +59,24 @@ def prepare(
         vision = read_vision_header(found.mmproj)
         check_pair(header, vision)
         check_cls(vision)  # made for another llama.cpp: its answers would be others
-    return found, room_for(found, device, context)
+    return found, room_for(found, device, context, _REQUESTS)
+
+
+def _library() -> ModuleType:
+    """Raises:
+    StoreError: the server's libraries are missing.
+    """
+    try:
+        import uvicorn  # noqa: F401 - loaded here, so that the memory plan counts it
+        from llama_cpp.server import app
+    except ImportError as error:
+        raise StoreError(
+            "serving needs libraries that are not installed",
+            why=str(error),
+            way_out="pip install 'icet-pipeline[publish]'",
+        ) from error
+    module: ModuleType = app
+    return module
 
 
 @contextmanager
@@ -64,20 +84,14 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
     """The server, with the model loaded; it is freed afterwards.
 
     Raises:
-        StoreError: a library is missing. RecipeError: llama.cpp refuses the model.
+        RecipeError: llama.cpp refuses the model.
     """
-    try:
-        from llama_cpp.server import app as library
-        from llama_cpp.server.settings import ModelSettings, ServerSettings
-    except ImportError as error:
-        raise StoreError(
-            "serving needs libraries that are not installed",
-            why=str(error),
-            way_out="pip install 'icet-pipeline[publish]'",
-        ) from error
+    from llama_cpp.server.settings import ModelSettings, ServerSettings
+
     from stages.runtimes.rehearsal import UBATCH
 
-    kept = {"type_k": _Q8_0, "type_v": _Q8_0, "flash_attn": True} if room.kv_cache == "Q8_0" else {}
+    kept = {"type_k": _Q8_0, "type_v": _Q8_0} if room.kv_cache == "Q8_0" else {}
+    library = _library()
     settings = ModelSettings(
         model=str(found.model),
         model_alias=found.name,
@@ -85,6 +99,7 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
         n_batch=UBATCH,
         n_ubatch=UBATCH,  # what the memory plan counts with
         logits_all=False,
+        flash_attn=True,  # as the runtime that verified it chose; without it attention takes memory of its own
         clip_model_path=str(found.mmproj) if found.mmproj is not None else None,
         chat_format="mtmd" if found.mmproj is not None else None,
         verbose=False,
