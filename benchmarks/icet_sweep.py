@@ -5,17 +5,21 @@
     python benchmarks/icet_sweep.py llamacpp --prompts 100 --alone       12 exits x 100 prompts x 32 tokens
 
 - transformers: ours encodes an image once for all exits, computes what stands before a prompt once per exit and image,
-  and decodes 32 rows together; the naive sweep calls `model.generate` for one exit and one prompt at a time, and so
-  encodes the image again each time.
-- llamacpp: ours decodes 16 sequences together and copies the KV of the image; the naive sweep gives llama-cpp-python's
-  own multimodal chat handler one request after another, with the mmproj of the exit.
+  and decodes up to 96 rows together; the naive sweep calls `model.generate` for one exit and one prompt at a time, and
+  so encodes the image again each time.
+- llamacpp: ours decodes up to 32 sequences together and copies the KV of the image; the naive sweep gives
+  llama-cpp-python's own multimodal chat handler one request after another, with the mmproj of the exit.
 - Both are greedy, with the same prompts, images and lengths. The naive side may be given fewer prompts (`--naive`): its
   time grows with their number. Loading is not counted, encoding is; images are new to every cache.
 
-Prints and keeps (benchmarks/results/icet_sweep.json) seconds, processor seconds, and the share of equal responses. Per
-exit and image our side pays once, so its lead grows with `--prompts`. What is left is arithmetic that both must do:
-four fifths of our time in transformers is matrix products over prompt and answer tokens, which no exit shares with
-another. Responses of llama.cpp differ at near ties: for a single row it takes other kernels (`llamacpp_library`).
+Prints and keeps (benchmarks/results/icet_sweep.json) seconds, processor seconds, the machine's load, and the share of
+equal responses. Per exit and image our side pays once, so its lead grows with `--prompts`. What is left is arithmetic
+that both must do: four fifths of our time in transformers is matrix products over prompt and answer tokens, which no
+exit shares with another.
+
+Responses of llama.cpp differ at near ties, since it takes other kernels for a single row (`llamacpp_library`). Whether
+it is that and not another prompt, position or image is measured: at the first token where two responses part, how far
+apart are the two tokens in our logits (`gap`), beside how far the likeliest two are apart as a rule (`usual_gap`)?
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from pathlib import Path
 from artifacts.artifact import Artifact
 from stages.data.images import benign_images
 from stages.data.prompts import load_prompts
-from stages.runtimes.runtime import Request, Runtime
+from stages.runtimes.runtime import Request, Response, Runtime
 
 RESULTS = Path(__file__).parent / "results" / "icet_sweep.json"
 EXITS = 12
@@ -98,8 +102,29 @@ def clock(into: dict[str, float]) -> Iterator[None]:
     into |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def ours(runtime: Runtime, requests: Sequence[Request]) -> list[str]:
-    return [response.text for response in runtime.generate(requests)]
+def partings(
+    runtime: Runtime, requests: Sequence[Request], ours: Sequence[Response], theirs: Sequence[str]
+) -> dict[str, float]:
+    """How near a tie it was where responses part, in our logits."""
+    import numpy as np
+
+    gaps: list[float] = []
+    usual: list[float] = []
+    for request, mine, other in zip(requests, ours, theirs, strict=True):
+        said, answered = runtime.tokens(mine.text), runtime.tokens(other)
+        part = next((i for i, (a, b) in enumerate(zip(said, answered, strict=False)) if a != b), None)
+        if part is None or tuple(said) != mine.tokens:
+            continue  # the same, or one ends before the other, or the text is spelled with other tokens
+        logits = runtime.logits(request, mine.text)
+        gaps.append(float(logits[part, said[part]] - logits[part, answered[part]]))
+        top = np.sort(logits, axis=1)[:, -2:]
+        usual += (top[:, 1] - top[:, 0]).tolist()
+    if not gaps:
+        return {"parted": 0}
+    return {
+        "parted": len(gaps), "gap_median": float(np.median(gaps)), "gap_max": max(gaps),
+        "usual_gap_median": float(np.median(usual)),
+    }  # fmt: skip
 
 
 def naive_transformers(folder: Path) -> Callable[[Sequence[Request]], list[str]]:
@@ -132,6 +157,7 @@ def naive_llamacpp(folder: Path, scratch: Path) -> Callable[[Sequence[Request]],
     from llama_cpp.llama_chat_format import MTMDChatHandler
 
     from stages.runtimes.exits import derive_exit
+    from stages.runtimes.llamacpp_library import threads
 
     for exit in range(1, EXITS + 1):
         derive_exit(folder / "mmproj.gguf", exit, scratch / f"{exit}.gguf")
@@ -144,7 +170,7 @@ def naive_llamacpp(folder: Path, scratch: Path) -> Callable[[Sequence[Request]],
                 handler = MTMDChatHandler(str(scratch / f"{request.exit}.gguf"), verbose=False, use_gpu=False)
                 llama = Llama(
                     str(folder / "model.gguf"), chat_handler=handler, n_ctx=1024, n_batch=1024, verbose=False,
-                    n_threads=os.cpu_count(), n_threads_batch=os.cpu_count(),
+                    n_threads=threads(), n_threads_batch=threads(),
                 )  # fmt: skip
                 current = (request.exit, llama)
             assert current[1] is not None and request.image is not None
@@ -186,34 +212,52 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         images = new_images(chosen.images, Path(scratch))
         requests = requests_of(chosen.prompts, images, chosen.tokens)
-        here: dict[str, float] = {}
-        with _open(chosen.runtime, folder) as runtime, clock(here):
-            said = ours(runtime, requests)
-        here["requests_per_second"] = len(requests) / here["seconds"]
-        result["ours"] = here
-        print(f"ours: {len(requests)} requests in {here['seconds']:.1f} s ({here['cpu_seconds']:.1f} s of processor)")
-        if not chosen.alone:
-            few = requests_of(chosen.naive or chosen.prompts, images, chosen.tokens)
-            answer = (
-                naive_transformers(folder)
-                if chosen.runtime == "transformers"
-                else naive_llamacpp(folder, Path(scratch))
+        here: dict[str, float] = {"load": os.getloadavg()[0]}
+        with _open(chosen.runtime, folder) as runtime:
+            with clock(here):
+                said = runtime.generate(requests)
+            here["requests_per_second"] = len(requests) / here["seconds"]
+            result["ours"] = here
+            print(
+                f"ours: {len(requests)} requests in {here['seconds']:.1f} s ({here['cpu_seconds']:.1f} s of processor)"
             )
-            there: dict[str, float] = {}
-            with clock(there):
-                theirs = answer(few)
-            there["requests_per_second"] = len(few) / there["seconds"]
-            mine = {(r.exit, r.prompt): text for r, text in zip(requests, said, strict=True)}
-            same = sum(mine.get((r.exit, r.prompt)) == text for r, text in zip(few, theirs, strict=True))
-            result["naive"] = there
-            result["same_responses"] = same / len(few)
-            result["times_faster"] = here["requests_per_second"] / there["requests_per_second"]
-            result["times_faster_cpu"] = (there["cpu_seconds"] / len(few)) / (here["cpu_seconds"] / len(requests))
-            print(f"naive: {len(few)} requests in {there['seconds']:.1f} s ({there['cpu_seconds']:.1f} s of processor)")
-            print(f"{result['times_faster']:.1f} times as fast; {same} of {len(few)} responses are the same")
+            if not chosen.alone:
+                few = requests_of(chosen.naive or chosen.prompts, images, chosen.tokens)
+                mine = dict(zip(requests, said, strict=True))
+                result |= _against_naive(chosen.runtime, folder, Path(scratch), few, here, len(requests), mine, runtime)
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     name = f"{chosen.runtime}-{chosen.prompts}{'-alone' if chosen.alone else ''}"
     RESULTS.write_text(json.dumps({**kept, name: result}, indent=1, sort_keys=True) + "\n")
+
+
+def _against_naive(
+    kind: str,
+    folder: Path,
+    scratch: Path,
+    requests: Sequence[Request],
+    here: dict[str, float],
+    asked: int,
+    mine: dict[Request, Response],
+    runtime: Runtime,
+) -> dict[str, object]:
+    """The naive side's time, ours (`here`, for `asked` requests) over it, and what both said."""
+    answer = naive_transformers(folder) if kind == "transformers" else naive_llamacpp(folder, scratch)
+    there: dict[str, float] = {"load": os.getloadavg()[0]}
+    with clock(there):
+        theirs = answer(requests)
+    there["requests_per_second"] = len(requests) / there["seconds"]
+    ours = [mine[request] for request in requests]
+    same = sum(response.text == text for response, text in zip(ours, theirs, strict=True))
+    times = here["requests_per_second"] / there["requests_per_second"]
+    cpu = (there["cpu_seconds"] / len(requests)) / (here["cpu_seconds"] / asked)
+    print(f"naive: {len(requests)} requests in {there['seconds']:.1f} s ({there['cpu_seconds']:.1f} s of processor)")
+    print(f"{times:.1f} times as fast, {cpu:.1f} by processor; {same} of {len(requests)} responses are the same")
+    parted = partings(runtime, requests, ours, theirs)
+    print(f"where they part: {json.dumps(parted)}")
+    return {
+        "naive": there, "same_responses": same / len(requests), "times_faster": times, "times_faster_cpu": cpu,
+        "partings": parted,
+    }  # fmt: skip
 
 
 def _open(runtime: str, folder: Path) -> Runtime:

@@ -19,6 +19,7 @@ from stages.models.crossing import Crossing, Placed, masks_of
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 _ROWS: Final = 4  # row counts are multiples of it: matrix kernels treat the last rows of other counts differently
 _KEYS: Final = 64  # cache lengths are multiples of it: attention sums keys in vectors from position 0
@@ -76,6 +77,14 @@ class Decoder:
         self._head = head
         self._embed = embed
         self._stop = frozenset(stop)
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token, over all blocks."""
+        config = cast("PreTrainedConfig", self._trunk.config)
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = next(self._embed.parameters()).element_size()
+        return int(2 * config.num_hidden_layers * config.num_key_value_heads * width * size)
 
     def prefix(self, before: torch.Tensor, image: Placed | None = None) -> Prefix:
         """Compute what several prompts begin with: embeddings (length, width), and behind them an image."""

@@ -1,7 +1,8 @@
 """The runtime that ships: prompts in, responses out, from a GGUF and its mmproj, for any exit, through llama.cpp.
 
 Notable:
-- up to 16 sequences are decoded together; a sequence that ends is refilled at once;
+- 16 to 32 sequences are decoded together, as their keys and values have room; a sequence that ends is refilled at once,
+  and those that begin at once with prompts of one length are prefilled together;
 - what comes before the prompt's text (system text and image) is computed once per exit and image and copied to the
   other sequences' KV; a sequence that keeps its image only forgets the last prompt and answer;
 - the answer to a request is the same alone and in any batch, see `llamacpp_library`;
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,8 @@ from stages.runtimes.runtime import Answered, Progress, Request, Response
 from stages.runtimes.sampling import Picker
 
 MMPROJ_NAME: Final = "mmproj.gguf"
+_PARALLEL: Final = (16, 32)  # sequences decoded together: these, and as many more as fit into
+_KV_BYTES: Final = 1 << 30
 _LOGIT_ROWS: Final = 32  # teacher forcing goes in pieces of this many tokens
 
 
@@ -77,7 +80,7 @@ class LlamaCppRuntime:
         model: Path,
         mmproj: Path | None = None,
         *,
-        parallel: int = 16,
+        parallel: int | None = None,
         context: int | None = None,
         chat_template: str | None = None,
         as_shipped: bool = False,
@@ -90,7 +93,7 @@ class LlamaCppRuntime:
         Args:
             model: a GGUF file, or the folder of an artifact of type "gguf".
             mmproj: the image encoder; found in the folder when `model` is one.
-            parallel: sequences decoded together, at most.
+            parallel: sequences decoded together, at most; default: 16, or up to 32 where memory allows.
             context: tokens that a sequence may hold; default: as many as the requests need.
             chat_template: instead of the GGUF's own.
             as_shipped: take a CLIP tower's position table that llama.cpp will misread, if its file makes no promise: to
@@ -118,7 +121,7 @@ class LlamaCppRuntime:
         self._model = TextModel(model)
         self._vision = VisionEncoder(self._model, vision) if vision is not None else None
         self._template = chat_template or self._model.chat_template
-        self._parallel = max(parallel, 1)
+        self._parallel = parallel
         self._limit, self._cache_type = context, cache_type
         self._ubatch, self._rows = ubatch, rows
         self._sequences: Sequences | None = None
@@ -160,7 +163,7 @@ class LlamaCppRuntime:
         job = self._prepare(0, request)
         self._reserve([job])
         slot = self._slots[0]
-        self._start(0, job)
+        self._start({0: job})
         said = ""
         while slot.job is not None:
             done = self._finish(slot)
@@ -272,7 +275,7 @@ class LlamaCppRuntime:
                 where=str(self._model.path),
                 way_out="shorten the prompt, ask for fewer new tokens, or give a longer context",
             )
-        count = max(min(self._parallel, len(jobs)), self._rows)
+        count = max(min(self._at_once(need), len(jobs)), self._rows)
         if self._sequences is not None:
             if self._sequences.length >= need and self._sequences.sequences >= count:
                 return
@@ -291,6 +294,13 @@ class LlamaCppRuntime:
         )
         self._slots = [_Slot() for _ in range(count)]
 
+    def _at_once(self, length: int) -> int:
+        """How many sequences of so many tokens are decoded together, at most."""
+        if self._parallel is not None:
+            return max(self._parallel, 1)
+        least, most = _PARALLEL
+        return min(max(_KV_BYTES // (length * self._model.token_bytes), least), most)
+
     def _context(self) -> Sequences:
         assert self._sequences is not None
         return self._sequences
@@ -300,13 +310,12 @@ class LlamaCppRuntime:
         if not jobs:
             return
         self._reserve(jobs)
-        queue = deque(sorted(jobs, key=lambda job: (job.exit or 0, str(job.prefix[1:2]), job.index)))
-        slots = self._slots[: self._parallel]
+        queue = deque(sorted(jobs, key=lambda job: (job.exit or 0, str(job.prefix[1:2]), len(job.after), job.index)))
+        slots = self._slots if self._parallel is None else self._slots[: max(self._parallel, 1)]
         try:
             while queue or any(slot.job for slot in slots):
-                for number, slot in enumerate(slots):
-                    if slot.job is None and queue:
-                        self._start(number, queue.popleft())
+                free = [number for number, slot in enumerate(slots) if slot.job is None]
+                self._start({number: queue.popleft() for number in free[: len(queue)]})
                 for slot in slots:
                     # A refilled sequence may end at its first token too: it is seen in the next round.
                     if slot.job is not None and self._finish(slot):
@@ -319,14 +328,26 @@ class LlamaCppRuntime:
                 if slot.job is not None:
                     self._release(slot)
 
-    def _start(self, number: int, job: _Job) -> None:
-        """Put a job into a free sequence: prefix, prompt, first token."""
-        self._take_prefix(number, job)
-        slot = self._slots[number]
-        slot.job, slot.tokens, slot.picker = job, [], Picker(job.request)
-        logits = self._context().read(number, job.prefix_length, job.after)
-        slot.held = job.prompt_length
-        slot.next = slot.picker.pick(logits[-1])
+    def _start(self, jobs: Mapping[int, _Job]) -> None:
+        """Put jobs into free sequences, by number: prefix, prompt, first token."""
+        by_length: dict[int, list[int]] = {}
+        for number, job in jobs.items():
+            self._take_prefix(number, job)
+            by_length.setdefault(len(job.after), []).append(number)
+        context = self._context()
+        for length, numbers in by_length.items():
+            together = max(context.room // max(length, 1), 1)
+            for start in range(0, len(numbers), together):
+                chosen = numbers[start : start + together]
+                begun = [jobs[number] for number in chosen]
+                logits = context.read_together(
+                    chosen, [job.prefix_length for job in begun], [job.after for job in begun]
+                )
+                for number, job, row in zip(chosen, begun, logits, strict=True):
+                    slot = self._slots[number]
+                    slot.job, slot.tokens, slot.picker = job, [], Picker(job.request)
+                    slot.held = job.prompt_length
+                    slot.next = slot.picker.pick(row)
 
     def _take_prefix(self, number: int, job: _Job) -> None:
         """Make the KV of a free sequence hold exactly the job's prefix, at the least cost."""

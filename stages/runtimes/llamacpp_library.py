@@ -3,9 +3,10 @@
 Notable:
 - every sequence has a KV stream of its own (`kv_unified` off). With one shared buffer, a token's attention is summed
   in an order that depends on what the other sequences hold;
-- prompts are prefilled one sequence at a time and answers are decoded one token a sequence, always at least two rows:
-  for a single row llama.cpp takes other kernels (`n < 2` in its sgemm.cpp, split-KV attention in ops.cpp). So an answer
-  does not depend on what it is batched with;
+- prompts are prefilled one sequence at a time, or several of one length (llama.cpp would cut others into pieces that
+  depend on their lengths), and answers are decoded one token a sequence, always at least two rows: for a single row
+  llama.cpp takes other kernels (`n < 2` in its sgemm.cpp, split-KV attention in ops.cpp). So an answer does not depend
+  on what it is batched with;
 - llama.cpp's log goes into a ring of lines that errors quote; nothing is printed.
 """
 
@@ -31,6 +32,7 @@ CacheType = Literal["F16", "Q8_0"]
 
 UBATCH: Final = 2048  # tokens computed at once; results with 512 differ between batched and single runs
 ROWS_AT_LEAST: Final = 2  # of a decoding step, see above
+_PROMPT: Final = 32  # tokens of a prompt without its prefix, for which there is room when several are read together
 _CACHE_TYPES: Final = {"F16": 1, "Q8_0": 8}  # ggml's numbers
 _SPINS: Final = "3000"  # turns of a waiting thread before it sleeps, about 50 microseconds
 _LOG: Final[deque[str]] = deque(maxlen=40)
@@ -149,6 +151,11 @@ class TextModel:
         self.nbytes = int(
             self._lib.llama_model_size(self.pointer)
         )  # of all weights, copies that llama.cpp makes included
+        heads, kv_heads, layers = (
+            int(ask(self.pointer))
+            for ask in (self._lib.llama_model_n_head, self._lib.llama_model_n_head_kv, self._lib.llama_model_n_layer)
+        )
+        self.token_bytes = 4 * layers * kv_heads * (self.width // max(heads, 1))  # keys and values of one token, F16
         self.trained_context = int(self._lib.llama_model_n_ctx_train(self.pointer))  # tokens
         template = self._lib.llama_model_chat_template(self.pointer, None)
         self.chat_template: str | None = template.decode("utf-8") if template else None
@@ -227,8 +234,9 @@ class Sequences:
         params = self._lib.llama_context_default_params()
         params.n_ctx = self.length * sequences
         params.n_seq_max = sequences
-        params.n_batch = self.length
-        params.n_ubatch = min(ubatch, self.length)
+        self.room = min(max(self.length, sequences * _PROMPT), ubatch)  # tokens that are computed at once
+        params.n_batch = max(self.length, self.room)
+        params.n_ubatch = self.room
         params.n_outputs_max = self.outputs
         params.n_threads = params.n_threads_batch = threads()
         params.type_k = params.type_v = _CACHE_TYPES[cache_type]
@@ -245,7 +253,7 @@ class Sequences:
                 way_out="use fewer sequences at once or a shorter context",
             )
         self._memory = self._lib.llama_get_memory(self.pointer)
-        self._tokens = self._lib.llama_batch_init(self.length, 0, 1)
+        self._tokens = self._lib.llama_batch_init(params.n_batch, 0, 1)
         self._vectors = self._lib.llama_batch_init(self.length, model.width, 1)
 
     def read(self, sequence: int, position: int, tokens: Sequence[int], outputs: int = 1) -> NDArray[np.float32]:
@@ -258,6 +266,24 @@ class Sequences:
         self._decode(batch)
         rows = range(len(tokens) - outputs, len(tokens))
         return np.stack([self._logits(row) for row in rows]) if outputs else np.empty((0, 0), np.float32)
+
+    def read_together(
+        self, sequences: Sequence[int], positions: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """Append a prompt to each of these sequences; (sequences, vocabulary) logits after each (a copy).
+
+        The prompts have one length, and together no more than `room` tokens.
+        """
+        batch = self._tokens
+        length = len(prompts[0])
+        batch.n_tokens = length * len(prompts)
+        for place, (sequence, position, tokens) in enumerate(zip(sequences, positions, prompts, strict=True)):
+            for offset, token in enumerate(tokens):
+                row = place * length + offset
+                batch.token[row] = token
+                self._place(batch, row, sequence, position + offset, wanted=offset == length - 1)
+        self._decode(batch)
+        return np.stack([self._logits((place + 1) * length - 1) for place in range(len(prompts))])
 
     def look(self, sequence: int, position: int, vectors: NDArray[np.float32]) -> None:
         """Append image embeddings (image tokens, width) to one sequence."""
