@@ -232,10 +232,12 @@ def _licence_text(run: Run, card: Card) -> bytes | None:
     if card.licence != _DEMO_LICENCE:
         return None
     try:
-        own = distribution("icet-pipeline").read_text("licenses/LICENSE")  # this project's is Apache-2.0 too
+        files = distribution("icet-pipeline").files or []
     except PackageNotFoundError:
         return None
-    return own.encode() if own else None
+    # This project's is Apache-2.0 too. It lies in the wheel's metadata, or, installed in place, beside the sources.
+    own = next((Path(str(file.locate())) for file in files if file.name == "LICENSE"), None)
+    return own.read_bytes() if own is not None and own.is_file() else None
 
 
 def _source_file(run: Run, name: str) -> bytes | None:
