@@ -17,7 +17,7 @@ class PromptShares(StageParams):
     """Prompt sets by kind, of which the train split is used, and the share of each kind in a step."""
 
     harmful: tuple[str, ...] = Field(default=("advbench", "pairs"), description="sets of prompts to refuse")
-    benign: tuple[str, ...] = Field(default=("everyday", "pairs", "requests"), description="sets of prompts to answer")
+    benign: tuple[str, ...] = Field(default=("everyday", "pairs"), description="sets of prompts to answer")
     borderline: tuple[str, ...] = Field(
         default=("overrefusal",), description="sets of frightening-but-harmless prompts to answer"
     )
