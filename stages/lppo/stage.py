@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError
@@ -185,7 +186,7 @@ class Hardening(Stage[P]):
                 images=VALIDATION_IMAGES,
                 max_new_tokens=params.max_new_tokens,
                 workers=workers,
-                told=lambda step, found, *now: tell_validation(context, step, found, *now),
+                told=partial(tell_validation, context),
             )
         default = spec.vision.default_exit
         setting = Setting(policy, sampler, States(policy, features), rewards, validation, workers, default)
