@@ -21,6 +21,7 @@ from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHT_CONFIG, MEDIA_WE
 from pipeline.graph import Graph
 from pipeline.recipe import SOURCE_ID
 from pipeline.report.model import Report
+from stages.models.licence import licence_of
 
 CHAT_TEMPLATE: Final = "chat_template.jinja"
 MEMORY_NAME: Final = "memory.json"
@@ -219,9 +220,8 @@ def _licence(run: Run, source: str) -> str:
     """SPDX identifier of the source's licence, read from its card; "other" when nobody says."""
     if source.startswith("demo:"):
         return _DEMO_LICENCE
-    card = _source_file(run, "README.md")
-    found = re.search(r"^license: *([\w.+-]+) *$", card.decode(errors="replace"), re.MULTILINE) if card else None
-    return found[1].lower() if found else "other"
+    made = run.artifacts.get(SOURCE_ID)
+    return licence_of(made.path).get("license", "other") if made is not None else "other"
 
 
 def _licence_text(run: Run, card: Card) -> bytes | None:
