@@ -4,6 +4,8 @@
 # Both create .venv from requirements.lock and are quick when it is already there.
 
 PYTHON ?= python3
+# Without AMX: this llama.cpp dies there of an illegal instruction when gcc has optimised (llama.cpp pull request 26954).
+export CMAKE_ARGS := $(CMAKE_ARGS) -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin

@@ -49,7 +49,7 @@ def examine() -> list[Finding]:
     """Every finding, the machine first."""
     found = [_python(), _cores(), _memory(), *_places()]
     found += [_library(*needed) for needed in _NEEDED]
-    return found
+    return [*found, *_compiled()]
 
 
 def _python() -> Finding:
@@ -110,6 +110,19 @@ def _library(distribution: str, module: str, purpose: str) -> Finding:
     if present(module) is None:
         return Finding(distribution, "missing", f"{installed}, but {module} cannot be imported ({purpose})", _STAGES)
     return Finding(distribution, "ok", f"{installed} ({purpose})")
+
+
+def _compiled() -> list[Finding]:
+    """What the installed llama.cpp was compiled to."""
+    from stages.runtimes.llamacpp_build import REBUILD, llama_cpp_build, uses_amx
+
+    build = llama_cpp_build()
+    if build is None:
+        return []
+    if uses_amx():
+        why = "compiled with AMX, where this version may end with an illegal instruction"
+        return [Finding("llama.cpp", "warning", why, REBUILD)]
+    return [Finding("llama.cpp", "ok", build.rpartition(", ")[0])]
 
 
 def show_findings(findings: list[Finding]) -> str:

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
+from pipeline.doctor import examine
 
 COMMANDS = (
     "run",
@@ -241,6 +242,23 @@ def test_the_doctor_names_what_is_here_and_what_is_missing() -> None:
     missing = [name for name, finding in findings.items() if finding["state"] == "missing"]
     assert result.exit_code == (1 if missing else 0)
     assert all(findings[name]["fix"] for name in missing)
+    assert findings["llama.cpp"]["state"] == "ok" and findings["llama.cpp"]["detail"].startswith("ggml ")
+
+
+def test_the_doctor_knows_a_llama_cpp_that_may_end_with_an_illegal_instruction(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from stages.runtimes import llamacpp_build
+
+    for name, code in (("ggml-base", ""), ("ggml-cpu", "int ggml_cpu_has_amx_int8(void) { return 1; }")):
+        subprocess.run(
+            ["cc", "-shared", "-x", "c", "-", "-o", tmp_path / f"lib{name}.so"], input=code.encode(), check=True
+        )
+    monkeypatch.setattr(llamacpp_build, "_libraries", lambda: tmp_path)
+    assert llamacpp_build.uses_amx()
+    monkeypatch.setattr(llamacpp_build, "llama_cpp_build", lambda: "ggml 0.25.3, commit x, libllama.so sha256:0")
+    (finding,) = [one for one in examine() if one.name == "llama.cpp"]
+    assert finding.state == "warning" and "CMAKE_ARGS" in finding.fix
 
 
 def test_ctrl_c_outside_a_run_ends_quietly() -> None:

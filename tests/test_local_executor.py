@@ -120,6 +120,7 @@ def test_any_other_exception_becomes_a_stage_error_that_names_the_log(tmp_path: 
     [
         ("kill", "killed by SIGKILL"),
         ("segfault", "killed by SIGSEGV"),
+        ("illegal", "killed by SIGILL.*\n.*this processor refuses.*\n.*pipeline doctor"),
         ("exit", "ended without a result"),
         ("no-json", "is not JSON"),
         ("device", "reads_device = True"),

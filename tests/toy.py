@@ -102,6 +102,8 @@ class Trouble(Stage[TroubleParams]):
                 os.kill(os.getpid(), signal.SIGKILL)
             case "segfault":
                 os.kill(os.getpid(), signal.SIGSEGV)
+            case "illegal":
+                os.kill(os.getpid(), signal.SIGILL)
             case "exit":
                 os._exit(0)
             case "no-json":

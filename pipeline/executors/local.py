@@ -217,7 +217,14 @@ class _Watch:
                 f"of {total / 2**30:.1f} GiB",
                 way_out="close other programs, choose a smaller batch or a smaller model, then run again to continue",
             )
-        if -code in (signal.SIGSEGV, signal.SIGILL, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE):
+        if -code == signal.SIGILL:
+            return StageError(
+                what,
+                why="native code met an instruction that this processor refuses; most likely llama.cpp was compiled on "
+                "another machine, or with AMX",
+                way_out=f"pipeline doctor says how to compile it anew; {see}",
+            )
+        if -code in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE):
             return StageError(what, why="native code crashed (llama.cpp, torch, ...)", way_out=see)
         return StageError(what, way_out="run again to continue")
 
