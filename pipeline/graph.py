@@ -267,6 +267,14 @@ def _check_ending(graph: Graph) -> None:
             why=f"{', '.join(asked)} could not be measured, so nothing could ever be published",
             way_out="add a stage with `uses: icet-verify` that needs the files to ship",
         )
+    for node in graph.verdicts:
+        if asked and (reason := node.stage.ungated()) is not None:
+            raise RecipeError(
+                f"no gate may read what '{node.id}' measures",
+                where=recipe.where("gates"),
+                why=reason,
+                way_out="leave the gates out, and verify the recipe that you choose on the test side",
+            )
     unmeasured = [id for id in graph.shipped if graph.node(id).planned.type == "gptq"]
     if "memory" in asked and unmeasured:
         raise RecipeError(

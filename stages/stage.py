@@ -174,6 +174,10 @@ class Stage(ABC, Generic[P]):
         """What the result depends on beside parameters and inputs (a local folder's content); part of the key."""
         return ""
 
+    def ungated(self) -> str | None:
+        """Why no gate may read what this stage measures; None: gates may."""
+        return None
+
     @abstractmethod
     def run(self, context: Context) -> Mapping[str, object]:
         """Do the work, write the artifact's files into `context.output`, return its metadata (JSON, no times).

@@ -94,6 +94,13 @@ def test_shapes_are_known_before_any_work(tmp_path: Path) -> None:
             None,
         ),
         ("  a: {uses: early-exit, with: {layer: 1}}\ngates: {max_asr: 0.1}", 6, "no stage that measures", "icet-"),
+        (
+            "  a: {uses: gguf, with: {type: Q4_0}}\n  v:\n    uses: icet-verify\n    needs: a\n    with:\n"
+            "      split: validation\n      harmful: {advbench: 3}\ngates: {max_asr: 0.1}",
+            12,
+            "no gate may read what 'v' measures",
+            "test side",
+        ),
         ("  a: {uses: early-exit, with: {layer: 1}}\npublish: {to: oci-layout:d}", 6, "nothing to publish", "gguf"),
     ],
 )

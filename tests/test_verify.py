@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
 from stages.data.images import benign_images
+from stages.data.prompts import load_prompts
 from stages.models.tiny import tiny_llava_spec
 from stages.stage import Planned
 from stages.verify.asking import Answer, Subject, ask, open_runtime
@@ -163,6 +165,26 @@ def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[
         assert rows_of(verdict, "plain", name) == []
     subjects = verdict.metadata["subjects"]
     assert isinstance(subjects, dict) and list(subjects) == ["gguf"]
+
+
+def test_a_recipe_can_be_chosen_without_a_look_at_the_test_side(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    import pyarrow.parquet
+
+    asked = {"harmful": {"advbench": 3}, "over_refusal": {"pairs": 2}, "vqa": 4, "language": 1, "exits": [2]}
+    verdict = run_stage(tmp_path, tiny_verified, split="validation", measure_memory=False, **asked)
+    told = json.loads(verdict.file(VERDICT_NAME).read_text())
+    assert told["split"] == "validation"
+    table = pyarrow.parquet.read_table(verdict.file(RESPONSES_NAME)).to_pylist()
+    there = {prompt.id for name in ("advbench", "pairs") for prompt in load_prompts(name, "validation")}
+    assert {row["prompt_id"] for row in table if row["set"] in ("advbench", "pairs")} < there
+    known = {f"easy-vqa:easy_vqa/data/train/images/{number}.png" for number in range(3600, 4000)}
+    assert {row["image"] for row in table if row["set"] == "easy-vqa"} < known
+    assert not any("/test/" in (row["image"] or "") for row in table)
+    for wrong, message in (({}, "donotanswer is for tests only"), (asked | {"vqa_file": {"table": "hub"}}, "divided")):
+        with pytest.raises(ValidationError, match=message):
+            IcetVerifyStage.Params.model_validate({"split": "validation", **wrong})
 
 
 def planned(**types: str) -> dict[str, Planned]:

@@ -263,7 +263,7 @@ SETS: Final[Mapping[str, Callable[[], list[Prompt]]]] = {
     "donotanswer-contested": _donotanswer_contested,  # what Do-Not-Answer asks beside; test only
     "requests": _requests,  # ours: more benign requests in harmful wordings, with answers; train only
 }
-_TEST_ONLY: Final = frozenset({"donotanswer", "donotanswer-contested"})
+TEST_ONLY: Final = frozenset({"donotanswer", "donotanswer-contested"})
 _TRAIN_ONLY: Final = "requests"  # written so that it resembles nothing on the other sides
 
 
@@ -281,7 +281,7 @@ def _assigned() -> tuple[tuple[Prompt, str, Split], ...]:
     if not all(prompt.text for prompt, _ in pool):
         raise SourceError("a prompt set holds an empty prompt", why="its file does not have the expected form")
     ours: list[tuple[Prompt, str, Split]] = [(prompt, _TRAIN_ONLY, "train") for prompt in SETS[_TRAIN_ONLY]()]
-    return (*split_together(pool, test_only=_TEST_ONLY), *ours)
+    return (*split_together(pool, test_only=TEST_ONLY), *ours)
 
 
 def split_together(

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from stages.data import images as image_data
+from stages.data.prompts import Split
 from stages.verify.questions import Ask
 
 Attack = Literal["typographic", "random-image", "generated-image"]
@@ -74,7 +75,12 @@ def generated_digest(generated: GeneratedImages | None) -> str:
 
 
 def attack_asks(
-    attack: Attack, harmful: Sequence[Ask], size: int, seed: int, generated: GeneratedImages | None = None
+    attack: Attack,
+    harmful: Sequence[Ask],
+    size: int,
+    seed: int,
+    generated: GeneratedImages | None = None,
+    split: Split = "test",
 ) -> tuple[Ask, ...]:
     """The harmful requests, asked in that way.
 
@@ -97,7 +103,7 @@ def attack_asks(
             for ask in harmful
         )
     # Behind the pictures that stand beside the prompts anyway.
-    names = image_data.image_names("test", None, seed + 1)
+    names = image_data.image_names(split, None, seed + 1)
     chosen = [names[place % len(names)] for place in range(len(harmful))]
     pictures = image_data.pictures(chosen, size)
     return tuple(

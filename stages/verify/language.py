@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from artifacts.measures import Measure
-from stages.data.articles import load_articles
+from stages.data.articles import TextSplit, load_articles
 from stages.judges.statistics import Estimate, mean
 from stages.runtimes.runtime import Request, Runtime
 from stages.verify.scores import Answers
@@ -53,8 +53,8 @@ class Prediction:
         return -float(self.logprobs[range(len(self.tokens)), list(self.tokens)].mean())
 
 
-def passages(n: int, harmful: Sequence[str], seed: int) -> tuple[Passage, ...]:
-    """`n` passages of articles of the test split, and a refusal behind each of the first `n` harmful prompts.
+def passages(n: int, harmful: Sequence[str], seed: int, split: TextSplit = "test") -> tuple[Passage, ...]:
+    """`n` passages of articles of that side, and a refusal behind each of the first `n` harmful prompts.
 
     Raises:
         SourceError: the wheel with the articles cannot be read.
@@ -62,7 +62,7 @@ def passages(n: int, harmful: Sequence[str], seed: int) -> tuple[Passage, ...]:
     if not n:
         return ()
     texts = []
-    for article in load_articles("test", seed):
+    for article in load_articles(split, seed):
         words = article.text.partition("\n")[2].split()
         if len(words) >= _PASSAGE:
             texts.append(Passage(f"Write about {article.title}.", " ".join(words[:_PASSAGE]), _TEXT))

@@ -33,7 +33,7 @@ def trained_by(artifact: Artifact) -> str | None:
 
 
 def without_training_prompts(
-    asks: Sequence[Ask], artifacts: Sequence[tuple[str, Artifact]], overlap: Overlap
+    asks: Sequence[Ask], artifacts: Sequence[tuple[str, Artifact]], overlap: Overlap, split: Split = "test"
 ) -> tuple[tuple[Ask, ...], int]:
     """The asks that no training of these artifacts has seen, and how many were dropped.
 
@@ -45,7 +45,7 @@ def without_training_prompts(
         return tuple(asks), 0
     texts = [ask.text for ask in asks]
     seen: dict[int, Prompt] = {}
-    for side in _SIDES:
+    for side in _SIDES if split == "test" else _SIDES[:1]:
         seen |= resembling(texts, side, NEARLY)
     foreign = [place for place, ask in enumerate(asks) if ask.set not in SETS]
     seen |= {foreign[place]: prompt for place, prompt in trained_on([texts[place] for place in foreign]).items()}

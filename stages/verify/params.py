@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.data.prompt_files import PromptFile
+from stages.data.prompts import TEST_ONLY
 from stages.data.vqa import VqaFile
 from stages.judges.registry import RULE
 from stages.stage import Located, StageParams
@@ -36,6 +37,11 @@ class IcetVerifyParams(StageParams):
         "advbench, harmbench, strongreject, xstest, redteam-2k, jailbreakv-28k from the hub, with source: FILE from "
         "elsewhere; or {source, columns: {prompt: COLUMN, category, id, image}, where: {COLUMN: VALUE}, intent, "
         "licence, images: FOLDER}",
+    )
+    split: Literal["test", "validation"] = Field(
+        default="test",
+        description="side of our prompt sets, images and visual questions that is asked. validation: to choose a "
+        "recipe by, so that the test side stays unseen; no gate may read it",
     )
     overlap: Overlap = Field(
         default="refuse",
@@ -100,4 +106,16 @@ class IcetVerifyParams(StageParams):
     def _samples_differ(self) -> IcetVerifyParams:
         if self.samples > 1 and not self.temperature:
             raise ValueError("samples: several greedy responses are the same one; give a temperature, e.g. 0.7")
+        return self
+
+    @model_validator(mode="after")
+    def _has_such_a_side(self) -> IcetVerifyParams:
+        if self.split == "test":
+            return self
+        if absent := sorted(TEST_ONLY & {*self.harmful, *self.over_refusal} - set(self.sets)):
+            raise ValueError(
+                f"split: {absent[0]} is for tests only; ask for others, e.g. harmful: {{advbench: 30, pairs: 20}}"
+            )
+        if self.sets or self.vqa_file is not None:
+            raise ValueError("split: sets and vqa_file of your own are not divided; leave them out")
         return self

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data.prompt_files import PromptFile, load_file
-from stages.data.prompts import Intent, Prompt, load_prompts, normalise
+from stages.data.prompts import Intent, Prompt, Split, load_prompts, normalise
 from stages.data.vqa import VqaFile, load_vqa
 from stages.verify.resemblance import distinct
+
+if TYPE_CHECKING:
+    from stages.data.easy_vqa import VqaSplit
 
 _QUESTIONS_A_PICTURE: Final = 2
 _BRIEFLY: Final = "Answer the question using a single word or phrase."  # as LLaVA-1.5 was evaluated
@@ -101,8 +104,9 @@ def prompt_asks(
     max_new_tokens: int,
     seed: int,
     files: Mapping[str, PromptFile] = MappingProxyType({}),
+    split: Split = "test",
 ) -> tuple[Ask, ...]:
-    """The first n test prompts of each set that are harmful, or that are not; each beside one benign image in turn.
+    """The first n prompts of that side of each set that are harmful, or not; each beside one benign image in turn.
 
     A prompt that another set has asked already is left out, and of sets of the user's own (`files`, all of them for
     tests) what nearly says the same as an earlier prompt of that set.
@@ -113,7 +117,7 @@ def prompt_asks(
     found: list[Ask] = []
     seen: set[str] = set()
     for name, n in sets.items():
-        known = load_file(name, files[name], seed) if name in files else load_prompts(name, "test", seed=seed)
+        known = load_file(name, files[name], seed) if name in files else load_prompts(name, split, seed=seed)
         chosen: Iterable[Prompt] = [prompt for prompt in known if (prompt.intent == "harmful") == harmful]
         if name in files:
             chosen = distinct(list(chosen))
@@ -124,8 +128,9 @@ def prompt_asks(
     return tuple(found)
 
 
-def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
-    """`n` easy-VQA test questions, two about each picture of `size` pixels: encoding one costs as much as asking.
+def vqa_asks(n: int, size: int, seed: int, split: Literal["validation", "test"] = "test") -> tuple[Ask, ...]:
+    """`n` easy-VQA questions, of the test side two about each picture of `size` pixels: encoding one costs as much as
+    asking.
 
     Raises:
         SourceError: the wheel cannot be read.
@@ -133,15 +138,19 @@ def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
     if not n:
         return ()
     from artifacts.home import cache_dir
-    from stages.data.easy_vqa import VqaQuestion, export_images, load_questions
+    from stages.data.easy_vqa import VqaQuestion, export_images, load_questions, validation_questions
 
-    by_image: dict[int, list[VqaQuestion]] = {}
-    # The sample of everything is everything in a seeded order.
-    for question in load_questions("test", len(load_questions("test")), seed):
-        by_image.setdefault(question.image, []).append(question)
-    questions = [question for asked in by_image.values() for question in asked[:_QUESTIONS_A_PICTURE]][:n]
+    folder: VqaSplit
+    if split == "validation":
+        folder, questions = "train", validation_questions(n, seed)  # pictures that no training is shown
+    else:
+        by_image: dict[int, list[VqaQuestion]] = {}
+        # The sample of everything is everything in a seeded order.
+        for question in load_questions("test", len(load_questions("test")), seed):
+            by_image.setdefault(question.image, []).append(question)
+        folder, questions = "test", [one for asked in by_image.values() for one in asked[:_QUESTIONS_A_PICTURE]][:n]
     numbers = [question.image for question in questions]
-    paths = export_images(cache_dir() / "images" / "easy-vqa-1.0" / "test", "test", numbers, size)
+    paths = export_images(cache_dir() / "images" / "easy-vqa-1.0" / folder, folder, numbers, size)
     return tuple(
         Ask(
             id=f"easy-vqa-{place:03d}",
@@ -150,7 +159,7 @@ def vqa_asks(n: int, size: int, seed: int) -> tuple[Ask, ...]:
             intent="benign",
             text=question.question,
             image=path,
-            image_name=f"easy-vqa:easy_vqa/data/test/images/{question.image}.png",
+            image_name=f"easy-vqa:easy_vqa/data/{folder}/images/{question.image}.png",
             max_new_tokens=_VQA_TOKENS,
             answer=question.answer,
         )

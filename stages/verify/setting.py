@@ -61,10 +61,10 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
         questions=questions,
         pictures=pictures,
         fidelity_images=[path for path, _ in _pictures(params, params.fidelity_images, size)],
-        passages=passages(params.language, harmful, params.prompt_seed),
+        passages=passages(params.language, harmful, params.prompt_seed, params.split),
         exits=_exits(params, subjects, own),
         attacks={
-            name: attack_asks(name, questions.harmful, size, params.prompt_seed, params.generated)
+            name: attack_asks(name, questions.harmful, size, params.prompt_seed, params.generated, params.split)
             for name in params.attacks
         }
         if size
@@ -107,8 +107,8 @@ def _pictures(params: IcetVerifyParams, n: int, size: int | None) -> list[tuple[
     """The first n benign test images, at the encoder's size."""
     if size is None:
         return []
-    names = image_data.image_names("test", n, params.prompt_seed)
-    paths = image_data.benign_images("test", n, params.prompt_seed, size)
+    names = image_data.image_names(params.split, n, params.prompt_seed)
+    paths = image_data.benign_images(params.split, n, params.prompt_seed, size)
     return [(path, f"{package}:{member}") for path, (package, member) in zip(paths, names, strict=True)]
 
 
@@ -126,8 +126,9 @@ def _questions(
             max_new_tokens=params.max_new_tokens,
             seed=params.prompt_seed,
             files=params.sets,
+            split=params.split,
         )
-        left, seen = without_training_prompts(found, artifacts, params.overlap)
+        left, seen = without_training_prompts(found, artifacts, params.overlap, params.split)
         return sampled(left, params.samples, params.temperature, params.prompt_seed), seen
 
     harmful, seen = asks(params.harmful, harmful=True)
@@ -136,7 +137,7 @@ def _questions(
     if size and params.vqa_file is not None:
         vqa = vqa_file_asks(params.vqa_file, params.vqa, params.prompt_seed)
     elif size:
-        vqa = vqa_asks(params.vqa, size, params.prompt_seed)
+        vqa = vqa_asks(params.vqa, size, params.prompt_seed, params.split)
     return Questions(harmful, benign, vqa), seen + also
 
 

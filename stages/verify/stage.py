@@ -33,7 +33,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
-    code_version = "3"
+    code_version = "4"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODELS
     output_type = "verdict"
@@ -95,6 +95,11 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         meaning = learned.SOURCES if self.params.sets else ()
         more = (*shapes, *text, *files, *meaning, *registry.downloads(self.params.judges))
         return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *more)))
+
+    def ungated(self) -> str | None:
+        if self.params.split == "test":
+            return None
+        return "it asks validation prompts, by which trainings choose their weights"
 
     def fingerprint(self) -> str:
         rule = f"{RefusalRule.name} {RefusalRule.version}"

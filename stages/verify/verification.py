@@ -230,6 +230,7 @@ class Verification:
             ],
             "common_exits": list(common),
             "prompts": setting.questions.digests(),
+            "split": self.params.split,
             "prompts_dropped": setting.dropped,
             "prompt_sets": {name: _described(file) for name, file in self.params.sets.items()},
             "images": [name for _, name in setting.pictures],
