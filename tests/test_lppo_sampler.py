@@ -18,13 +18,13 @@ def _prompts(kind: str, n: int) -> list[Prompt]:
     ]
 
 
-def _sampler(seed: int = 0) -> SceneSampler:
+def _sampler(seed: int = 0, helpings: int = 1) -> SceneSampler:
     pools = {
         "harmful": PromptPool({"bad": _prompts("bad", 10)}, seed),
         "benign": PromptPool({"good": _prompts("good", 7)}, seed),
     }
     exits = ExitSampler(range(1, 10), floor=0.3, sharpness=3.0)
-    return SceneSampler(exits, pools, {"harmful": 4, "benign": 4}, per_scene=2, images=5, seed=seed)
+    return SceneSampler(exits, pools, {"harmful": 4, "benign": 4}, per_scene=2, images=5, seed=seed, helpings=helpings)
 
 
 def test_the_worst_exit_is_drawn_most_and_none_is_left_out() -> None:
@@ -50,6 +50,15 @@ def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
     assert first.scenes(17) == second.scenes(17)
     assert first.scenes(17) != first.scenes(18)
     assert first.scenes(17) != _sampler(seed=1).scenes(17)
+
+
+def test_further_sets_of_a_step_ask_other_prompts_before_any_comes_twice() -> None:
+    sampler = _sampler(helpings=2)
+    asked = [sampler.scenes(step, helping) for step, helping in ((0, 0), (0, 1), (1, 0))]
+    bad = [{p.id for scene in scenes for p in scene.prompts if p.intent == "harmful"} for scenes in asked]
+    assert len(bad[0]) == len(bad[1]) == 4 and not bad[0] & bad[1]
+    assert len(bad[2] - bad[0] - bad[1]) == 2  # ten there are, so the third set takes two of them again
+    assert asked[0] == _sampler().scenes(0) and asked[1] == _sampler().scenes(1)
 
 
 def test_every_scene_holds_harmful_and_harmless_prompts_side_by_side() -> None:

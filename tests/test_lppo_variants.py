@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lppo_setting as setting
 import pytest
@@ -21,12 +22,12 @@ from stages.lppo.material import new_sampler
 from stages.lppo.params import LPPOParams, RewardWeights, SFTParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Rewards
-from stages.lppo.rollout import Scene
+from stages.lppo.rollout import Prefixes, Responses, Scene
 from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
 from stages.lppo.supervised import SFT
-from stages.lppo.targets import Targets, cross_entropy
+from stages.lppo.targets import Targets, add_gradient, cross_entropy
 from stages.lppo.validation import Validation
 from stages.lppo.workers import Alone
 from stages.models.features import ExitFeatures, Features
@@ -259,6 +260,46 @@ def test_demonstrations_teach_what_rewards_are_too_rare_for(
     first, last = losses[1][0], losses[1][-1]
     assert first is not None and last is not None and last < 0.8 * first
     assert likelihood[1] > likelihood[0] + 10
+
+
+def test_more_demonstrations_show_other_prompts_each_once_a_step(
+    tiny_llava: Path, features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    states = States(policy, features)
+    given = setting.params(2, demonstrations=0.5, more_demonstrations=3, ppo_epochs=2, minibatches=2, lr=1e-2)
+    asked: list[list[Scene]] = []
+    shown: list[tuple[int, list[int]]] = []
+
+    class Watched(Targets):
+        def __call__(self, scenes: Sequence[Scene]) -> tuple[Prefixes, Responses]:
+            asked.append(list(scenes))
+            return super().__call__(scenes)
+
+    def watched(*args: Any, **more: Any) -> torch.Tensor:
+        shown.append((len(asked), args[3]))
+        return add_gradient(*args, **more)
+
+    monkeypatch.setattr("stages.lppo.algorithm.add_gradient", watched)
+    train(
+        policy,
+        setting.sampler(given),
+        states,
+        Rewards(RefusalRule()),
+        given,
+        seed=0,
+        scratch=tmp_path,
+        report=lambda step: None,
+        targets=Watched(policy, states, default_exit=2, max_new_tokens=6),
+    )
+    # Two scenes of two prompts are asked, in two passes each; six more are shown, in one gradient each.
+    assert [len(scenes) for scenes in asked] == [8, 8]
+    for step in (1, 2):
+        numbers = [number for when, some in shown if when == step for number in some]
+        assert sorted(numbers) == sorted([0, 1] * 2 + [2, 3, 4, 5, 6, 7])
+        assert sorted(len(some) for when, some in shown if when == step) == [2, 2, 3, 3]
+    with pytest.raises(ValidationError, match="more_demonstrations count for nothing"):
+        setting.params(2, more_demonstrations=3)
 
 
 # --- the toy problem ---

@@ -25,7 +25,8 @@ one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95
 - the reward comes from a refusal rule, not from a GPT-2 reward model (`rewards`, `reward_model`);
 - the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
 - what should have been said may be shown beside what was (`demonstrations`, as InstructGPT mixes in supervised
-  gradients), where rewards are too rare to learn from in few steps;
+  gradients), where rewards are too rare to learn from in few steps; of more prompts than are asked, too
+  (`more_demonstrations`);
 - visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward.
 
 `objective: grpo` puts group-relative advantages in place of GAE and the KL into the loss; there is no value model then.
@@ -242,26 +243,37 @@ class PPO(Learner):
         import torch
 
         params, workers, mask = self._params, self._workers, found.responses.mask
-        shown = None if self._targets is None else self._targets(found.scenes)
+        passes = params.ppo_epochs * len(batches)
+        more = self._more_scenes(step, passes)
+        shown = None if self._targets is None else self._targets([*found.scenes, *(scene for _, scene in more)])
         place = {number: index for index, number in enumerate(found.numbers)}
         device = self.policy.device
         sums, demonstrated = torch.zeros(4, device=device), torch.zeros((), device=device)
         for epoch in range(params.ppo_epochs):
             order = torch.randperm(len(batches), generator=generator(self._seed, step, -1 - epoch)).tolist()
-            for batch in (batches[index] for index in order):
+            for turn, batch in enumerate((batches[index] for index in order), epoch * len(batches)):
                 local = [place[number] for number in batch if number in place]
                 counts = torch.stack([mask[local].sum(), found.anchored[local].sum()]).to(torch.float64)
                 tokens, anchor_tokens = workers.total(counts).tolist()
                 for part in parts(local, params.micro_batch, mask):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
                 if shown is not None:
-                    demonstrated += self._demonstrate(*shown, local)
+                    now = [len(found.scenes) + i for i, (when, _) in enumerate(more) if when == turn]
+                    demonstrated += self._demonstrate(*shown, [*local, *now])
                 self.descend()
         names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
-        told = dict(zip(names, (workers.total(sums) / (params.ppo_epochs * len(batches))).tolist(), strict=True))
+        told = dict(zip(names, (workers.total(sums) / passes).tolist(), strict=True))
         if shown is not None:
-            told["demonstration_loss"] = float(workers.total(demonstrated)) / (params.ppo_epochs * len(batches))
+            told["demonstration_loss"] = float(workers.total(demonstrated)) / passes
         return told
+
+    def _more_scenes(self, step: int, passes: int) -> list[tuple[int, Scene]]:
+        """What this process shows beyond what is asked, and in which of a step's gradients; each of them once."""
+        sets = range(1, 1 + self._params.more_demonstrations)
+        scenes = [scene for helping in sets for scene in self.sampler.scenes(step, helping)]
+        numbered = [(number % passes, scene) for number, scene in enumerate(scenes)]
+        workers = self._workers
+        return [one for number, one in enumerate(numbered) if number // passes % workers.size == workers.rank]
 
     def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:
         """Add the gradient of what should have been said, `demonstrations` times its cross-entropy."""

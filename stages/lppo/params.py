@@ -250,6 +250,12 @@ class LPPOParams(TrainingParams):
         "right word after a visual question; "
         "0: plain PPO",
     )
+    more_demonstrations: int = Field(
+        default=0,
+        ge=0,
+        description="sets of scenes, each as large as what a step asks, that a step shows without asking them: many "
+        "more prompts are seen, for a fraction of what responses to them would cost",
+    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
     bounds: Bounds = Field(
         default=Bounds(), description="where training is stopped rather than go on hacking its reward"
@@ -279,6 +285,8 @@ class LPPOParams(TrainingParams):
             raise ValueError(f"reward_model is missing: {why}; name a stage that uses reward-model")
         if not self.rewards.reward_model and self.reward_model is not None:
             raise ValueError("reward_model is named but counts for nothing: set rewards.reward_model, e.g. to 1")
+        if self.more_demonstrations and not self.demonstrations:
+            raise ValueError("more_demonstrations count for nothing: set demonstrations, e.g. to 0.5")
         if not any(self.rewards.model_dump().values()):
             raise ValueError("rewards are all 0, so there is nothing to learn")
         return self

@@ -105,6 +105,7 @@ class SceneSampler:
         images: how many images there are.
         questions: of images, by number, the questions whose answers are known.
         question_scenes: scenes of such questions, after the others.
+        helpings: how many sets of scenes a step may take; no prompt comes twice before its set is used up.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class SceneSampler:
         seed: int,
         questions: Mapping[int, Sequence[Question]] | None = None,
         question_scenes: int = 0,
+        helpings: int = 1,
     ):
         self.exits = exits
         self._pools = pools
@@ -127,6 +129,7 @@ class SceneSampler:
         self._seed = seed
         self._questions = {n: tuple(some) for n, some in (questions or {}).items() if len(some) >= per_scene}
         self._question_scenes = question_scenes
+        self._helpings = helpings
         if question_scenes and not self._questions:
             raise StageError(
                 f"no image has {per_scene} questions with known answers",
@@ -137,11 +140,12 @@ class SceneSampler:
         """Iterations in all, where the recipe says `steps`."""
         return self.exits.steps(steps)
 
-    def scenes(self, step: int) -> list[Scene]:
-        """The states of one step."""
-        rng = np.random.default_rng([self._seed, step])
+    def scenes(self, step: int, helping: int = 0) -> list[Scene]:
+        """The states of one step; `helping`: which of its sets of scenes."""
+        draw = step * self._helpings + helping
+        rng = np.random.default_rng([self._seed, draw])
         # Dealt like cards: the kinds come one after the other, so each scene gets some of each.
-        prompts = [self._pools[kind][step * n + i] for kind, n in self._counts.items() for i in range(n)]
+        prompts = [self._pools[kind][draw * n + i] for kind, n in self._counts.items() for i in range(n)]
         scenes = len(prompts) // self._per_scene
         exits = self.exits.draw(rng, scenes + self._question_scenes, step)
         images = rng.integers(self._images, size=scenes)
