@@ -173,6 +173,14 @@ def test_what_cannot_be_read_is_refused_with_what_is_there(tmp_path: Path) -> No
         check_file("mine", PromptFile(source=str(tmp_path / "none.csv")))
     with pytest.raises(RecipeError, match="hub:"):
         check_file("mine", PromptFile(source="hub:no-member.csv"))
+    rows = [["7", "Why?"], ["8", "Who?"], ["7", "When?"]]
+    write(tmp_path / "ids.csv", ["id", "prompt"], *rows)
+    file = PromptFile(source=str(tmp_path / "ids.csv"), columns={"prompt": "prompt", "id": "id"})
+    with pytest.raises(SourceError, match="have the same id, '7'"):
+        load_file("mine", file)
+    rows[2][1] = "why"  # says the same, so it goes before anyone asks for its id
+    write(tmp_path / "ids.csv", ["id", "prompt"], *rows)
+    assert len(load_file("mine", file)) == 2
     (tmp_path / "set.json").write_text('{"a": 1}')
     with pytest.raises(SourceError, match="no list"):
         load_file("mine", PromptFile(source=str(tmp_path / "set.json")))

@@ -139,7 +139,7 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
     """All its prompts, in the order that `seed` gives.
 
     Raises:
-        SourceError: it cannot be had or read, a column is missing, or no row is left.
+        SourceError: it cannot be had or read, a column is missing, ids repeat, or no row is left.
     """
     meaning = file.meaning
     prompts: dict[str, Prompt] = {}
@@ -171,6 +171,14 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
             )
     if not prompts:
         raise SourceError(f"the prompt set {name!r} has no rows", where=file.place, why=f"where: {meaning.where}")
+    twice = [id for id, n in Counter(prompt.id for prompt in prompts.values()).items() if n > 1]
+    if twice:
+        raise SourceError(
+            f"different prompts of the set {name!r} have the same id, {twice[0].removeprefix(name + '-')!r}",
+            where=file.place,
+            why="answers are paired between models by the id of their prompt",
+            way_out="map another column to id, or none",
+        )
     return _in_proportion(prompts.values(), seed)
 
 
