@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
 from stages.lppo.loop import Loop, StepReport
 from stages.lppo.material import new_sampler
+from stages.lppo.objective import chosen
 from stages.lppo.params import LPPOParams, RewardWeights, SFTParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Rewards
@@ -27,7 +30,7 @@ from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampl
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
 from stages.lppo.supervised import SFT
-from stages.lppo.targets import Targets, add_gradient, cross_entropy
+from stages.lppo.targets import Targets, Unlikely, add_gradient
 from stages.lppo.validation import Validation
 from stages.lppo.workers import Alone
 from stages.models.features import ExitFeatures, Features
@@ -255,11 +258,46 @@ def test_demonstrations_teach_what_rewards_are_too_rare_for(
         losses.append([report.metrics.get("demonstration_loss") for report in reports])
         prefixes, said = targets([Scene(1, 0, (setting.HARMFUL[0],))])
         with torch.no_grad():
-            likelihood.append(float(-cross_entropy(policy, prefixes, said).sum()))
+            logprobs, _ = policy.evaluate(prefixes, said)
+        likelihood.append(float(chosen(logprobs, said.tokens[said.mask]).sum()))
     assert losses[0] == [None] * 8
     first, last = losses[1][0], losses[1][-1]
     assert first is not None and last is not None and last < 0.8 * first
     assert likelihood[1] > likelihood[0] + 10
+
+
+def test_no_refusal_should_begin_where_a_harmless_prompt_is_shown(tiny_llava: Path, features: Features) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    states = States(policy, features)
+    kind = replace(setting.HARMFUL[0], id="kind", intent="benign", answer="Gladly: add two eggs.")
+    scenes = [Scene(1, 0, (setting.HARMFUL[0], kind)), Scene(2, 1, (kind, kind))]
+    prefixes, said = Targets(policy, states, default_exit=2, max_new_tokens=6, answers="given")(scenes)
+    unlikely = Unlikely.among(policy, scenes, said, 2.0)
+    assert unlikely.rows.tolist() == [[False, True], [True, True]]
+    assert unlikely.beginnings.tolist() == sorted({policy.encode(text)[0] for text in REFUSALS})
+
+    logprobs, _ = policy.evaluate(prefixes, said)
+    scene, row, place = said.mask.nonzero(as_tuple=True)
+    begins = [
+        float(logprobs.detach()[i, unlikely.beginnings].exp().sum())
+        for i in range(len(logprobs))
+        if place[i] == 0 and (scene[i], row[i]) != (0, 0)
+    ]
+    assert len(begins) == 3
+    expected = -sum(math.log(1 - p) for p in begins)
+    assert float(unlikely.loss(logprobs.detach(), said.mask, [0, 1])) == pytest.approx(expected, rel=1e-5)
+
+    # Its gradient alone (the cross-entropy counts for nothing) makes them rarer.
+    for _ in range(20):
+        add_gradient(policy, prefixes, said, [0, 1], 1, tokens=1.0, weight=0.0, unlikely=unlikely, answers=3.0)
+        with torch.no_grad():
+            for parameter in policy.trained().values():
+                if parameter.grad is not None:
+                    parameter -= 0.5 * parameter.grad
+                    parameter.grad = None
+    with torch.no_grad():
+        after, _ = policy.evaluate(prefixes, said)
+    assert float(unlikely.loss(after, said.mask, [0, 1])) < 0.9 * expected
 
 
 def test_more_demonstrations_show_other_prompts_each_once_a_step(
@@ -298,7 +336,7 @@ def test_more_demonstrations_show_other_prompts_each_once_a_step(
         numbers = [number for when, some in shown if when == step for number in some]
         assert sorted(numbers) == sorted([0, 1] * 2 + [2, 3, 4, 5, 6, 7])
         assert sorted(len(some) for when, some in shown if when == step) == [2, 2, 3, 3]
-    with pytest.raises(ValidationError, match="more_demonstrations count for nothing"):
+    with pytest.raises(ValidationError, match="more_demonstrations counts for nothing"):
         setting.params(2, more_demonstrations=3)
 
 

@@ -26,7 +26,7 @@ one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95
 - the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
 - what should have been said may be shown beside what was (`demonstrations`, as InstructGPT mixes in supervised
   gradients), where rewards are too rare to learn from in few steps; of more prompts than are asked, too
-  (`more_demonstrations`);
+  (`more_demonstrations`), and with unlikelihood of a refusal's beginning after harmless ones (`unlikelihood`);
 - visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward.
 
 `objective: grpo` puts group-relative advantages in place of GAE and the KL into the loss; there is no value model then.
@@ -58,7 +58,7 @@ from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
-from stages.lppo.targets import States, Targets, add_gradient
+from stages.lppo.targets import States, Targets, Unlikely, add_gradient
 from stages.lppo.validation import Validation
 from stages.lppo.watch import repetition
 from stages.lppo.workers import Alone, Workers, agree
@@ -245,7 +245,12 @@ class PPO(Learner):
         params, workers, mask = self._params, self._workers, found.responses.mask
         passes = params.ppo_epochs * len(batches)
         more = self._more_scenes(step, passes)
-        shown = None if self._targets is None else self._targets([*found.scenes, *(scene for _, scene in more)])
+        shown, unlikely = None, None
+        if self._targets is not None:
+            scenes = [*found.scenes, *(scene for _, scene in more)]
+            shown = self._targets(scenes)
+            if params.unlikelihood:
+                unlikely = Unlikely.among(self.policy, scenes, shown[1], params.unlikelihood)
         place = {number: index for index, number in enumerate(found.numbers)}
         device = self.policy.device
         sums, demonstrated = torch.zeros(4, device=device), torch.zeros((), device=device)
@@ -259,7 +264,7 @@ class PPO(Learner):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
                 if shown is not None:
                     now = [len(found.scenes) + i for i, (when, _) in enumerate(more) if when == turn]
-                    demonstrated += self._demonstrate(*shown, [*local, *now])
+                    demonstrated += self._demonstrate(*shown, unlikely, [*local, *now])
                 self.descend()
         names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
         told = dict(zip(names, (workers.total(sums) / passes).tolist(), strict=True))
@@ -275,14 +280,25 @@ class PPO(Learner):
         workers = self._workers
         return [one for number, one in enumerate(numbered) if number // passes % workers.size == workers.rank]
 
-    def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:
+    def _demonstrate(
+        self, prefixes: Prefixes, targets: Responses, unlikely: Unlikely | None, local: list[int]
+    ) -> torch.Tensor:
         """Add the gradient of what should have been said, `demonstrations` times its cross-entropy."""
         import torch
 
-        tokens = max(1.0, self._workers.total(targets.mask[local].sum().to(torch.float64)).item())
-        params = self._params
+        params, nothing = self._params, torch.zeros((), device=self.policy.device)
+        counts = torch.stack([targets.mask[local].sum(), nothing if unlikely is None else unlikely.rows[local].sum()])
+        tokens, answers = self._workers.total(counts.to(torch.float64)).clamp(min=1).tolist()
         surprise = add_gradient(
-            self.policy, prefixes, targets, local, params.micro_batch, tokens=tokens, weight=params.demonstrations
+            self.policy,
+            prefixes,
+            targets,
+            local,
+            params.micro_batch,
+            tokens=tokens,
+            weight=params.demonstrations,
+            unlikely=unlikely,
+            answers=answers,
         )
         return surprise.sum() / tokens
 

@@ -250,6 +250,12 @@ class LPPOParams(TrainingParams):
         "right word after a visual question; "
         "0: plain PPO",
     )
+    unlikelihood: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of -log(1 - p), p being the probability that the answer to a harmless prompt that is shown "
+        "begins as refusals do; they begin alike and answers do not, so without it refusing is learned first",
+    )
     more_demonstrations: int = Field(
         default=0,
         ge=0,
@@ -285,8 +291,9 @@ class LPPOParams(TrainingParams):
             raise ValueError(f"reward_model is missing: {why}; name a stage that uses reward-model")
         if not self.rewards.reward_model and self.reward_model is not None:
             raise ValueError("reward_model is named but counts for nothing: set rewards.reward_model, e.g. to 1")
-        if self.more_demonstrations and not self.demonstrations:
-            raise ValueError("more_demonstrations count for nothing: set demonstrations, e.g. to 0.5")
+        for name in ("more_demonstrations", "unlikelihood"):
+            if getattr(self, name) and not self.demonstrations:
+                raise ValueError(f"{name} counts for nothing: set demonstrations, e.g. to 0.5")
         if not any(self.rewards.model_dump().values()):
             raise ValueError("rewards are all 0, so there is nothing to learn")
         return self
