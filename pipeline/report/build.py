@@ -329,7 +329,8 @@ def _subjects(
         alone = list(kinds.values()).count(kind) == 1
         words = _KIND_WORDS[kind]
         if kind == "control":
-            words = "Control" if hardened(one.stage) else "Same recipe without L-PPO"
+            unhardened = "Same recipe without L-PPO" if alone else "Without L-PPO"
+            words = "Control" if hardened(one.stage) else unhardened
         exits = one.exits or sorted({r.exit for r in measures if r.artifact == one.stage and r.exit is not None})
         found.append(
             Subject(
