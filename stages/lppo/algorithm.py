@@ -300,7 +300,8 @@ class PPO(Learner):
             unlikely=unlikely,
             answers=answers,
         )
-        return surprise.sum() / tokens
+        demonstrated: torch.Tensor = surprise.sum() / tokens
+        return demonstrated
 
     def _backward(self, found: Experience, part: list[int], tokens: float, anchor_tokens: float) -> torch.Tensor:
         """Add the gradient of some scenes; their part of the losses."""
