@@ -98,6 +98,7 @@ def test_an_artifact_that_is_not_there_is_said_so(tmp_path: Path, command: str) 
     assert "no artifact deadbeef" in message(cli(command, "deadbeef"), 1)
     assert "there are no runs" in message(cli(command, "gguf", "--runs-dir", str(tmp_path)), 2)
     assert "no artifact at" in message(cli(command, str(tmp_path)), 1)
+    assert f"there is no {tmp_path / 'none'}" in message(cli(command, str(tmp_path / "none")), 2)
 
 
 def test_a_file_that_is_truncated_is_named(tmp_path: Path, tiny_llava: Path) -> None:

@@ -75,6 +75,12 @@ def find_artifact(name: str, runs_dir: Path) -> Artifact:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return Artifact.open(folder)
+    if "/" in name:
+        raise RecipeError(
+            f"there is no {name}",
+            why="neither a folder nor a file; a stage of a run is given as ID, or RUN:ID",
+            way_out="look at the path, or take what `pipeline inspect` shows of the latest run",
+        )
     store = open_store()
     run, _, stage = name.rpartition(":")
     digest = name.lower()

@@ -61,5 +61,7 @@ def _other(report: Report, subject: Subject) -> str:
     row = average(rows_of(report, subject, "asr"))
     if row is None or row.value is None:
         return ""
-    name = "the uncompressed source" if subject.kind == "source" else "the same recipe without L-PPO"
+    alone = sum(other.kind == subject.kind for other in report.subjects) == 1
+    unhardened = "the same recipe without L-PPO" if alone else f"{subject.artifact}, without L-PPO,"
+    name = "the uncompressed source" if subject.kind == "source" else unhardened
     return f"{name} answers {figure(row)}"
