@@ -121,7 +121,7 @@ def _compiled() -> list[Finding]:
         return []
     if uses_amx():
         why = "compiled with AMX, where this version may end with an illegal instruction"
-        return [Finding("llama.cpp", "warning", why, REBUILD)]
+        return [Finding("llama.cpp", "warning", why, REBUILD + version("llama-cpp-python"))]
     return [Finding("llama.cpp", "ok", build.rpartition(", ")[0])]
 
 

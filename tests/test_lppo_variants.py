@@ -233,6 +233,15 @@ def test_supervised_training_learns_its_targets(tiny_llava: Path, features: Feat
     assert all(report.exits for report in reports)
 
 
+def _trained_to_refuse(
+    policy: Policy, targets: Targets, states: States, given: LPPOParams, scratch: Path
+) -> list[StepReport]:
+    reports: list[StepReport] = []
+    rewards, sampler = Rewards(RefusalRule()), setting.sampler(given)
+    train(policy, sampler, states, rewards, given, seed=0, scratch=scratch, report=reports.append, targets=targets)
+    return reports
+
+
 def test_demonstrations_teach_what_rewards_are_too_rare_for(
     tiny_llava: Path, features: Features, tmp_path: Path
 ) -> None:
@@ -243,18 +252,7 @@ def test_demonstrations_teach_what_rewards_are_too_rare_for(
         states = States(policy, features)
         targets = Targets(policy, states, default_exit=2, max_new_tokens=6)
         given = setting.params(8, demonstrations=weight, anchor=0.0, lr=1e-2, rewards={"refusal": 1.0})
-        reports: list[StepReport] = []
-        train(
-            policy,
-            setting.sampler(given),
-            states,
-            Rewards(RefusalRule()),
-            given,
-            seed=0,
-            scratch=tmp_path / str(weight),
-            report=reports.append,
-            targets=targets,
-        )
+        reports = _trained_to_refuse(policy, targets, states, given, tmp_path / str(weight))
         losses.append([report.metrics.get("demonstration_loss") for report in reports])
         prefixes, said = targets([Scene(1, 0, (setting.HARMFUL[0],))])
         with torch.no_grad():
@@ -319,17 +317,7 @@ def test_more_demonstrations_show_other_prompts_each_once_a_step(
         return add_gradient(*args, **more)
 
     monkeypatch.setattr("stages.lppo.algorithm.add_gradient", watched)
-    train(
-        policy,
-        setting.sampler(given),
-        states,
-        Rewards(RefusalRule()),
-        given,
-        seed=0,
-        scratch=tmp_path,
-        report=lambda step: None,
-        targets=Watched(policy, states, default_exit=2, max_new_tokens=6),
-    )
+    _trained_to_refuse(policy, Watched(policy, states, default_exit=2, max_new_tokens=6), states, given, tmp_path)
     # Two scenes of two prompts are asked, in two passes each; six more are shown, in one gradient each.
     assert [len(scenes) for scenes in asked] == [8, 8]
     for step in (1, 2):

@@ -11,9 +11,9 @@ from artifacts.manifest import sha256_file
 
 REBUILD: Final = (
     "CMAKE_ARGS='-DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__' "
-    "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python==0.3.36"
+    "pip install --force-reinstall --no-deps --no-cache-dir llama-cpp-python=="
 )
-"""Compiles llama.cpp for this processor, without AMX."""
+"""Compiles llama.cpp for this processor, without AMX; the version goes behind it."""
 
 
 def uses_amx() -> bool:

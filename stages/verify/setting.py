@@ -104,7 +104,7 @@ def check_exits(exits: Sequence[int], layers: int, id: str) -> None:
 
 
 def _pictures(params: IcetVerifyParams, n: int, size: int | None) -> list[tuple[Path, str]]:
-    """The first n benign test images, at the encoder's size."""
+    """The first n benign images of the side that is asked, at the encoder's size."""
     if size is None:
         return []
     names = image_data.image_names(params.split, n, params.prompt_seed)
