@@ -129,7 +129,7 @@ class Recipe(_Part):
     stages: dict[Annotated[str, Field(pattern=STAGE_ID)], StageEntry] = Field(
         min_length=1, description="Stage id -> stage."
     )
-    gates: Gates = Field(default=Gates(), description="Conditions for publishing.")
+    gates: Gates = Field(default=Gates(), description="Conditions for publishing; null drops an included recipe's.")
     publish: Publish | None = Field(default=None, description="Where to publish; nowhere when absent.")
     seed: Seed = Field(default=0, description="Seed of every stage that has none of its own.")
     include: str | list[str] | None = Field(
@@ -151,6 +151,11 @@ class Recipe(_Part):
             return device(value)
         except KeyError:
             raise ValueError(f"unknown device {value!r}; {nearest(value, device_names())}") from None
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _none_of_the_included(cls, value: object) -> object:
+        return {} if value is None else value
 
     @property
     def path(self) -> Path:

@@ -188,6 +188,12 @@ def test_an_included_recipe_is_the_base_and_errors_name_the_file_that_they_are_i
     assert error.where == f"{tmp_path / 'shared/base.yaml'}:10"
 
 
+def test_the_gates_of_an_included_recipe_can_be_dropped(tmp_path: Path) -> None:
+    write(tmp_path, GOOD + "gates: {max_asr: 0.1}\n", "base.yaml")
+    assert load(tmp_path, "include: base.yaml\n").gates.asked() == {"max_asr": 0.1}
+    assert load(tmp_path, "include: base.yaml\ngates: null\n").gates.asked() == {}
+
+
 def test_includes_that_go_in_a_circle_or_nowhere_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "include: b.yaml\n", "a.yaml")
     write(tmp_path, "include: [a.yaml]\n", "b.yaml")
