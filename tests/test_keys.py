@@ -3,13 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts.store import Store
 from pipeline.keys import cached_artifacts, content_key
-from stages.stage import Stage, StageParams
+from stages.stage import Stage, StageParams, stage_class, stage_names
 
 INPUT = {"source": "a" * 64}
 
@@ -80,3 +81,23 @@ def test_the_device_counts_only_for_stages_that_read_it() -> None:
 def test_nothing_is_cached_in_a_store_that_is_not_there(tmp_path: Path) -> None:
     assert cached_artifacts(toy.chain_graph(), Store(tmp_path / "none")) == {}
     assert not (tmp_path / "none").exists()
+
+
+ASKING: dict[str, dict[str, object]] = {
+    "early-exit": {"layer": "auto"},
+    "gguf": {"type": "auto", "target": "90MB"},
+    "prune": {"drop": 1},
+    "reward-model": {"data": ["prompts:pairs"]},
+}
+
+
+def test_stages_that_read_our_prompts_count_them_in_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    from stages.data import prompts
+
+    kinds = {name: stage_class(name) for name in stage_names() if name != "source"}
+    made = {name: kind(kind.Params.model_validate(ASKING.get(name, {}))) for name, kind in kinds.items()}
+    asking = {name: stage for name, stage in made.items() if set(prompts.packages()) <= set(stage.downloads())}
+    assert {"l-ppo", "sft", "prune", "imatrix", "gptq", "gguf", "reward-model", "icet-verify"} <= asking.keys()
+    before = {name: key(stage) for name, stage in asking.items()}
+    monkeypatch.setattr(prompts, "NEAR", 0.7)
+    assert [name for name, stage in asking.items() if key(stage) == before[name]] == []

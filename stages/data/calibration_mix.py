@@ -47,3 +47,7 @@ class CalibrationMix(StageParams):
     def downloads(self) -> Sequence[str]:
         """What the sequences are made of, for `Stage.downloads`."""
         return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompts.packages())
+
+    def fingerprint(self) -> str:
+        """What decides which they are beside these parameters, for `Stage.fingerprint`."""
+        return prompts.prompts_fingerprint()

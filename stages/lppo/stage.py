@@ -104,7 +104,8 @@ class Hardening(Stage[P]):
             )
 
     def fingerprint(self) -> str:
-        return imatrix.named_digest(self.params.imatrix)
+        rule = f"{RefusalRule.name} {RefusalRule.version}"
+        return " ".join((prompts.prompts_fingerprint(), rule, imatrix.named_digest(self.params.imatrix)))
 
     def downloads(self) -> Sequence[str]:
         return (*prompts.packages(), *images.packages())

@@ -63,6 +63,9 @@ class PruneStage(Stage[PruneParams]):
             return ()
         return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompts.packages())
 
+    def fingerprint(self) -> str:
+        return prompts.prompts_fingerprint() if self._loads else ""
+
     def run(self, context: Context) -> Mapping[str, object]:
         params = self.params
         source = context.input("checkpoint").path

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -117,11 +117,15 @@ class GGUFStage(Stage[GGUFParams]):
     def uses_device(self) -> bool:
         return self.params.type == AUTO and self.params.target is None
 
+    def downloads(self) -> Sequence[str]:
+        return self.params.auto.calibration.downloads() if self.params.type == AUTO else ()
+
     def references(self) -> Mapping[str, str]:
         return imatrix.referred(self.params.imatrix)
 
     def fingerprint(self) -> str:
-        return imatrix.named_digest(self.params.imatrix)
+        matrix = imatrix.named_digest(self.params.imatrix)
+        return f"{self.params.auto.calibration.fingerprint()} {matrix}" if self.params.type == AUTO else matrix
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         type = self.params.type

@@ -77,6 +77,9 @@ class GPTQStage(Stage[GPTQParams]):
     def downloads(self) -> Sequence[str]:
         return self.params.calibration.downloads()
 
+    def fingerprint(self) -> str:
+        return self.params.calibration.fingerprint()
+
     def run(self, context: Context) -> Mapping[str, object]:
         params = self.params
         source = context.input("checkpoint")

@@ -54,6 +54,9 @@ class ImatrixStage(Stage[ImatrixParams]):
     def downloads(self) -> Sequence[str]:
         return self.params.calibration.downloads()
 
+    def fingerprint(self) -> str:
+        return self.params.calibration.fingerprint()
+
     def run(self, context: Context) -> Mapping[str, object]:
         from transformers import AutoTokenizer
 
