@@ -31,19 +31,18 @@ from stages.quantize.mmproj import FloatType
 from stages.quantize.options import groups_of, least_bytes
 from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, chosen_types, resolve
 from stages.quantize.workbench import AutoParams
+from stages.quantize.written import check_answers, check_tensors
 from stages.runtimes import imatrix
-from stages.runtimes.gguf_header import Header, read_header
-from stages.runtimes.gguf_parts import MODEL_NAME, read_model, split_model
+from stages.runtimes.gguf_header import read_header
+from stages.runtimes.gguf_parts import MODEL_NAME, split_model
 from stages.runtimes.imatrix import ImatrixName, Importance
-from stages.runtimes.llamacpp import MMPROJ_NAME, LlamaCppRuntime
+from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.runtimes.llamacpp_cls import cls_order, image_slots
 from stages.runtimes.mixture import NEED_IMATRIX, Fallback, outline_of_text
 from stages.runtimes.mixture import fallbacks as fallbacks_of
-from stages.runtimes.runtime import Request
 from stages.stage import Context, Planned, Stage, StageParams
 
 _STEPS: Final = 4
-_PROMPT: Final = "What do you see?"
 
 Bytes = Annotated[ByteSize, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}), Field(gt=0)]
 """A number of bytes, or a text such as 2GiB."""
@@ -207,8 +206,8 @@ class GGUFStage(Stage[GGUFParams]):
             context.log(str(one))
 
         context.progress(3, _STEPS, "checking the files")
-        header = _check_tensors(floats, parts[0])
-        _check_answers(context.output, sees_images=vision is not None)
+        header = check_tensors(floats, parts[0])
+        check_answers(context.output, sees_images=vision is not None)
         floats.unlink()
         parameters = sum(int(np.prod(tensor.shape)) for tensor in header.tensors.values())
         stored = sum(tensor.nbytes for tensor in header.tensors.values())
@@ -355,52 +354,3 @@ def _base_model(base: str) -> dict[str, str]:
     if kind != "hub" or not name:
         return {"name": base}
     return {"name": name, "organization": organization, "repo_url": f"https://huggingface.co/{organization}/{name}"}
-
-
-def _check_tensors(floats: Path, model: Path) -> Header:
-    """Every tensor of the float file is in the quantized one, with its shape.
-
-    Raises:
-        StageError: not so.
-    """
-    before, after = read_header(floats), read_model(model)
-    if missing := sorted(set(before.tensors) ^ set(after.tensors)):
-        raise StageError(
-            f"{model.name} holds {len(after.tensors)} tensors, the conversion had {len(before.tensors)}",
-            where=str(model),
-            why=f"{missing[0]} is in one of them only",
-            way_out="this is a fault of the quantizer: choose another type",
-        )
-    for name, tensor in after.tensors.items():
-        if tensor.shape != before.tensors[name].shape:
-            raise StageError(
-                f"tensor {name} changed its shape from {before.tensors[name].shape} to {tensor.shape}", where=str(model)
-            )
-    return after
-
-
-def _check_answers(folder: Path, *, sees_images: bool) -> None:
-    """The files load, give finite numbers, and answer one prompt.
-
-    Raises:
-        StageError: not so.
-    """
-    image = None
-    try:
-        if sees_images:
-            from PIL import Image
-
-            image = folder / "check.png"
-            Image.new("RGB", (64, 64), (120, 130, 140)).save(image)
-        with LlamaCppRuntime(folder, parallel=1) as runtime:
-            request = Request(_PROMPT, image=image, max_new_tokens=4)
-            if not np.isfinite(runtime.logits(request, "I see")).all():
-                raise StageError(
-                    "the quantized model gives numbers that are not finite",
-                    where=str(folder),
-                    way_out="choose a larger type",
-                )
-            runtime.generate([request])
-    finally:
-        if image is not None:
-            image.unlink(missing_ok=True)
