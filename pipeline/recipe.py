@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
@@ -115,6 +115,10 @@ class Publish(_Part):
     chain: tuple[Path, ...] = Field(default=(), description="Certificates between it and the authority.")
 
 
+def _or_null(schema: dict[str, Any]) -> None:
+    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, {"type": "null"}]
+
+
 class Recipe(_Part):
     """A model, a device, the stages between them, and what must hold at the end."""
 
@@ -129,7 +133,11 @@ class Recipe(_Part):
     stages: dict[Annotated[str, Field(pattern=STAGE_ID)], StageEntry] = Field(
         min_length=1, description="Stage id -> stage."
     )
-    gates: Gates = Field(default=Gates(), description="Conditions for publishing; null drops an included recipe's.")
+    gates: Gates = Field(
+        default=Gates(),
+        description="Conditions for publishing; null drops an included recipe's.",
+        json_schema_extra=_or_null,
+    )
     publish: Publish | None = Field(default=None, description="Where to publish; nowhere when absent.")
     seed: Seed = Field(default=0, description="Seed of every stage that has none of its own.")
     include: str | list[str] | None = Field(

@@ -38,7 +38,7 @@ def recipe_schema() -> JSONSchema:
     schema["properties"]["stages"] = {
         **{key: value for key, value in schema["properties"]["stages"].items() if key != "patternProperties"},
         "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
-        "additionalProperties": {"oneOf": choices},
+        "additionalProperties": {"oneOf": [*choices, _changed(entry)]},
     }
     schema["properties"]["device"] = {
         "anyOf": [{"enum": list(device_names())}, {"$ref": "#/$defs/Device"}],
@@ -47,8 +47,15 @@ def recipe_schema() -> JSONSchema:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Recipe"
     # An included recipe may supply what this file leaves out.
-    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["include"]}]
+    whole = {"stages": {"additionalProperties": {"required": ["uses"]}}}
+    schema["anyOf"] = [{"required": schema.pop("required"), "properties": whole}, {"required": ["include"]}]
     return schema
+
+
+def _changed(entry: JSONSchema) -> JSONSchema:
+    """What a recipe may say of a stage that it has from an included one."""
+    properties = {name: value for name, value in entry["properties"].items() if name != "uses"}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _params(definitions: JSONSchema, name: str) -> JSONSchema:
