@@ -156,6 +156,7 @@ def test_gguf_and_l_ppo_name_the_same_one_and_refuse_what_is_none(tmp_path: Path
         (GGUFStage(GGUFParams(imatrix="matrix")), GGUFStage(GGUFParams())),
         (LPPOStage(LPPOParams(quantizer="IQ2_XXS", imatrix="matrix")), LPPOStage(LPPOParams())),
     )
+    assert stages[0][1].fingerprint() == ""
     for stage, without in stages:
         assert stage.references() == {"imatrix": "matrix"} and stage.fingerprint() == without.fingerprint()
         stage.plan({"matrix": Planned("imatrix")})

