@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from transformers import AutoTokenizer
 
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo.algorithm import train
 from stages.lppo.loop import Ending, StepReport

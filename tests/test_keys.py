@@ -92,11 +92,11 @@ ASKING: dict[str, dict[str, object]] = {
 
 
 def test_stages_that_read_our_prompts_count_them_in_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.data import prompts
+    from stages.data import prompt_sets, prompts
 
     kinds = {name: stage_class(name) for name in stage_names() if name != "source"}
     made = {name: kind(kind.Params.model_validate(ASKING.get(name, {}))) for name, kind in kinds.items()}
-    asking = {name: stage for name, stage in made.items() if set(prompts.packages()) <= set(stage.downloads())}
+    asking = {name: stage for name, stage in made.items() if set(prompt_sets.packages()) <= set(stage.downloads())}
     assert {"l-ppo", "sft", "prune", "imatrix", "gptq", "gguf", "reward-model", "icet-verify"} <= asking.keys()
     before = {name: key(stage) for name, stage in asking.items()}
     monkeypatch.setattr(prompts, "NEAR", 0.7)

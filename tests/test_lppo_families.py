@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from artifacts.errors import RecipeError
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
 from stages.lppo.params import LPPOParams

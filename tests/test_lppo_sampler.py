@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts.errors import StageError
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler, share_out
 
 

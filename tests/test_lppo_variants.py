@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from artifacts.errors import SourceError
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.data.refusals import REFUSALS
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train

@@ -16,7 +16,8 @@ from pipeline.recipe import load_recipe
 from stages.data import hub
 from stages.data.prompt_files import PUBLISHED as PUBLISHED_SETS
 from stages.data.prompt_files import PromptFile, check_file, file_digest, load_file
-from stages.data.prompts import Prompt, load_prompts, resembling
+from stages.data.prompt_sets import Prompt
+from stages.data.prompts import load_prompts, resembling
 from stages.verify.overlap import NEARLY, trained_by, without_training_prompts
 from stages.verify.questions import prompt_asks
 from stages.verify.resemblance import distinct, trained_on

@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 
 from artifacts.errors import RecipeError
 from stages.data.images import benign_images, image_names
-from stages.data.prompts import (
-    DUPLICATE,
-    NEAR,
-    SETS,
-    SPLITS,
-    Prompt,
-    load_prompts,
-    normalise,
-    prompts_digest,
-    split_together,
-)
+from stages.data.prompt_sets import SETS, Prompt
+from stages.data.prompts import DUPLICATE, NEAR, SPLITS, load_prompts, normalise, prompts_digest, split_together
 
 WORDS = "make write bomb cake hack garden script steal plant virus how to a the of".split()  # noqa: SIM905
 prompt_texts = st.lists(st.lists(st.sampled_from(WORDS), min_size=3, max_size=8).map(" ".join), min_size=2, max_size=25)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from artifacts.errors import RecipeError
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo.algorithm import train
 from stages.lppo.loop import StepReport

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from turns import Turns
 
 from stages.data.images import benign_images
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.judges.refusal import RefusalRule
 from stages.lppo import algorithm
 from stages.lppo.loop import StepReport

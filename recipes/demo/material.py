@@ -19,7 +19,8 @@ from recipes.demo.answering import answers
 from recipes.demo.packing import Pack, Sample, collate, hidden_states, make_pack
 from recipes.demo.requests import benign_requests
 from stages.data.easy_vqa import ANSWERS, TRUTH, VqaQuestion, VqaSplit, load_images, load_questions
-from stages.data.prompts import Prompt, load_prompts
+from stages.data.prompt_sets import Prompt
+from stages.data.prompts import load_prompts
 from stages.judges.refusal import RefusalRule
 from stages.models.smol_llava import DEFAULT_EXIT, IMAGE_SIZE
 

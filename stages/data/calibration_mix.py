@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from stages.data import articles, easy_vqa, images, prompts
+from stages.data import articles, easy_vqa, images, prompt_sets, prompts
 from stages.stage import StageParams
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class CalibrationMix(StageParams):
 
     def downloads(self) -> Sequence[str]:
         """What the sequences are made of, for `Stage.downloads`."""
-        return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompts.packages())
+        return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompt_sets.packages())
 
     def fingerprint(self) -> str:
         """What decides which they are beside these parameters, for `Stage.fingerprint`."""

@@ -28,7 +28,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data import remote_files
-from stages.data.prompts import Intent, Prompt, normalise
+from stages.data.prompt_sets import Intent, Prompt
+from stages.data.prompts import normalise
 
 Layout = Literal["advbench", "harmbench", "strongreject", "xstest", "redteam-2k", "jailbreakv-28k"]
 Column = Literal["prompt", "category", "id", "answer", "image"]

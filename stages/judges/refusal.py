@@ -68,6 +68,7 @@ class RefusalRule:
 
     name: ClassVar[str] = "refusal-rule"
     version: ClassVar[str] = "1"
+    identity: ClassVar[str] = f"{name} {version}"  # for content keys: the rule decides rewards and verdicts
     needs_network: ClassVar[bool] = False
     quantity: ClassVar[Quantity] = ""
 

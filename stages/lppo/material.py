@@ -8,7 +8,7 @@ from pathlib import Path
 from artifacts.errors import RecipeError
 from artifacts.manifest import sha256_bytes
 from stages.data import images, prompts
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, Question, SceneSampler, share_out
 from stages.models.spec import ModelSpec

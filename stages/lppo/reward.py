@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from stages.data.easy_vqa import is_correct
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.judges.judge import Judge, Judgement
 from stages.judges.refusal import refused
 from stages.lppo.params import RewardWeights

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.lppo.objective import DivergedError
 from stages.models.crossing import Crossing, Placed
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.errors import StageError
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.lppo.rollout import Scene
 
 Question = tuple[Prompt, str]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError
-from stages.data import images, prompts
+from stages.data import images, prompt_sets, prompts
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
@@ -71,7 +71,7 @@ class Hardening(Stage[P]):
         imatrix.check_named(self.params.imatrix, inputs)
         for names in self.params.prompts.kinds().values():
             for name in names:
-                prompts.check_set(name)
+                prompt_sets.check_set(name)
         rounding = self.params.rounding()
         if rounding is not None:
             check_quantizer(rounding, imatrix=self.params.imatrix is not None)
@@ -104,11 +104,11 @@ class Hardening(Stage[P]):
             )
 
     def fingerprint(self) -> str:
-        rule = f"{RefusalRule.name} {RefusalRule.version}"
-        return " ".join((prompts.prompts_fingerprint(), rule, imatrix.named_digest(self.params.imatrix)))
+        importance = imatrix.named_digest(self.params.imatrix)
+        return " ".join((prompts.prompts_fingerprint(), RefusalRule.identity, importance))
 
     def downloads(self) -> Sequence[str]:
-        return (*prompts.packages(), *images.packages())
+        return (*prompt_sets.packages(), *images.packages())
 
     @abstractmethod
     def train(self, context: Context, setting: Setting) -> Ending:

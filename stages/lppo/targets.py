@@ -23,7 +23,7 @@ from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy
 if TYPE_CHECKING:
     import torch
 
-    from stages.data.prompts import Prompt
+    from stages.data.prompt_sets import Prompt
 
 States = Callable[[Sequence[Scene], int], Prefixes]
 """Scenes and the number of responses to a prompt -> (e_T, P(e_l)), packed."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.data.prompts import Prompt
+from stages.data.prompt_sets import Prompt
 from stages.lppo.checkpoint import Standing
 from stages.lppo.objective import chosen
 from stages.lppo.policy import Policy

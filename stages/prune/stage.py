@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, cast
 
 from artifacts.errors import StageError
-from stages.data import articles, easy_vqa, images, prompts
+from stages.data import articles, easy_vqa, images, prompt_sets, prompts
 from stages.models import checkpoint
 from stages.models.adapter import merged
 from stages.models.family import Family, family_of
@@ -61,7 +61,7 @@ class PruneStage(Stage[PruneParams]):
     def downloads(self) -> Sequence[str]:
         if not self._loads:
             return ()
-        return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompts.packages())
+        return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompt_sets.packages())
 
     def fingerprint(self) -> str:
         return prompts.prompts_fingerprint() if self._loads else ""

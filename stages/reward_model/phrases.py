@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from artifacts.manifest import canonical_json, sha256_bytes
-from stages.data.prompts import Prompt, load_prompts
+from stages.data.prompt_sets import Prompt
+from stages.data.prompts import load_prompts
 from stages.judges.reward_model import dialogue
 from stages.reward_model.pairs import Pair
 

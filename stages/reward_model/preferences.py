@@ -13,7 +13,7 @@ from typing import Final
 
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import canonical_json, sha256_bytes
-from stages.data import prompts
+from stages.data import prompt_sets, prompts
 from stages.reward_model import labels, pairs, phrases
 from stages.reward_model.pairs import Pair, UnusableRowError
 from stages.reward_model.params import RewardModelParams
@@ -44,7 +44,7 @@ def check_sources(params: RewardModelParams) -> None:
     """
     for source in params.data:
         if source.startswith(phrases.PREFIX):
-            prompts.check_set(source.removeprefix(phrases.PREFIX))
+            prompt_sets.check_set(source.removeprefix(phrases.PREFIX))
         elif source.startswith("labels:"):
             if source != labels.SOURCE:
                 raise RecipeError(f"unknown labels {source!r}", way_out=f"did you mean {labels.SOURCE}?")

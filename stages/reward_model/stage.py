@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import sha256_file
-from stages.data import hub, prompts
+from stages.data import hub, prompt_sets, prompts
 from stages.judges.reward_model import RewardModel, Scale, locate, longest, padding, remote, source_digest
 from stages.judges.statistics import wilson
 from stages.models import checkpoint
@@ -68,7 +68,7 @@ class RewardModelStage(Stage[RewardModelParams]):
 
     def downloads(self) -> Sequence[str]:
         files = [s for s in (*self.params.data, *self.params.held_out_data) if s.startswith(("package:", "hub:"))]
-        found = [*prompts.packages(), *files]  # prompts, whatever the data: their test split must not be in it
+        found = [*prompt_sets.packages(), *files]  # prompts, whatever the data: their test split must not be in it
         if labels.SOURCE in self.params.data:
             found += labels.SOURCES
         if remote(self.params.model):

@@ -13,7 +13,8 @@ from typing import Final, Literal
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StoreError
-from stages.data.prompts import SETS, Prompt, Split, resembling
+from stages.data.prompt_sets import SETS, Prompt
+from stages.data.prompts import Split, resembling
 from stages.verify.questions import Ask
 from stages.verify.resemblance import trained_on
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data.prompt_files import PromptFile, load_file
-from stages.data.prompts import Intent, Prompt, Split, load_prompts, normalise
+from stages.data.prompt_sets import Intent, Prompt
+from stages.data.prompts import Split, load_prompts, normalise
 from stages.data.vqa import VqaFile, load_vqa
 from stages.verify.resemblance import distinct
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from stages.data.prompts import SETS, SPLITS, Prompt, load_prompts
+from stages.data.prompt_sets import SETS, Prompt
+from stages.data.prompts import SPLITS, load_prompts
 
 if TYPE_CHECKING:
     import numpy as np

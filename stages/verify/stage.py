@@ -13,9 +13,8 @@ from dataclasses import replace
 from typing import Final
 
 from artifacts.errors import RecipeError
-from stages.data import articles, prompt_files, remote_files, vqa
+from stages.data import articles, prompt_files, prompt_sets, prompts, remote_files, vqa
 from stages.data import images as image_data
-from stages.data import prompts as prompt_data
 from stages.judges import learned, registry
 from stages.judges.refusal import RefusalRule
 from stages.runtimes.llamacpp_library import cache_type_of
@@ -55,14 +54,14 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         for name, file in self.params.sets.items():
-            if name in prompt_data.SETS:
+            if name in prompt_sets.SETS:
                 raise RecipeError(f"{name!r} is a prompt set of ours", way_out="give yours another name")
             prompt_files.check_file(name, file)
         if self.params.vqa_file is not None:
             vqa.check_vqa(self.params.vqa_file)
         for name in (*self.params.harmful, *self.params.over_refusal):
             if name not in self.params.sets:
-                prompt_data.check_set(name)
+                prompt_sets.check_set(name)
         attacks.check_generated(
             self.params.attacks,
             self.params.generated,
@@ -94,7 +93,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         files = [source for source in files if remote_files.is_remote(source)]
         meaning = learned.SOURCES if self.params.sets else ()
         more = (*shapes, *text, *files, *meaning, *registry.downloads(self.params.judges))
-        return tuple(dict.fromkeys((*prompt_data.packages(), *image_data.packages(), *more)))
+        return tuple(dict.fromkeys((*prompt_sets.packages(), *image_data.packages(), *more)))
 
     def ungated(self) -> str | None:
         if self.params.split == "test":
@@ -102,7 +101,6 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         return "it asks validation prompts, by which trainings choose their weights"
 
     def fingerprint(self) -> str:
-        rule = f"{RefusalRule.name} {RefusalRule.version}"
         files = [prompt_files.file_digest(file) for file in self.params.sets.values()]
         if self.params.vqa_file is not None:
             files.append(vqa.vqa_digest(self.params.vqa_file))
@@ -110,7 +108,9 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
             files.append(attacks.generated_digest(self.params.generated))
         if self.params.sets:
             files.append(f"{resemblance.SAME} {resemblance.LIKE}")
-        return " ".join((prompt_data.prompts_fingerprint(), rule, registry.fingerprint(self.params.judges), *files))
+        return " ".join(
+            (prompts.prompts_fingerprint(), RefusalRule.identity, registry.fingerprint(self.params.judges), *files)
+        )
 
     def run(self, context: Context) -> Mapping[str, object]:
         return Verification(context, self.params, self._subjects(context)).run()
