@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts.errors import StageError
+from stages.models.checkpoint import read_config
+from stages.models.family import family_of
 from stages.models.memory import gptq_bytes
 from stages.models.smol_llava import smol_llava_spec
 from stages.models.spec import ModelSpec, TextSpec
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.convert import convert_language_model, quantize_model
+from stages.quantize.encoder import MmprojType, write_encoder
 from stages.quantize.mmproj import write_mmproj
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.hollow import encoder_tensors, text_tensors, write_hollow_model
@@ -92,14 +97,24 @@ def test_what_llama_cpp_writes_of_any_shape_is_what_was_planned(
     }
 
 
-def test_every_byte_of_an_image_encoder_is_known_from_shapes(files: Path) -> None:
-    vision = tiny_llava_spec().vision
-    assert vision is not None
-    stored = read_header(files / "mmproj.gguf").tensors
-    planned = encoder_tensors(vision, 64)
-    assert {name: tensor.nbytes for name, tensor in planned.items()} == {
-        name: tensor.nbytes for name, tensor in stored.items()
+@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+@pytest.mark.parametrize("type", get_args(MmprojType))
+def test_every_byte_of_an_image_encoder_is_known_from_shapes_and_what_they_do_not_allow_is_named(
+    tiny_llava: Path, tiny_family: Callable[[str], Path], tmp_path: Path, kind: str, type: MmprojType
+) -> None:
+    folder = tiny_llava if kind == "llava" else tiny_family(kind)
+    config = read_config(folder)
+    spec = family_of(config).spec(config)
+    assert spec.vision is not None
+    spec = replace(spec, quantization="F16", vision=replace(spec.vision, quantization=type))
+    path = tmp_path / "mmproj.gguf"
+    told = write_encoder(folder, path, spec, scratch=tmp_path / "s", type=type, name="t", cls=None)
+    planned = encoder_tensors(spec.vision, spec.text.hidden_size)  # type: ignore[arg-type]
+    assert {name: (tensor.type, tensor.nbytes) for name, tensor in planned.items()} == {
+        name: (tensor.type, tensor.nbytes) for name, tensor in read_header(path).tensors.items()
     }
+    assert sorted(map(str, told)) == sorted(map(str, planned_fallbacks(spec)))
+    assert bool(told) == (type in ("Q6_K", "Q5_K", "Q4_K", "IQ4_XS"))  # rows of 64, 96, 128
 
 
 def test_a_plan_made_of_shapes_is_the_plan_of_the_files(files: Path) -> None:

@@ -13,7 +13,8 @@ from stages.quantize.convert import convert_image_encoder, quantize_model
 from stages.quantize.mmproj import FloatType, write_mmproj
 from stages.quantize.types import ALIASES
 from stages.runtimes.gguf_header import ClsOrder, read_header
-from stages.runtimes.mixture import Fallback
+from stages.runtimes.hollow import quantized_in_encoder
+from stages.runtimes.mixture import Fallback, differing
 
 MmprojType = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"
@@ -53,16 +54,7 @@ def write_encoder(
     if written == target:
         return ()
     quantize_model(written, target, ALIASES.get(type, type), pure=True)
-    before = read_header(written).tensors
     written.unlink()
-    groups: dict[str, list[str]] = {}
-    for tensor, info in read_header(target).tensors.items():
-        # What stays as it was is either meant to, or its rows allow no other type.
-        uneven = info.type == before[tensor].type == "F16" and len(info.shape) == 2
-        if info.type not in (type, "F32") and (uneven or info.type != before[tensor].type):
-            groups.setdefault(info.type, []).append(tensor)
-    rows = {tensor: info.shape[0] for tensor, info in before.items()}
-    return tuple(
-        Fallback(type, taken, tuple(sorted({rows[name] for name in names})), tuple(names))
-        for taken, names in groups.items()
-    )
+    held = read_header(target).tensors
+    shapes = {tensor: info.shape for tensor, info in held.items() if quantized_in_encoder(tensor, info.shape)}
+    return differing({tensor: (type, held[tensor].type) for tensor in shapes}, shapes)

@@ -17,7 +17,7 @@ from artifacts.errors import RecipeError, StageError
 from stages.runtimes import rounding
 from stages.runtimes.gguf_header import Header
 from stages.runtimes.imatrix import Importance
-from stages.runtimes.mixture import Fallback
+from stages.runtimes.mixture import Fallback, differing
 
 # llama.cpp's type names and file-type numbers (enum llama_ftype; tools/quantize/quantize.cpp).
 TYPES: Final[Mapping[str, int]] = {
@@ -164,7 +164,7 @@ def resolve(wanted: Wanted, header: Header, importance: Importance | None) -> Ex
                 way_out="`pipeline inspect` lists the tensors of a GGUF",
             )
     chosen = chosen_types(wanted, matrices)
-    exact, groups = {}, dict[tuple[str, str], list[str]]()
+    exact = {}
     for name, type in chosen.items():
         row = matrices[name][0]
         taken = type if type in FLOATS else rounding.row_type(type, row)
@@ -176,10 +176,5 @@ def resolve(wanted: Wanted, header: Header, importance: Importance | None) -> Ex
                 way_out="choose Q2_K or larger for it",
             )
         exact[name] = taken
-        if taken != type:
-            groups.setdefault((type, taken), []).append(name)
-    fallbacks = (
-        Fallback(type, taken, tuple(sorted({matrices[name][0] for name in names})), tuple(names))
-        for (type, taken), names in groups.items()
-    )
-    return Exact(wanted.file_type, exact, tuple(fallbacks))
+    taken_for = {name: (type, exact[name]) for name, type in chosen.items()}
+    return Exact(wanted.file_type, exact, differing(taken_for, matrices))

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stages.models.spec import VisionSpec
-from stages.runtimes.mixture import Outline
+from stages.runtimes.mixture import Fallback, Outline, differing
+from stages.runtimes.rounding import row_type
 
 if TYPE_CHECKING:
     import gguf
@@ -49,8 +50,8 @@ def text_tensors(outline: Outline, types: str | Mapping[str, str]) -> dict[str, 
 
 
 def encoder_tensors(vision: VisionSpec, text_width: int) -> dict[str, Tensor]:
-    """Every tensor of the mmproj that holds the blocks up to the default exit; matrices whose rows do not fit the type
-    are F16."""
+    """Every tensor of the mmproj that holds the blocks up to the default exit; matrices whose rows the type does not
+    divide have the one that llama.cpp takes instead."""
     type = vision.quantization
     width, middle = vision.hidden_size, vision.intermediate_size
     positions = vision.patches + vision.has_cls
@@ -81,7 +82,20 @@ def encoder_tensors(vision: VisionSpec, text_width: int) -> dict[str, Tensor]:
         if vision.tiles > 1:
             vectors["v.image_newline"] = text_width
     found |= {name: Tensor((rows,), "F32") for name, rows in vectors.items()}
-    return found | {f"{name}.weight": Tensor(shape, _fitting(type, shape[0])) for name, shape in matrices.items()}
+    return found | {f"{name}.weight": Tensor(shape, row_type(type, shape[0])) for name, shape in matrices.items()}
+
+
+def encoder_fallbacks(vision: VisionSpec, text_width: int) -> tuple[Fallback, ...]:
+    """Where rows of the mmproj do not allow its type."""
+    tensors = encoder_tensors(vision, text_width)
+    matrices = {name: tensor.shape for name, tensor in tensors.items() if quantized_in_encoder(name, tensor.shape)}
+    return differing({name: (vision.quantization, tensors[name].type) for name in matrices}, matrices)
+
+
+def quantized_in_encoder(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp gives a tensor of an mmproj the type that the file is to have (llama-quant.cpp,
+    tensor_allows_quantization); the patch embedding, positions, norms and biases stay floats."""
+    return len(shape) == 2 and name != "v.position_embd.weight"
 
 
 def write_hollow_model(
@@ -159,12 +173,7 @@ def write_hollow(writer: gguf.GGUFWriter, target: Path, tensors: Mapping[str, Te
         handle.truncate(pad(target.stat().st_size, alignment) + size)
 
 
-def _fitting(type: str, row: int) -> str:
-    import gguf
-
-    return type if row % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]][0] == 0 else "F16"
-
-
 def _patch_type(vision: VisionSpec, type: str) -> str:
-    """It has four dimensions and is not quantized; llama.cpp's converter, which writes Idefics3's, leaves it F32."""
-    return "F32" if type == "F32" or vision.shuffle > 1 else "F16"
+    """It has four dimensions and is not quantized; llama.cpp's converter, which writes Idefics3's, leaves it F32. BF16
+    is made of F32."""
+    return "F32" if type in ("F32", "BF16") or vision.shuffle > 1 else "F16"

@@ -143,12 +143,17 @@ def fallbacks(source: Path | Outline, file_type: str, *, importance: Importance 
     taken = tensor_types(outline, file_type, importance=importance)
     uniform = None if importance is None else uniform_importance(even)
     wanted = tensor_types(replace(outline, shapes=even), file_type, importance=uniform)
+    return differing({name: (wanted[name], taken[name]) for name in outline.shapes}, outline.shapes)
+
+
+def differing(types: Mapping[str, tuple[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Fallback, ...]:
+    """Of matrices, by name, with the type wanted and the one taken: those where both differ."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for name in outline.shapes:
-        if wanted[name] != taken[name]:
-            groups.setdefault((wanted[name], taken[name]), []).append(name)
+    for name, kinds in types.items():
+        if kinds[0] != kinds[1]:
+            groups.setdefault(kinds, []).append(name)
     return tuple(
-        Fallback(*kinds, tuple(sorted({outline.shapes[name][0] for name in names})), tuple(names))
+        Fallback(*kinds, tuple(sorted({shapes[name][0] for name in names})), tuple(names))
         for kinds, names in groups.items()
     )
 

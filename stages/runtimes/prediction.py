@@ -32,6 +32,7 @@ from stages.runtimes.gguf_header import Header, read_vision_header
 from stages.runtimes.gguf_parts import read_model
 from stages.runtimes.hollow import (
     Tensor,
+    encoder_fallbacks,
     encoder_tensors,
     text_tensors,
     write_hollow_encoder,
@@ -45,6 +46,7 @@ from stages.runtimes.mixture import (
     NEED_IMATRIX,
     Fallback,
     Outline,
+    differing,
     fallbacks,
     file_types,
     outline_of_text,
@@ -116,27 +118,22 @@ def planned_types(spec: ModelSpec) -> str | dict[str, str]:
 
 
 def planned_fallbacks(spec: ModelSpec) -> tuple[Fallback, ...]:
-    """Where the shapes do not allow the type that the file type means, and which one the file will hold instead.
+    """Where the shapes do not allow the types that were asked for, and which ones the files will hold instead: the
+    language model's, then the image encoder's.
 
     Raises:
         ValueError: an unknown type. StageError: as `mixture.tensor_types`.
     """
+    encoder = () if spec.vision is None else encoder_fallbacks(spec.vision, spec.text.hidden_size)
     kind = (spec.quantization or "F16").upper()
     if kind in _INPUTS:
-        return ()
+        return encoder
     outline = outline_of_text(spec.text)
-    single: dict[tuple[str, str], list[str]] = {}
-    for name, type in spec.tensor_types:
-        if (allowed := _allowed(type, outline.shapes[name][0])) != type:
-            single.setdefault((type, allowed), []).append(name)
-    named = [
-        Fallback(*kinds, tuple(sorted({outline.shapes[name][0] for name in names})), tuple(names))
-        for kinds, names in single.items()
-    ]
-    chosen = {name for name, _ in spec.tensor_types}
+    chosen = dict(spec.tensor_types)
+    named = {name: (type, _allowed(type, outline.shapes[name][0])) for name, type in chosen.items()}
     rest = fallbacks(outline, kind, importance=_importance(outline, spec, kind))
     others = (replace(one, tensors=tuple(name for name in one.tensors if name not in chosen)) for one in rest)
-    return (*named, *(one for one in others if one.tensors))
+    return (*differing(named, outline.shapes), *(one for one in others if one.tensors), *encoder)
 
 
 def least_memory(spec: ModelSpec, context: int, *, cache_type: CacheType = "F16") -> MemoryPlan:
