@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -16,7 +16,7 @@ from artifacts.errors import StageError
 from pipeline.yaml_source import plain, read_yaml
 
 if TYPE_CHECKING:
-    from stages.models.spec import ModelSpec
+    from stages.models.spec import ModelSpec, VisionSpec
 
 _UNITS: Final = {
     "": 1, "B": 1,
@@ -100,71 +100,120 @@ def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | No
 
     Without `spec.quantization` the types are chosen while the recipe runs; then the smallest there are must fit.
     """
-    from stages.runtimes.prediction import least_memory, predict_memory
-
     chosen = spec.quantization is None
-
-    def need(spec: ModelSpec, context: int) -> int:
-        return (least_memory if chosen else predict_memory)(spec, context, cache_type=budget.kv_cache).total
-
+    kinds = () if chosen else kinds_for(spec)
     try:
-        needed = need(spec, budget.context)
-        if needed <= budget.memory:
+        needed = _need(spec, budget)
+        if needed <= _room(spec, budget):
             return None
-        fewer = {} if chosen else {kind: need(replace(spec, quantization=kind), budget.context) for kind in KINDS}
+        fewer = {kind: _need(replace(spec, quantization=kind), budget) for kind in kinds}
     except StageError:
         return None  # no llama.cpp here: `plan` says so
     what = f"{'no choice of types fits' if chosen else f'{spec.quantization} does not fit'} the device '{budget.name}'"
+    free = budget.memory - _room(spec, budget)
     why = (
         f"{'with the smallest that the shapes allow ' if chosen else ''}it needs {show_bytes(needed)} at a context of "
         f"{budget.context} tokens, the device allows {show_bytes(budget.memory)}"
+        + (f", of which {show_bytes(free)} stay free" if free else "")
     )
     fitting = [kind for kind in fewer if fewer[kind] <= budget.memory]
     if fitting:
         best = max(fitting, key=lambda kind: fewer[kind])
         return what, why, f"the largest type that fits is {best} ({show_bytes(fewer[best])}); or choose a larger device"
     if chosen:
-        return what, why, _smaller(spec, budget, "the smallest types", need)
+        return what, why, _smaller(spec, budget, "the smallest types")
     kind = min(fewer, key=lambda kind: fewer[kind])
-    return what, why, _smaller(replace(spec, quantization=kind), budget, kind, need)
+    return what, why, _smaller(replace(spec, quantization=kind), budget, kind)
 
 
-def _smaller(spec: ModelSpec, budget: Device, types: str, need: Callable[[ModelSpec, int], int]) -> str:
+def kinds_for(spec: ModelSpec) -> tuple[str, ...]:
+    """The types that a budget is searched over, largest first; small ones only where there is an importance matrix."""
+    return KINDS + SMALL_KINDS if spec.imatrix else KINDS
+
+
+def _need(spec: ModelSpec, device: Device) -> int:
+    from stages.runtimes.prediction import least_memory, predict_memory
+
+    predict = least_memory if spec.quantization is None else predict_memory
+    return predict(spec, device.context, cache_type=device.kv_cache).total
+
+
+def _room(spec: ModelSpec, device: Device) -> int:
+    """What a prediction may come to."""
+    from stages.runtimes.prediction import room_in
+
+    return room_in(device.memory) if spec.quantization is None else device.memory
+
+
+def _smaller(spec: ModelSpec, budget: Device, types: str) -> str:
     """What to change where no type fits, each change with its figure, and what all of them come to.
 
     Args:
         spec: with the smallest types, which are called `types`.
     """
-    smallest, context, changes = need(spec, budget.context), budget.context, [types]
 
-    def shown(size: int) -> str:
-        return f"{show_bytes(size)}{' and fits' if size <= budget.memory else ''}"
+    def shown(spec: ModelSpec, device: Device) -> str:
+        size = _need(spec, device)
+        return f"{show_bytes(size)}{' and fits' if size <= _room(spec, budget) else ''}"
 
-    hints = [
-        f"no type fits: {types} need {show_bytes(smallest)}"
-        if spec.quantization is None
-        else f"no type fits: the smallest, {types}, needs {show_bytes(smallest)}"
-    ]
-    shortest = _shortest_context(spec)
-    if shortest < context:
-        hints.append(f"with context: {shortest} it needs {shown(need(spec, shortest))}")
-        changes.append(f"context: {shortest}")
-        context = shortest
-    least = spec
-    if spec.vision is not None and spec.vision.default_exit > 1:
-        least = spec.with_exit(1)
-        exit = f"exit 1 instead of {spec.vision.default_exit}"
-        hints.append(f"leaving the image encoder at {exit}, {shown(need(least, budget.context))}")
-        changes.append("exit 1")
-    reached = need(least, context)
+    chosen, smallest = spec.quantization is None, _need(spec, budget)
+    searched = f"of {', '.join(kinds_for(spec))} the smallest, {types}, needs"
+    hints = [f"no type fits: {f'{types} need' if chosen else searched} {show_bytes(smallest)}"]
+    changes, least, small = [types], spec, budget
+    for words, change in _changes(spec, budget):
+        hints.append(f"with {words} it needs {shown(*change(spec, budget))}")
+        changes.append(words)
+        least, small = change(least, small)
     if len(changes) > 1:
-        hints.append(f"the least that can be reached, with {', '.join(changes)}, is {shown(reached)}")
-    if reached > budget.memory:
-        hints.append("start from a smaller model")
-    larger = next((name for name in device_names() if device(name).memory >= smallest), None)
+        hints.append(f"the least that these changes reach, {', '.join(changes)}, is {shown(least, small)}")
+    if not spec.imatrix:
+        hints.append("an importance matrix allows smaller types")
+    if _need(least, small) > _room(spec, budget):
+        hints.append("start from a smaller model, or drop blocks of this one")
+    larger = next((name for name in device_names() if _room(spec, device(name)) >= smallest), None)
     held = f"the smallest device that holds {types} is '{larger}'" if larger else f"no shipped device holds {types}"
     hints.append(held)
     return "; ".join(hints)
+
+
+_Change = Callable[["ModelSpec", Device], tuple["ModelSpec", Device]]
+
+
+def _changes(spec: ModelSpec, budget: Device) -> Iterator[tuple[str, _Change]]:
+    """What a recipe may say otherwise, beside the type, and what becomes of model and device then."""
+
+    def of_device(**values: object) -> _Change:
+        return lambda spec, device: (spec, device.model_copy(update=values))
+
+    shortest = _shortest_context(spec)
+    if shortest < budget.context:
+        yield f"context: {shortest}", of_device(context=shortest)
+    if budget.kv_cache == "F16" and spec.text.head_dim % _CACHE_BLOCK == 0:
+        yield "kv_cache: Q8_0", of_device(kv_cache="Q8_0")
+    if spec.vision is None:
+        return
+    if spec.vision.default_exit > 1:
+        yield f"exit 1 instead of {spec.vision.default_exit}", lambda spec, device: (spec.with_exit(1), device)
+    type = _smallest_encoder(spec.vision, spec.text.hidden_size)
+    if type != spec.vision.quantization:
+        yield f"mmproj_type: {type}", lambda spec, device: (_with_encoder(spec, type), device)
+
+
+def _with_encoder(spec: ModelSpec, type: str) -> ModelSpec:
+    assert spec.vision is not None
+    return replace(spec, vision=replace(spec.vision, quantization=type))
+
+
+def _smallest_encoder(vision: VisionSpec, width: int) -> str:
+    """The type that makes the smallest mmproj; of several, the vision's own or else the first."""
+    from stages.quantize.encoder import MmprojType
+    from stages.runtimes.hollow import encoder_tensors
+
+    def nbytes(type: str) -> int:
+        return sum(tensor.nbytes for tensor in encoder_tensors(replace(vision, quantization=type), width).values())
+
+    types: tuple[str, ...] = (vision.quantization, *get_args(MmprojType))
+    return min(types, key=nbytes)
 
 
 def _shortest_context(spec: ModelSpec) -> int:
@@ -175,5 +224,7 @@ def _shortest_context(spec: ModelSpec) -> int:
 
 _TALK: Final = 128  # tokens of a short question and its answer
 _CELLS: Final = 256  # llama.cpp rounds a context up to multiples of this
-# Largest first; what a budget is searched over: none of them needs an importance matrix.
+_CACHE_BLOCK: Final = 32  # numbers; a head's width must be a multiple, or llama.cpp keeps no keys in Q8_0
+# What a budget is searched over, about from the largest on: these need no importance matrix, the small ones do.
 KINDS: Final = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+SMALL_KINDS: Final = ("IQ3_XXS", "IQ2_M", "IQ2_XXS", "IQ1_S")

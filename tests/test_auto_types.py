@@ -32,8 +32,9 @@ from stages.quantize.options import Option, groups_of
 from stages.quantize.sensitivity import Divergence, Probe, rounded
 from stages.quantize.workbench import AutoParams, ProbeMix
 from stages.runtimes.gguf_header import read_header
+from stages.runtimes.memory import STEP
 from stages.runtimes.mixture import outline_of
-from stages.runtimes.prediction import predict_outline
+from stages.runtimes.prediction import predict_outline, room_in
 from stages.runtimes.rounding import round_weights
 from stages.stage import Context, Planned
 
@@ -236,12 +237,21 @@ def test_without_a_target_the_device_s_memory_decides_pictures_counted(tiny_llav
         ship(context)
     outline, vision = outline_of(tiny_llava), tiny_llava_spec().vision
     full = predict_outline(outline, dict.fromkeys(outline.shapes, "Q8_0"), 256, vision=vision).total
-    memory = full - 20_000  # of about 80 kB of weights
+    memory = (full - 20_000 + STEP) * 100 // 99  # of about 80 kB of weights
+    room = room_in(memory)
     device = {"memory": memory, "context": 256}
     made = ship(Context("gguf", context.inputs, context.output, context.scratch, 0, Told(), device=device))
     tensors = read_header(made.file("model.gguf")).tensors
     types = {name: tensors[name].type for name in outline.shapes}
-    assert memory - 8_000 < predict_outline(outline, types, 256, vision=vision).total <= memory
+    assert room - 8_000 < predict_outline(outline, types, 256, vision=vision).total <= room
+    choice = made.metadata["choice"]
+    assert isinstance(choice, dict) and choice["left_free"] == memory - room
+
+
+@given(st.integers(64 << 20, 64 << 30))
+def test_a_prediction_that_fills_the_room_still_holds_the_gate_on_that_budget(memory: int) -> None:
+    measured = int(room_in(memory) / 0.993)  # 0.7% over the prediction, the most there was
+    assert -(-measured // STEP) * STEP <= memory
 
 
 def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_budget_that_nothing_fits_is_refused_by_plan_before_any_work(tmp_path:
     )
     result = cli("plan", str(tmp_path / "r.yaml"))
     assert result.exit_code == 2
-    assert "does not fit" in result.stderr and "the least that can be reached" in result.stderr
+    assert "does not fit" in result.stderr and "the least that these changes reach" in result.stderr
 
 
 def test_runs_are_listed_and_their_report_is_found(finished: Path) -> None:

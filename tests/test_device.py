@@ -82,18 +82,21 @@ def test_a_budget_that_nothing_fits_is_refused_with_every_change_and_the_least_t
     way_out = error.way_out or ""
     figure = r"(\d+) MiB"
     for words in (
-        rf"no type fits: the smallest, Q\d_\w+, needs {figure}",
+        rf"no type fits: of F16, Q8_0, [\w, ]+, Q2_K the smallest, Q\d_\w+, needs {figure}",
         rf"with context: 256 it needs {figure};",
-        rf"leaving the image encoder at exit 1 instead of 11, {figure};",
-        rf"the least that can be reached, with Q\d_\w+, context: 256, exit 1, is {figure}; start from a smaller model",
+        rf"with kv_cache: Q8_0 it needs {figure};",
+        rf"with exit 1 instead of 11 it needs {figure};",
+        rf"with mmproj_type: IQ4_XS it needs {figure};",
+        r"the least that these changes reach, Q\d_\w+, context: 256, kv_cache: Q8_0, exit 1 instead of 11, "
+        rf"mmproj_type: IQ4_XS, is {figure}; an importance matrix allows smaller types; start from a smaller model",
     ):
         assert re.search(words, way_out), way_out
     assert way_out.endswith("is 'phone-2gb'")
-    least = int(re.search(rf"exit 1, is {figure}", way_out)[1])  # type: ignore[index]
+    least = int(re.search(rf"mmproj_type: IQ4_XS, is {figure}", way_out)[1])  # type: ignore[index]
     # What was said to be in reach is, and what is a little less is not.
     change = "stages:\n  exit: {uses: early-exit, with: {layer: 1}}"
     kind = re.search(r"the smallest, (\w+),", way_out)[1]  # type: ignore[index]
-    recipe = RECIPE.format(memory=f"{least + 1}MiB", context=256, type=kind)
+    recipe = RECIPE.format(memory=f"{least + 1}MiB, kv_cache: Q8_0", context=256, type=f"{kind}, mmproj_type: IQ4_XS")
     path = tmp_path / "reached.yaml"
     path.write_text(recipe.replace("stages:", change).replace("uses: gguf,", "uses: gguf, needs: exit,"))
     assert build_graph(load_recipe(path)).node("gguf").planned.type == "gguf"
@@ -106,7 +109,8 @@ def test_types_that_are_chosen_while_running_are_refused_only_where_no_choice_ca
     error = refused(tmp_path, "20MiB", 2048, "auto")
     assert "no choice of types fits the device 'inline'" in error.what
     assert re.search(r"with the smallest that the shapes allow it needs \d+ MiB", error.why or "")
-    assert re.search(r"context: 256, exit 1, is \d+ MiB; start from a smaller model", error.way_out or "")
+    assert "the device allows 20 MiB, of which 2 MiB stay free" in (error.why or "")
+    assert re.search(r"mmproj_type: IQ4_XS, is \d+ MiB; .*start from a smaller model", error.way_out or "")
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(memory="220MiB", context=512, type="auto"))
     assert build_graph(load_recipe(path)).shipped == ("gguf",)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from artifacts.errors import PipelineError, StageError
 from artifacts.measures import MEASURES_NAME, Measure, read_measures
 from pipeline.commands.runs import table
-from pipeline.device import KINDS, show_bytes
+from pipeline.device import kinds_for, show_bytes
 
 if TYPE_CHECKING:
     from artifacts.artifact import Artifact
@@ -34,7 +34,6 @@ _CONTEXT: Final = 2048  # tokens, where the recipe names no device
 _USUAL: Final = "Q4_0"
 _EXITS: Final = 6  # that are shown with no other change, at most
 _SHARES: Final = (0.05, 0.1, 0.2, 0.3)  # of the blocks that could be dropped
-_SMALL: Final = ("IQ3_XXS", "IQ2_M", "IQ2_XXS")  # beside the usual types, where there is an importance matrix
 _SHOWN: Final = ("kl_text", "kl_refusal", "asr", "vqa_accuracy")
 
 
@@ -128,7 +127,7 @@ def _explored(graph: Graph, node: Node, store: Store, cached: Mapping[str, Artif
 
 def _specs(spec: ModelSpec, room: _Room) -> Iterator[tuple[str, ModelSpec]]:
     """The recipe's model, then with one change at a time, then what fits with two where one is not enough."""
-    types = [*KINDS, *(_SMALL if spec.imatrix else ())]
+    types = kinds_for(spec)
     own = spec
     if spec.quantization is None:  # of a stage that chooses, stands the largest type that there is room for
         sized = [_of_type(spec, type) for type in types]

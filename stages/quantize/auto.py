@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -70,6 +70,7 @@ class Chosen:
     stock: str = ""
     stock_measured: Divergence | None = None
     is_stock: bool = False
+    left_free: int = 0  # bytes of the device's memory, since predictions err
 
     def recorded(self) -> dict[str, object]:
         """For the manifest."""
@@ -79,6 +80,8 @@ class Chosen:
         }
         if self.choice.expected is not None:
             found |= _figures("expected", self.choice.expected)
+        if self.left_free:
+            found["left_free"] = self.left_free
         if self.stock_measured is not None:
             found |= {"stock": self.stock, "is_stock": self.is_stock, **_figures("stock", self.stock_measured)}
         return found
@@ -101,7 +104,8 @@ def automatic(
     """The types for the checkpoint in `folder`, whose float GGUF is `floats`.
 
     Args:
-        target: bytes that the file may have; None: as many as the device has room for, beside all else.
+        target: bytes that the file may have; None: as many as the device has room for (`prediction.room_in`),
+            beside all else.
 
     Raises:
         StageError: nothing fits, or the model is not built as decoders are.
@@ -124,9 +128,11 @@ def automatic(
     for attempt in range(_ATTEMPTS):
         progress(_MEASURING + (1 - _MEASURING) * attempt / _ATTEMPTS)
         chosen = search.best(limit)
-        excess = 0 if budget is None else budget.excess(chosen.choice.types, shapes)
-        if excess <= 0:
+        if budget is None:
             return chosen
+        excess = budget.excess(chosen.choice.types, shapes)
+        if excess <= 0:
+            return replace(chosen, left_free=budget.left_free)
         limit -= excess
     raise StageError("no choice of types fits the device", way_out="name a target in bytes, or a larger device")
 
@@ -231,13 +237,17 @@ class _Budget:
     """What a device has room for."""
 
     def __init__(self, context: Context, floats: Path, vision: VisionSpec | None) -> None:
-        self._memory, self._tokens = context.device.get("memory"), context.device.get("context", 2048)
-        if self._memory is None:
+        from stages.runtimes.prediction import room_in
+
+        memory, self._tokens = context.device.get("memory"), context.device.get("context", 2048)
+        if memory is None:
             raise StageError(
                 "type: auto needs to know how large the file may be",
                 why="the recipe names no device, and the stage no target",
                 way_out="add `target: 90MB` to the stage, or `device: laptop-4gb` to the recipe",
             )
+        self._room = room_in(memory)
+        self.left_free = memory - self._room
         self._outline, self._vision = outline_of(floats), vision
         self._cache_type = cache_type_of(context.device)
 
@@ -245,10 +255,9 @@ class _Budget:
         """Bytes that a model with these types takes too much; negative: that are left."""
         from stages.runtimes.prediction import predict_outline
 
-        assert self._memory is not None
         every = {name: types.get(name, "F16") for name in shapes}
         plan = predict_outline(self._outline, every, self._tokens, vision=self._vision, cache_type=self._cache_type)
-        return plan.total - self._memory
+        return plan.total - self._room
 
 
 def _first_limit(budget: _Budget | None, shapes: Shapes, groups: Sequence[Group]) -> int:

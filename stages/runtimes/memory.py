@@ -21,6 +21,7 @@ from stages.runtimes.gguf_parts import read_model
 from stages.runtimes.llamacpp_library import CacheType
 from stages.runtimes.rehearsal import UBATCH
 
+STEP: Final = 2 * 2**20  # bytes; what a gate reads is rounded up to multiples of this
 _GENERATED: Final = 8  # tokens at the end of the full context
 
 

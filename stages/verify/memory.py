@@ -15,10 +15,10 @@ from artifacts.measures import Measure
 from stages.runtimes.gguf_parts import model_file
 from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.runtimes.llamacpp_library import CacheType, cache_type_of
+from stages.runtimes.memory import STEP
 from stages.verify.scores import Answers
 
 _CONTEXT: Final = 2048  # tokens, where the recipe names no device
-_STEP: Final = 2 * 2**20  # bytes
 
 
 def memory_rows(one: Answers, device: Mapping[str, int], *, measure: bool) -> list[Measure]:
@@ -61,8 +61,8 @@ def _measured(one: Answers, context: int, kept: CacheType, *, measure: bool) -> 
         peak = measure_memory(model, mmproj, context, cache_type=kept)
     except StageError as error:
         return row(None, str(error))
-    steps = f"rounded up to {_STEP >> 20} MiB"
-    return row(float(-(-peak // _STEP) * _STEP), f"peak of a process that fills {context} tokens{_kept(kept)}; {steps}")
+    steps = f"rounded up to {STEP >> 20} MiB"
+    return row(float(-(-peak // STEP) * STEP), f"peak of a process that fills {context} tokens{_kept(kept)}; {steps}")
 
 
 def _kept(type: CacheType) -> str:
