@@ -17,7 +17,7 @@ from artifacts.measures import MEASURES_NAME, Measure, write_measures
 from pipeline.cli import app
 from pipeline.commands.explore import Explored, Measured, explore
 from pipeline.commands.load import load_graph, open_store
-from pipeline.keys import content_key
+from pipeline.keys import content_key, provenance
 from stages.models.smol_llava import smol_llava_spec
 from stages.quantize.known import Costs, known_costs, note_costs
 from stages.quantize.options import Group, Option
@@ -104,24 +104,65 @@ def test_costs_of_tensors_that_share_a_group_but_not_a_type_are_the_mean() -> No
     assert costs.of({"a": "Q4_0", "b": "Q2_K"}) is None and costs.of({"a": "Q4_0"}) is None
 
 
-def test_what_a_verification_in_the_store_found_stands_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HARDENED = RECIPE.replace("  gguf: {{", "  harden: {{uses: l-ppo, with: {{steps: 7}}}}\n  gguf: {{needs: harden, ")
+CUT = HARDENED.replace(
+    "  gguf: {{needs: harden", "  cut: {{uses: early-exit, needs: harden, with: {{layer: 11}}}}\n  gguf: {{needs: cut"
+)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "counts"),
+    [
+        (RECIPE, {"Q4_0": False, "exit 10": False}),
+        (HARDENED, {"Q4_0": True, "exit 10": False}),
+        (HARDENED.replace("steps: 7", "steps: 8"), {"Q4_0": False, "exit 10": False}),
+        (HARDENED.replace("recipe: 1", "recipe: 1\nseed: 5"), {"Q4_0": False}),
+        (CUT, {"Q4_0": True}),  # the exit says it
+        (CUT.replace("layer: 11", "layer: 11, realign: true"), {"Q4_0": False}),
+    ],
+)
+def test_what_a_verification_in_the_store_found_of_the_same_stages_stands_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, counts: dict[str, bool]
+) -> None:
     monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
-    store = open_store()
+    digest = _verified(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.format(memory="340MiB", type="F16"))
+    (found,) = explore(load_graph(str(path), within_budget=False))
+    ways = {way.change: way for way in found.ways}
+    expected = Measured(digest, kl_text=0.25, asr=0.5)
+    assert {name: ways[name].measured for name in counts} == {
+        name: expected if here else None for name, here in counts.items()
+    }
+    assert ways["Q8_0"].measured is None and ways["as in the recipe"].measured is None
+
+
+def _verified(folder: Path) -> str:
+    """Source, l-ppo, gguf and verdict in the store, as if the hardened recipe had run in Q4_0; the GGUF's digest."""
+    path = folder / "ran.yaml"
+    path.write_text(HARDENED.format(memory="340MiB", type="Q4_0"))
+    graph = load_graph(str(path), within_budget=False)
+    store, inputs = open_store(), dict[str, str]()
     store.prepare()
-    output = store.new_output("a" * 64)
-    writer = gguf.GGUFWriter(output / "model.gguf", "llama")
-    writer.add_block_count(30)
-    writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    about = {"type": "Q4_0", "default_exit": 11, "base": "demo:smol-llava"}
-    made = store.add("a" * 64, output, "gguf", about, Provenance(stage="gguf"))
+    for number, node in enumerate(graph.nodes):
+        key = str(number) * 64
+        output = store.new_output(key)
+        about: dict[str, object] = {"stage": node.id}
+        if node.id == "gguf":
+            writer = gguf.GGUFWriter(output / "model.gguf", "llama")
+            writer.add_block_count(30)
+            writer.add_tensor("output_norm.weight", np.ones(8, np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            about = {"type": "Q4_0", "default_exit": 11, "base": "demo:smol-llava"}
+        origin = provenance(node.stage, key, inputs, seed=graph.recipe.seed_of(node.id))
+        inputs = {node.id: store.add(key, output, node.planned.type, about, origin).digest}
     rows = [
         Measure(
             artifact="q4",
-            digest=made.digest,
+            digest=inputs["gguf"],
             role="quantized",
             runtime="llamacpp",
             measure=name,
@@ -133,9 +174,7 @@ def test_what_a_verification_in_the_store_found_stands_beside(tmp_path: Path, mo
     output = store.new_output("b" * 64)
     write_measures(output / MEASURES_NAME, rows)
     store.add("b" * 64, output, "verdict", {}, Provenance(stage="icet-verify"))
-    ways = {way.change: way for way in explored(tmp_path, "340MiB", "F16").ways}
-    assert ways["Q4_0"].measured == Measured(made.digest, kl_text=0.25, asr=0.5)
-    assert ways["Q8_0"].measured is None and ways["as in the recipe"].measured is None
+    return inputs["gguf"]
 
 
 def test_a_damaged_note_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ Notable:
   `type: auto` has measured this very checkpoint; else it is not known, and not guessed. It is KL without images: an
   earlier exit does not change it, and what fewer blocks do to it is not known before they are gone;
 - what a verification in the store has measured of the same model in the same type, at the same exit, with as many
-  blocks, stands beside.
+  blocks, stands beside; the same model is one that the same stages with the same parameters made of the same source.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import PipelineError, StageError
@@ -117,7 +116,7 @@ def _explored(graph: Graph, node: Node, store: Store, cached: Mapping[str, Artif
     if spec is None:
         return Explored(node.id, room.budget, room.context, "", note="known once the source has been read")
     checkpoint = next((cached[id].digest for id in node.needs if id in cached), "")
-    known = _Known(checkpoint, str(graph.recipe.source.get("model", "")), store)
+    known = _Known(checkpoint, _planned_chain(graph, node), store)
     try:
         ways = [_way(change, one, room, known) for change, one in _specs(spec, room)]
     except StageError as error:
@@ -197,14 +196,13 @@ def _encoder_bytes(spec: ModelSpec) -> int:
 
 
 class _Known:
-    """What has been measured: sensitivity of this checkpoint, and verdicts about this model."""
+    """What has been measured: sensitivity of this checkpoint, and verdicts about what this chain made."""
 
-    def __init__(self, checkpoint: str, model: str, store: Store) -> None:
+    def __init__(self, checkpoint: str, chain: Sequence[_Step], store: Store) -> None:
         from stages.quantize.known import known_costs
 
         self._costs = known_costs(checkpoint) if checkpoint else None
-        self._verdicts = {key: found for key, found in _verdicts(store, _named(model))}
-        self._layers: int | None = None
+        self._verdicts = dict(_verdicts(store, chain))
         self.estimated_from = f"sensitivity of {checkpoint[:12]}" if self._costs is not None else ""
 
     def expected(self, spec: ModelSpec) -> tuple[float | None, float | None]:
@@ -221,13 +219,48 @@ class _Known:
         return self._verdicts.get((type, exit, blocks))
 
 
-def _named(model: str) -> str:
-    """As manifests name it: of a folder only its name."""
-    return Path(model).name if model.startswith(("./", "../", "~/", "/")) else model
+_Step = tuple[str, Mapping[str, object], int]  # a stage's name, its parameters, its seed
+_VARIED: Final = ("layer", "drop")  # parameters that a way changes; its exit and its blocks say them
 
 
-def _verdicts(store: Store, model: str) -> Iterator[tuple[tuple[str, int | None, int], Measured]]:
-    """(type, exit, blocks) -> what was measured, of every GGUF of this model that a verdict in the store is about."""
+def _planned_chain(graph: Graph, node: Node) -> Sequence[_Step]:
+    """What the recipe does from the source on, before this stage quantizes."""
+    from pipeline.keys import canonical_params
+
+    found = []
+    while node.needs:
+        node = graph.node(node.needs[0])
+        found.append(_step(type(node.stage).name, canonical_params(node.stage), graph.recipe.seed_of(node.id)))
+    return _in_order(found)
+
+
+def _made_chain(store: Store, made: Artifact) -> Sequence[_Step]:
+    """What was done before this artifact was quantized; nothing where the store does not hold all of it any more."""
+    found = []
+    inputs = made.manifest.provenance.inputs
+    while inputs:
+        before = _opened(store, next(iter(inputs.values())))
+        if before is None:
+            return ()
+        origin = before.manifest.provenance
+        found.append(_step(origin.stage, origin.params, origin.seed))
+        inputs = origin.inputs
+    return _in_order(found)
+
+
+def _step(stage: str, params: Mapping[str, object], seed: int) -> _Step:
+    return stage, {name: value for name, value in params.items() if name not in _VARIED}, seed
+
+
+def _in_order(backwards: list[_Step]) -> Sequence[_Step]:
+    """An encoder that is cut behind all training is the same model left earlier, which the way's exit says."""
+    last = backwards[0] if backwards else None
+    cut = last is not None and last[0] == "early-exit" and not last[1].get("realign")
+    return backwards[:0:-1] if cut else backwards[::-1]
+
+
+def _verdicts(store: Store, chain: Sequence[_Step]) -> Iterator[tuple[tuple[str, int | None, int], Measured]]:
+    """(type, exit, blocks) -> what was measured, of every GGUF of this chain that a verdict in the store is about."""
     for digest in store.digests():
         artifact = _opened(store, digest)
         if artifact is None or artifact.type != "verdict":
@@ -239,25 +272,13 @@ def _verdicts(store: Store, model: str) -> Iterator[tuple[tuple[str, int | None,
         for id in dict.fromkeys(row.artifact for row in rows if row.runtime == "llamacpp"):
             about = [row for row in rows if row.artifact == id]
             made = _opened(store, about[0].digest)
-            if made is None or _origin(store, made) != model:
+            if made is None or not chain or _made_chain(store, made) != chain:
                 continue
             blocks = _block_count(made)
             if blocks is not None:
                 exit = made.metadata.get("default_exit")
                 key = (str(made.metadata.get("type")), exit if isinstance(exit, int) else None, blocks)
                 yield key, Measured(made.digest, **{name: _value(about, name) for name in _SHOWN})
-
-
-def _origin(store: Store, made: Artifact) -> str:
-    """The source's model, through whatever stages stand between; "" where the store does not hold them any more."""
-    found: Artifact | None = made
-    while found is not None:
-        named = found.metadata.get("model") or found.metadata.get("base")
-        if named:
-            return str(named)
-        before = found.manifest.provenance.inputs.values()
-        found = next((one for one in (_opened(store, digest) for digest in before) if one is not None), None)
-    return ""
 
 
 def _opened(store: Store, digest: str) -> Artifact | None:
