@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from stages.verify.asking import Answer, Subject, ask, open_runtime
 from stages.verify.paired import paired_rows
 from stages.verify.questions import prompt_asks
 from stages.verify.scores import Answers, safety_rows
+from stages.verify.speed import speed_rows
 from stages.verify.stage import IcetVerifyStage
 from stages.verify.verdict import VERDICT_NAME
 from tests.verify_setting import Heard, rows_of, run_stage
@@ -165,6 +167,18 @@ def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[
         assert rows_of(verdict, "plain", name) == []
     subjects = verdict.metadata["subjects"]
     assert isinstance(subjects, dict) and list(subjects) == ["gguf"]
+
+
+def test_the_time_that_loading_takes_is_the_image_encoder_s_too(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_verified["gguf"].path, tmp_path / "gguf")
+    mmproj = tmp_path / "gguf" / "mmproj.gguf"
+    mmproj.chmod(0o644)
+    mmproj.write_bytes(mmproj.read_bytes().replace(b"v.blk.0.attn_out.weight", b"v.blk.0.attn_gone.weigh"))
+    subject = Subject("gguf", Artifact.open(tmp_path / "gguf"), "quantized", gated=True)
+    rows = speed_rows(Answers(subject, {}, [], [], 2))
+    assert [row.value for row in rows] == [None] * 3 and "rebuild it with the stage 'gguf'" in rows[0].note
 
 
 def test_a_recipe_can_be_chosen_without_a_look_at_the_test_side(

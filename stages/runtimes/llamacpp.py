@@ -177,6 +177,15 @@ class LlamaCppRuntime:
         batch.release(slot)
         return np.concatenate(rows)[: len(forced)]
 
+    def load_encoder(self) -> None:
+        """Load the image encoder that ships, if there is one; else the first image does that.
+
+        Raises:
+            StageError: llama.cpp does not load it.
+        """
+        if self._vision is not None:
+            self._vision.load(AS_SHIPPED)
+
     def tokens(self, text: str) -> list[int]:
         return self._model.tokenize(text)
 

@@ -106,7 +106,7 @@ class VisionEncoder:
 
     def _run(self, exit: int, pixels: NDArray[np.uint8], where: Path, *, encode: bool = True) -> list[Piece]:
         """Every chunk that llama.cpp makes of a bitmap; without `encode`, image chunks hold zeros of no width."""
-        self._load(exit)
+        self.load(exit)
         lib = vision_library()
         height, width, _ = pixels.shape
         data = np.ascontiguousarray(pixels)
@@ -140,17 +140,12 @@ class VisionEncoder:
             return found
         raise StageError(f"llama.cpp could not encode the image {where.name}", where=str(where), why=log_tail())
 
-    def close(self) -> None:
-        self._unload()
-        self._folder.cleanup()
+    def load(self, exit: int) -> None:
+        """The encoder of one exit, if it is not loaded yet.
 
-    def _unload(self) -> None:
-        if self._context is not None:
-            vision_library().mtmd_free(self._context)
-            self._context = None
-            self._exit = None
-
-    def _load(self, exit: int) -> None:
+        Raises:
+            StageError: llama.cpp does not load it.
+        """
         if self._exit == exit:
             return
         self._unload()
@@ -178,6 +173,16 @@ class VisionEncoder:
                 way_out="rebuild it with the stage 'gguf'",
             )
         self._exit = exit
+
+    def close(self) -> None:
+        self._unload()
+        self._folder.cleanup()
+
+    def _unload(self) -> None:
+        if self._context is not None:
+            vision_library().mtmd_free(self._context)
+            self._context = None
+            self._exit = None
 
 
 def _vectors(pieces: Sequence[Piece]) -> NDArray[np.float32]:
