@@ -12,12 +12,13 @@ from stages.stage import Context, Reporter
 
 
 class Told:
-    """Attributes: metrics as (name, value, step, exit); done, as it was said, and as a share of the total."""
+    """Attributes: metrics as (name, value, step, exit); done, as it was said, and as a share of the total; lines."""
 
     def __init__(self) -> None:
         self.metrics: list[tuple[str, float, int | None, int | None]] = []
         self.done: list[float] = []
         self.shares: list[float] = []
+        self.lines: list[str] = []
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         self.done.append(done)
@@ -26,7 +27,8 @@ class Told:
     def metric(self, name: str, value: float, *, step: int | None = None, exit: int | None = None) -> None:
         self.metrics.append((name, value, step, exit))
 
-    def log(self, message: str) -> None: ...
+    def log(self, message: str) -> None:
+        self.lines.append(message)
 
 
 def context_of(

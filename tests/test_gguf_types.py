@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -38,7 +39,7 @@ def weights_of(path: Path) -> dict[str, tuple[str, bytes]]:
     return {one.name: (one.tensor_type.name, one.data.tobytes()) for one in gguf.GGUFReader(path).tensors}
 
 
-def llama(tokenizer: Path, folder: Path, width: int, inner: int) -> Path:
+def llama(tokenizer: Path, folder: Path, width: int, inner: int, *, tied: bool = True) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -48,7 +49,7 @@ def llama(tokenizer: Path, folder: Path, width: int, inner: int) -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=3,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -76,8 +77,9 @@ def floats(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "f16.gguf"
 
 
-def ship(checkpoint: Path, folder: Path, **params: object) -> Artifact:
-    context = context_of("gguf", folder, checkpoint, Told(), {"model": "hub:org/model@main", "license": "mit"})
+def ship(checkpoint: Path, folder: Path, reporter: Told | None = None, **params: object) -> Artifact:
+    about = {"model": "hub:org/model@main", "license": "mit"}
+    context = context_of("gguf", folder, checkpoint, reporter or Told(), about)
     stage = GGUFStage(GGUFParams.model_validate(params))
     stage.plan({})
     Manifest.of_folder(context.output, "gguf", stage.run(context)).write(context.output)
@@ -127,8 +129,21 @@ def test_each_tensor_has_the_type_that_was_asked_for_rounded_to_the_bit(wide: Pa
         np.testing.assert_array_equal(values(made, name), round_weights(values(floats, name), type))
 
 
+def test_the_head_has_a_type_of_its_own_or_that_of_the_embeddings_where_both_are_one(
+    wide: Path, tiny_llava: Path, tmp_path: Path
+) -> None:
+    untied = llama(tiny_llava, tmp_path / "untied", 256, 512, tied=False)
+    apart = ship(untied, tmp_path / "apart", type="Q4_0", output_type="Q5_K", embedding_type="q2_k")
+    tensors = read_header(apart.file("model.gguf")).tensors
+    assert (tensors["output.weight"].type, tensors["token_embd.weight"].type) == ("Q5_K", "Q2_K")
+    assert tensors["blk.0.attn_q.weight"].type == "Q4_0"
+    one = read_header(ship(wide, tmp_path / "one", type="Q4_0", output_type="Q5_K").file("model.gguf")).tensors
+    assert one["token_embd.weight"].type == "Q5_K" and "output.weight" not in one
+
+
 def test_where_rows_do_not_allow_a_type_the_one_taken_instead_is_named(uneven: Path, tmp_path: Path) -> None:
-    told = ship(uneven, tmp_path, type="Q4_K_M", tensor_types={"ffn_down": "Q3_K"}, embedding_type="Q6_K")
+    reporter, types = Told(), {"tensor_types": {"ffn_down": "Q3_K"}, "embedding_type": "Q6_K"}
+    told = ship(uneven, tmp_path, reporter, type="Q4_K_M", **types)
     header = read_header(told.file("model.gguf"))
     assert {header.tensors[f"blk.{block}.ffn_down.weight"].type for block in range(2)} == {"Q4_0"}
     assert header.tensors["token_embd.weight"].type == "Q8_0"  # llama.cpp alone would have ended the process
@@ -138,6 +153,7 @@ def test_where_rows_do_not_allow_a_type_the_one_taken_instead_is_named(uneven: P
     assert "Q4_0 instead of Q3_K for 2 tensors with rows of 160" in fallbacks
     assert "Q8_0 instead of Q6_K for token_embd.weight with rows of 320" in fallbacks
     assert any(line.startswith("Q5_0 instead of Q4_K for ") for line in fallbacks)
+    assert reporter.lines == fallbacks  # each told once
 
 
 @pytest.mark.parametrize(
@@ -219,13 +235,19 @@ def test_the_image_encoder_runs_in_smaller_types(
     assert 0.97 < likeness < 1 - 1e-7
 
 
-def test_the_file_says_what_it_is_made_of(tiny_llava: Path, tmp_path: Path) -> None:
-    made = ship(tiny_llava, tmp_path, type="Q5_K")
+@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+def test_both_files_say_what_they_are_made_of(
+    tiny_llava: Path, tiny_family: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    checkpoint = tiny_llava if kind == "llava" else tiny_family(kind)
+    made = ship(checkpoint, tmp_path, type="Q5_K", mmproj_type="Q8_0")
     assert made.metadata["type"] == "Q5_K_M"
-    fields = read_header(made.file("model.gguf")).fields
-    assert fields["general.license"] == "mit"
-    assert fields["general.base_model.0.name"] == "model" and fields["general.base_model.0.organization"] == "org"
-    assert str(made.metadata["base_digest"]) in str(fields["general.description"])
+    for file, type in (("model.gguf", "Q5_K_M"), ("mmproj.gguf", "Q8_0")):
+        fields = read_header(made.file(file)).fields
+        assert fields["general.license"] == "mit" and fields["general.quantized_by"] == "icet-pipeline"
+        assert fields["general.base_model.0.name"] == "model" and fields["general.base_model.0.organization"] == "org"
+        described = str(fields["general.description"])
+        assert str(made.metadata["base_digest"]) in described and f", {type}, " in described
 
 
 _RUN = """
@@ -248,7 +270,8 @@ def test_a_conversion_that_is_killed_leaves_no_half_written_file_under_its_final
     output = tmp_path / "output"
     while process.poll() is None and not any(output.glob(moment)):
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it had ended before"
+    assert any(output.glob(moment)), "nothing had begun"
     for path in output.glob("*.gguf"):
         read_header(path)  # which checks that all tensors lie within the file

@@ -52,24 +52,18 @@ def convert_language_model(
     """
     _check_rotation(checkpoint.read_config(folder), folder)
     file_type = "MOSTLY_F16" if dtype == "F16" else "ALL_F32"
-    described = scratch / "metadata.json"
-    scratch.mkdir(parents=True, exist_ok=True)
-    described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
-    license = metadata.get("general.license")
-    _convert(
-        folder,
-        target,
-        scratch,
-        language_model_class,
-        file_type,
-        name=name,
-        described=described,
-        mmproj=False,
-        license=None if license is None else str(license),
-    )
+    _convert(folder, target, scratch, language_model_class, file_type, name=name, metadata=metadata, mmproj=False)
 
 
-def convert_image_encoder(folder: Path, target: Path, scratch: Path, *, type: FloatType, name: str) -> None:
+def convert_image_encoder(
+    folder: Path,
+    target: Path,
+    scratch: Path,
+    *,
+    type: FloatType,
+    name: str,
+    metadata: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Write the mmproj of an Idefics3 or SmolVLM checkpoint, with all blocks that its encoder has.
 
     Args:
@@ -79,7 +73,8 @@ def convert_image_encoder(folder: Path, target: Path, scratch: Path, *, type: Fl
         StageError: the converter does not know this model.
     """
     file_type = "MOSTLY_F16" if type == "F16" else "ALL_F32"
-    _convert(folder, target, scratch, _own_architecture, file_type, name=f"{name} image encoder", mmproj=True)
+    whole = f"{name} image encoder"
+    _convert(folder, target, scratch, _own_architecture, file_type, name=whole, metadata=metadata, mmproj=True)
 
 
 def _convert(
@@ -90,12 +85,14 @@ def _convert(
     file_type: str,
     *,
     name: str,
+    metadata: Mapping[str, object],
     mmproj: bool,
-    described: Path | None = None,
-    license: str | None = None,
 ) -> None:
     links = scratch / "checkpoint"
     links.mkdir(parents=True, exist_ok=True)
+    described = scratch / "metadata.json"
+    described.write_text(json.dumps(dict(metadata), sort_keys=True), encoding="utf-8")
+    license = metadata.get("general.license")
     for path in sorted(folder.iterdir()):
         link = links / path.name
         if path.is_file() and path.name != "manifest.json" and not link.exists():
@@ -120,7 +117,7 @@ def _convert(
                     hparams=ModelBase.load_hparams(links, False),
                 )
                 if license is not None and not (folder / "README.md").exists():
-                    model.gguf_writer.add_license(license)  # which its way of giving metadata leaves out
+                    model.gguf_writer.add_license(str(license))  # which its way of giving metadata leaves out
                 _write(model)
     except (NotImplementedError, ValueError, KeyError, TypeError, OSError, AssertionError) as error:
         raise StageError(

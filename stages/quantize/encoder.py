@@ -5,7 +5,9 @@ The patch embedding stays as it is, positions, norms and biases stay F32 (llama-
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from stages.models.spec import ModelSpec
@@ -29,12 +31,13 @@ def write_encoder(
     scratch: Path,
     type: MmprojType,
     name: str,
+    metadata: Mapping[str, object] = MappingProxyType({}),
     cls: ClsOrder | None,
 ) -> tuple[Fallback, ...]:
     """Write the image encoder of a checkpoint up to its default exit; the file appears whole or not at all.
 
     Args:
-        cls: as `write_mmproj` takes it.
+        name, metadata, cls: as `write_mmproj` takes them.
 
     Returns:
         Where rows did not allow the type.
@@ -48,9 +51,10 @@ def write_encoder(
     written = target if type == floats else scratch / f"mmproj-{floats.lower()}.gguf"
     scratch.mkdir(parents=True, exist_ok=True)
     if spec.family == "idefics3":
-        convert_image_encoder(checkpoint, written, scratch, type=floats, name=name)
+        convert_image_encoder(checkpoint, written, scratch, type=floats, name=name, metadata=metadata)
     else:
-        write_mmproj(checkpoint, written, vision, vision.default_exit, name=name, type=floats, cls=cls)
+        exit = vision.default_exit
+        write_mmproj(checkpoint, written, vision, exit, name=name, metadata=metadata, type=floats, cls=cls)
     if written == target:
         return ()
     quantize_model(written, target, ALIASES.get(type, type), pure=True)

@@ -106,7 +106,7 @@ class GGUFStage(Stage[GGUFParams]):
     """Checkpoint to GGUF; the same checkpoint and parameters give the same bytes."""
 
     name = "gguf"
-    code_version = "3"
+    code_version = "4"
     summary = "convert to GGUF and quantize with llama.cpp, image encoder included"
     accepts = ("checkpoint",)
     output_type = "gguf"
@@ -200,6 +200,7 @@ class GGUFStage(Stage[GGUFParams]):
                 scratch=context.scratch,
                 type=params.mmproj_type,
                 name=name,
+                metadata=_described(source, base, params.mmproj_type),
                 cls=cls,
             )
         for one in fallbacks:
@@ -307,10 +308,7 @@ class GGUFStage(Stage[GGUFParams]):
         others = [
             replace(one, tensors=tuple(name for name in one.tensors if name not in exact.tensors)) for one in rest
         ]
-        found = (*exact.fallbacks, *(one for one in others if one.tensors))
-        for one in found:
-            context.log(str(one))
-        return found
+        return (*exact.fallbacks, *(one for one in others if one.tensors))
 
 
 def _spec(folder: Path) -> ModelSpec | None:

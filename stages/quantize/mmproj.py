@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal, cast
 
 import numpy as np
@@ -91,6 +92,7 @@ def write_mmproj(
     exit: int,
     *,
     name: str,
+    metadata: Mapping[str, object] = MappingProxyType({}),
     type: FloatType = "F16",
     cls: ClsOrder | None = None,
 ) -> None:
@@ -99,6 +101,7 @@ def write_mmproj(
     Matrices get `type`; biases, norms and positions stay F32. The file appears whole or not at all.
 
     Args:
+        name: of the model. metadata: more `general.*` keys.
         cls: for a CLIP tower, where the runtime puts CLS (`llamacpp_cls.cls_order()`).
 
     Raises:
@@ -114,7 +117,8 @@ def write_mmproj(
     part = target.with_suffix(".part")
     writer = gguf.GGUFWriter(path=part, arch="clip")
     writer.add_type("mmproj")
-    writer.add_name(f"{name} image encoder")
+    described = {key.removeprefix("general."): value for key, value in metadata.items()}
+    gguf.Metadata(name=f"{name} image encoder", **described).set_gguf_meta_model(writer)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if type == "F32" else gguf.LlamaFileType.MOSTLY_F16)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "mlp")
