@@ -201,6 +201,17 @@ def test_what_trained_a_model_stands_beside_what_came_of_it(folder: RunFolder, r
     assert trainings_table(bare) is None
 
 
+def test_types_that_shapes_did_not_allow_stand_beside_the_artifact(report: Report) -> None:
+    told = ["Q5_0 instead of Q4_K for 180 tensors with rows of 576", "Q8_0 instead of Q6_K for token_embd.weight"]
+    artifacts = tuple(
+        row.model_copy(update={"metadata": row.metadata | {"fallbacks": told if row.stage == "gguf" else []}})
+        for row in report.artifacts
+    )
+    page = render_page(report.model_copy(update={"artifacts": artifacts}))
+    (line,) = [line for line in page.splitlines() if told[0] in line]
+    assert line.startswith('<tr><td>gguf</td><td class="stat"><b>gguf</b>') and "; ".join(told) in line
+
+
 def test_formats_of_the_same_weights_stand_side_by_side(report: Report) -> None:
     assert report.formats == ()  # control and shipped are of different weights
     shared = [

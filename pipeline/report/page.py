@@ -36,6 +36,7 @@ from pipeline.report.figures import (
 from pipeline.report.formats import format_tables
 from pipeline.report.model import ArtifactRow, Report, Subject
 from pipeline.report.numbers import (
+    Stat,
     at_default,
     average,
     figure,
@@ -286,10 +287,10 @@ def _judge(report: Report) -> str:
 
 
 def _artifacts(report: Report) -> Table | None:
-    rows = [
+    rows: list[list[Cell]] = [
         [
             row.stage,
-            row.type or "no longer in the store",
+            _type(row),
             show_bytes(row.size) if row.size is not None else "–",
             "ships" if row.shipped else "",
             Code(row.digest),
@@ -297,6 +298,13 @@ def _artifacts(report: Report) -> Table | None:
         for row in report.artifacts
     ]
     return Table(["stage", "type", "size", "", "digest"], rows) if rows else None
+
+
+def _type(row: ArtifactRow) -> Cell:
+    """With the types that its shapes did not allow, and what it holds instead."""
+    words = row.type or "no longer in the store"
+    fallbacks = row.metadata.get("fallbacks")
+    return Stat(words, "; ".join(map(str, fallbacks))) if isinstance(fallbacks, list) and fallbacks else words
 
 
 def _files(report: Report) -> Table | None:
