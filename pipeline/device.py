@@ -126,6 +126,35 @@ def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | No
     return what, why, _smaller(replace(spec, quantization=kind), budget, kind)
 
 
+def gptq_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
+    """The same of a GPTQ checkpoint, of which only the weights are known: they alone must fit."""
+    from stages.models.memory import gptq_bytes
+
+    word = spec.quantization
+    if word is None or (weights := gptq_bytes(spec)) <= budget.memory:
+        return None
+    bits, _, group = word.removeprefix("gptq-").partition("bit")
+    fewer = {
+        f"bits: {less}": gptq_bytes(replace(spec, quantization=f"gptq-{less}bit{group}"))
+        for less in (4, 3, 2)
+        if less < int(bits)
+    }
+    fitting = next((less for less in fewer if fewer[less] <= budget.memory), None)
+    least = show_bytes(min(fewer.values(), default=weights))
+    larger = next((name for name in device_names() if device(name).memory >= weights), None)
+    held = f"the smallest device that holds these is '{larger}'" if larger else "no shipped device holds these"
+    hint = (
+        f"no bits fit: they take at least {least}; start from a smaller model, or drop blocks of this one"
+        if fitting is None
+        else f"with {fitting} they take {show_bytes(fewer[fitting])}"
+    )
+    return (
+        f"{word} does not fit the device '{budget.name}'",
+        f"its weights alone take {show_bytes(weights)}, the device allows {show_bytes(budget.memory)}",
+        f"{hint}; {held}",
+    )
+
+
 def kinds_for(spec: ModelSpec) -> tuple[str, ...]:
     """The types that a budget is searched over, largest first; small ones only where there is an importance matrix."""
     return KINDS + SMALL_KINDS if spec.imatrix else KINDS

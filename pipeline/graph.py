@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from artifacts.errors import PipelineError, RecipeError
-from pipeline.device import budget_problem
+from pipeline.device import budget_problem, gptq_problem
 from pipeline.explain import explain, nearest
 from pipeline.recipe import SOURCE_ID, Recipe, StageEntry
 from pipeline.yaml_source import Place
@@ -242,12 +242,14 @@ def _at(error: PipelineError, where: str) -> RecipeError:
 
 
 def _check_budget(recipe: Recipe, id: str, planned: Planned) -> None:
-    if recipe.device is None or planned.type != "gguf" or planned.spec is None:
+    check = {"gguf": budget_problem, "gptq": gptq_problem}.get(planned.type)
+    if recipe.device is None or check is None or planned.spec is None:
         return
-    problem = budget_problem(planned.spec, recipe.device)
+    problem = check(planned.spec, recipe.device)
     if problem is not None:
         what, why, way_out = problem
-        raise RecipeError(f"stage '{id}': {what}", where=recipe.where("stages", id), why=why, way_out=way_out)
+        where = recipe.where("source") if id == SOURCE_ID else recipe.where("stages", id)
+        raise RecipeError(f"stage '{id}': {what}", where=where, why=why, way_out=way_out)
 
 
 def _check_resources(recipe: Recipe, id: str, stage: Stage[StageParams], planned: Planned) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from pipeline.cli import app
 from pipeline.device import Device, device, device_names, parse_bytes, show_bytes
 from pipeline.graph import build_graph
 from pipeline.recipe import load_recipe
+from stages.models.memory import gptq_bytes
+from stages.models.smol_llava import smol_llava_spec
 
 
 def test_every_shipped_profile_is_valid_and_they_are_listed_by_size() -> None:
@@ -131,6 +134,28 @@ def test_smaller_keys_and_values_can_make_a_context_fit(tmp_path: Path) -> None:
     assert graph.recipe.device is not None and graph.recipe.device.numbers()["kv_cache_bits"] == 8
     text = CliRunner().invoke(app, ["plan", str(path)], prog_name="pipeline").output
     assert "context 8192 tokens, keys and values in Q8_0" in text
+
+
+def test_a_gptq_checkpoint_whose_weights_alone_do_not_fit_is_refused_with_the_bits_that_do(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    wanted = "uses: gptq, with: {{group_size: 64, bits: {type}}}"
+    quantized = RECIPE.replace("uses: gguf, with: {{type: {type}}}", wanted)
+
+    def plan(memory: str, bits: int) -> None:
+        path.write_text(quantized.format(memory=memory, context=512, type=bits))
+        build_graph(load_recipe(path))
+
+    size = gptq_bytes(replace(smol_llava_spec(), quantization="gptq-4bit-64")) >> 20
+    plan(f"{size + 1}MiB", 4)
+    with pytest.raises(RecipeError) as caught:
+        plan(f"{size + 1}MiB", 8)
+    error = caught.value
+    assert error.where == f"{path}:6" and error.what == "stage 'gguf': gptq-8bit-64 does not fit the device 'inline'"
+    assert f"the device allows {size + 1} MiB" in (error.why or "")
+    assert re.match(r"with bits: 4 they take \d+ MiB; the smallest device that holds these is", error.way_out or "")
+    with pytest.raises(RecipeError) as caught:
+        plan("20MiB", 2)
+    assert re.match(r"no bits fit: they take at least \d+ MiB; start from a smaller model", caught.value.way_out or "")
 
 
 def test_a_budget_that_is_enough_is_not_refused(tmp_path: Path) -> None:
