@@ -16,7 +16,9 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -242,8 +244,8 @@ def main() -> int:
         compared.append(comparison(stock, measured(f"auto-{stock}", as_chosen), theirs))
         print(compared[-1], flush=True)
         summary = {
-            "command": "python benchmarks/auto_types.py",
-            "source": "demo:smol-llava",
+            "command": shlex.join(["python", "benchmarks/auto_types.py", *sys.argv[1:]]),
+            "source": str(source.metadata.get("model", "")),
             "source_digest": source.digest,
             "how": "llama.cpp on a CPU, KL(F16 || file) in nats a token with bootstrap intervals; greedy answers "
             "beside a test picture at the default exit, refusals by the keyword rule",
