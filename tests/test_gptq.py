@@ -51,13 +51,16 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 def dequantized(held: dict[str, torch.Tensor], name: str, bits: int) -> torch.Tensor:
     """(rows, columns) of a matrix in the AutoGPTQ layout, as that project's documentation has it, without its code."""
     codes, zeros, scales, groups = (held[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx"))
-    shifts = torch.arange(0, 32, bits)
-    top = 2**bits - 1
-    # Codes of a column stand below each other in 32-bit words, zeros of a group beside each other, less one.
-    unpacked = ((codes[:, None, :] >> shifts[None, :, None]) & top).flatten(0, 1)
-    middles = (((zeros[:, :, None] >> shifts) & top).flatten(1) + 1) & top
+
+    def unpacked(words: torch.Tensor) -> torch.Tensor:
+        """(words, columns) of 32 bits, each column one stream of codes from the lowest bit on."""
+        stream = ((words[:, None, :] >> torch.arange(32)[None, :, None]) & 1).flatten(0, 1)
+        return (stream.unflatten(0, (-1, bits)) << torch.arange(bits)[None, :, None]).sum(1)
+
+    # Codes of a column stand below each other, zeros of a group beside each other, less one.
+    middles = (unpacked(zeros.T).T + 1) & (2**bits - 1)
     chosen = groups.long()
-    weight: torch.Tensor = (unpacked - middles[chosen]) * scales.float()[chosen]
+    weight: torch.Tensor = (unpacked(codes) - middles[chosen]) * scales.float()[chosen]
     return weight.T
 
 
@@ -102,6 +105,15 @@ def difference(kind: str, before: Path, after: Path, picture: Path) -> float:
     return float(((found - reference).pow(2).mean() / reference.pow(2).mean()).sqrt())
 
 
+def answer(kind: str, folder: Path, picture: Path) -> tuple[list[int], int]:
+    """Tokens that stock transformers generates about an image, and the one that a single pass says is first."""
+    given, model = inputs_of(kind, folder, picture), stock(folder, kind)
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"), gptq.silent():
+        said = model.generate(**given, max_new_tokens=4, do_sample=False)
+        first = model(**given).logits[0, -1]
+    return said[0, given["input_ids"].shape[1] :].tolist(), int(first.argmax())
+
+
 @pytest.fixture(scope="module")
 def model_of(tiny_llava: Path, tiny_family: Callable[[str], Path]) -> Callable[[str], Path]:
     return lambda kind: tiny_llava if kind == "llava" else tiny_family(kind)
@@ -114,6 +126,8 @@ def test_stock_transformers_loads_the_whole_with_images_and_eight_bits_hardly_ch
 ) -> None:
     made = run_stage(model_of(kind), tmp_path)
     assert difference(kind, model_of(kind), made.path, images[0]) < 0.06
+    said, first = answer(kind, made.path, images[0])
+    assert 0 < len(said) <= 4 and said[0] == first
 
     before, after = tensors(model_of(kind)), tensors(made.path)
     family = family_of(checkpoint.read_config(made.path))
@@ -151,7 +165,8 @@ def test_every_matrix_of_llama_3_2_vision_is_calibrated_by_what_it_reads(
 
 @needs_gptqmodel
 @pytest.mark.parametrize(
-    ("bits", "group", "desc_act", "sym"), [(4, 32, False, True), (4, 64, True, False), (2, -1, False, True)]
+    ("bits", "group", "desc_act", "sym"),
+    [(4, 32, False, True), (4, 64, True, False), (3, 32, False, True), (2, -1, False, True)],
 )
 def test_what_the_file_holds_is_what_the_loaded_model_computes(
     bits: int, group: int, desc_act: bool, sym: bool, model_of: Callable[[str], Path], tmp_path: Path

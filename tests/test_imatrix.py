@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -99,13 +100,15 @@ def test_every_matrix_of_the_blocks_has_an_entry_made_of_text_images_and_prompts
     assert all((values > 0).all() for values in found.values())
     tokens = made.metadata["calibration_tokens"]
     assert isinstance(tokens, int) and tokens > 8 * 16  # questions and prompts hold 16 image tokens each
-    raw = made.file("imatrix.gguf").read_bytes()
-    counts = {
-        np.frombuffer(raw, np.float32, 1, tensor.offset).item()
-        for name, tensor in header.tensors.items()
-        if name.endswith(".counts")
-    }
-    assert counts == {tokens}
+    # As the reader of the package gguf finds it: for each matrix the sums of squares, and what they are sums over.
+    reader = gguf.GGUFReader(made.file("imatrix.gguf"))
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert stored.keys() == {f"{name}.{part}" for name in found for part in ("in_sum2", "counts")}
+    assert reader.fields["general.type"].contents() == "imatrix"
+    for name, values in found.items():
+        (count,) = stored[f"{name}.counts"].ravel()
+        assert count == tokens
+        np.testing.assert_allclose(stored[f"{name}.in_sum2"].ravel() / count, values, rtol=1e-6)
 
 
 def test_the_same_checkpoint_and_seed_give_the_same_bytes(tiny_llava: Path, made: Artifact, tmp_path: Path) -> None:
