@@ -129,11 +129,12 @@ def _needs(folder: RunFolder) -> dict[str, list[str]]:
 
 
 def test_the_headline_compares_what_ships_with_source_and_control(report: Report) -> None:
-    assert report.headline.startswith("Passed: all 5 gates hold")
+    assert report.headline.startswith("Passed: all 6 gates hold")
     assert "the uncompressed source answers" in report.headline
     assert "the same recipe without L-PPO answers" in report.headline
     figures = re.findall(r"\d+(?:\.\d+)?% \([^)]*n\xa0=\xa0[\d,]+\)", report.headline)
-    assert len(figures) == 4  # average, worst exit, source, control: each with its interval and n
+    assert len(figures) == 5  # average, worst exit, babble, source, control: each with its interval and n
+    assert "and to 5% (" in report.headline and "at exit 3 only babbles" in report.headline
 
 
 def test_the_page_needs_nothing_beside_itself(page: str) -> None:
@@ -277,7 +278,7 @@ def test_artifacts_that_are_gone_leave_what_the_events_know(tmp_path: Path) -> N
     folder.store.object_path(folder.artifacts["icet"].digest).chmod(0o755)
     shutil.rmtree(folder.store.root)
     report = build_report(run)
-    assert report.status == "passed" and report.measures == () and len(report.gates) == 5
+    assert report.status == "passed" and report.measures == () and len(report.gates) == 6
     assert all(row.size is None for row in report.artifacts)
     assert "no longer in the store" in render_page(report, read_responses(report))
 
@@ -292,7 +293,7 @@ def test_a_gate_that_was_not_measured_is_shown_as_failed(folder: RunFolder, tmp_
     ]
     report = build_report(folder.write(events, tmp_path))
     assert report.status == "gate_failed"
-    assert report.headline.startswith("Not published: 1 of 5 gates failed or could not be measured (max_asr).")
+    assert report.headline.startswith("Not published: 1 of 6 gates failed or could not be measured (max_asr).")
     assert "✗ not measured" in render_page(report)
 
 

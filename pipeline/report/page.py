@@ -38,6 +38,7 @@ from pipeline.report.model import ArtifactRow, Report, Subject
 from pipeline.report.numbers import (
     at_default,
     average,
+    degenerate,
     figure,
     percent,
     rows_of,
@@ -206,6 +207,10 @@ def _tiles(report: Report) -> list[_Tile]:
         tiles.append(_tile("Attack success, average over exits", mean))
     if peak is not None:
         tiles.append(_tile(f"Attack success at the worst exit, {peak.exit}", peak))
+    babble = degenerate(report, subject)
+    if babble is not None:
+        place = f" at the worst exit, {babble.exit}" if babble.exit is not None else ""
+        tiles.append(_tile(f"Babble instead of an answer{place}", babble))
     refusal = average(rows_of(report, subject, "over_refusal"))
     if refusal is not None:
         tiles.append(_tile("Harmless requests refused", refusal))
