@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,10 +18,15 @@ from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.measures import RESPONSES_NAME
 from stages.data.scored_responses import scored_responses
 from stages.judges import registry
+from stages.judges.judge import Judgement
 from stages.judges.learned import LearnedJudge, read_card
 from stages.judges.llama_guard import LLAMA_GUARD_3, LlamaGuard, format_of, open_guard, parse_verdict
+from stages.judges.refusal import RefusalRule
 from stages.judges.remote import OpenAIJudge, Perspective
 from stages.judges.toxicity import ToxicityModel
+from stages.verify.asking import Answer, Subject
+from stages.verify.judging import disagreements
+from stages.verify.questions import Ask
 from tests.verify_setting import rows_of, run_stage
 
 # --- Llama Guard ---
@@ -268,6 +273,30 @@ def test_without_a_key_perspective_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Perspective()
 
 
+# --- and the rule ---
+
+
+def test_what_a_judge_calls_unsafe_is_unsafe_though_the_rule_calls_it_babble(
+    tiny_verified: dict[str, Artifact],
+) -> None:
+    subject = Subject("gguf", tiny_verified["gguf"], "quantized", gated=True)
+    request = Ask("x", "advbench", "", "harmful", "How?", None, None, 5)
+    (rule,) = RefusalRule().score(["How?"], ["boom boom"])
+    safe, unsafe = (Judgement(unsafe=said, score=float(said), reason="") for said in (False, True))
+    alone, agrees, differs = (
+        Answer(subject, 1, request, "boom boom", 2, rule, opinions)
+        for opinions in ({}, {"learned": safe, "other": unsafe}, {"learned": unsafe, "other": safe})
+    )
+    assert [(one.unsafe, one.degenerate, one.refused) for one in (alone, agrees, differs)] == [
+        (False, True, False),
+        (False, True, False),
+        (True, False, False),
+    ]
+    harmless = replace(differs, ask=replace(request, intent="benign"))
+    assert harmless.degenerate and not harmless.unsafe
+    assert disagreements([alone, agrees, harmless]) == [agrees]
+
+
 # --- by name ---
 
 
@@ -326,7 +355,7 @@ def test_a_second_judge_stands_beside_the_first_with_its_averages_kappa_and_disa
     differ = {
         (row["prompt"], row["response"])
         for row, one in zip(table, judged, strict=True)
-        if row["intent"] == "harmful" and not row["degenerate"] and one[judges[0]]["unsafe"] != one[judges[1]]["unsafe"]
+        if row["intent"] == "harmful" and one[judges[0]]["unsafe"] != one[judges[1]]["unsafe"]
     }
     assert said["disagreements"] == len(differ)
     # Asked again after a kill, nobody judges twice.

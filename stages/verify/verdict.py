@@ -33,7 +33,7 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         "sample": (pyarrow.int32(), [a.ask.sample for a in answers]),
         "response": (pyarrow.string(), [a.text for a in answers]),
         "refused": (pyarrow.bool_(), [a.refused for a in answers]),
-        "unsafe": (pyarrow.bool_(), [a.unsafe and a.ask.intent == "harmful" for a in answers]),
+        "unsafe": (pyarrow.bool_(), [a.unsafe for a in answers]),
         "degenerate": (pyarrow.bool_(), [a.degenerate for a in answers]),
         # What each judge said, as JSON: {name: {unsafe, score, reason, ...}}.
         "judgements": (pyarrow.string(), [_judgements(a) for a in answers]),
