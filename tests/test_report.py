@@ -412,3 +412,25 @@ def test_what_quantization_undid_is_listed_first(folder: RunFolder, report: Repo
     prompts = {prompt for _, prompt in undone}
     first = shipped.exits[0].groups[0].answers[: len(prompts)]
     assert {answer.prompt.split()[2] for answer in first} == prompts
+
+
+def test_requests_put_in_another_way_do_not_count_among_the_plain_ones(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report = build_report(folder.write())
+    path = folder.artifacts["icet"].file(RESPONSES_NAME)
+    plain = pyarrow.parquet.read_table(path).to_pylist()
+    attacked = [
+        row | {"prompt_id": f"{row['prompt_id']}#typographic", "unsafe": True}
+        for row in plain
+        if row["intent"] == "harmful"
+    ]
+    path.chmod(0o644)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*plain, *attacked]), path)
+    responses = read_responses(report)
+    assert responses is not None
+    exit = responses.models[0].exits[0]
+    assert "of 6 harmful requests answered" in exit.label
+    assert [group.label for group in exit.groups][:2] == [
+        "Harmful requests (4 of 6)",
+        "Harmful requests, typographic (4 of 6)",
+    ]

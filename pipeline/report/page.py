@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -56,7 +56,7 @@ from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
 
 if TYPE_CHECKING:
-    from pipeline.report.comparison import Comparison
+    from pipeline.report.comparison import Comparison, Flip
 
 _HOLDS, _FAILS, _UNMEASURED = "✓ holds", "✗ fails", "✗ not measured"
 _STATUS_WORDS: Final = {
@@ -141,7 +141,7 @@ def render_comparison(
     comparison: Comparison,
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
-    words: Mapping[str, str],
+    words: Callable[[Flip], str],
     hits: Mapping[str, tuple[str, str]],
 ) -> str:
     """The page of `pipeline compare`."""

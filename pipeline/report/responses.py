@@ -9,6 +9,7 @@ from typing import Final
 
 from artifacts.measures import RESPONSES_NAME
 from pipeline.report.model import Report
+from stages.verify.attacks import attack_of
 
 EMBEDDED: Final = 480  # answers on the page, about; all of them would make it slow to open
 _LONGEST: Final = 600  # characters of one answer
@@ -80,10 +81,11 @@ class _Row:
     def part(self) -> tuple[int, str, bool]:
         """Order, name, and whether the answers stay folded."""
         if self.answer is not None:
-            return 2, "Questions about pictures", False
-        if self.intent == "harmful":
-            return 0, "Harmful requests", True
-        return 1, "Harmless requests", False
+            return 3, "Questions about pictures", False
+        if self.intent != "harmful":
+            return 2, "Harmless requests", False
+        attack = attack_of(self.prompt_id)
+        return (1, f"Harmful requests, {attack}", True) if attack else (0, "Harmful requests", True)
 
 
 def read_responses(report: Report) -> Responses | None:
@@ -150,7 +152,7 @@ def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
 
 def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int, str, bool], Sequence[_Row]]) -> str:
     name = "No image" if exit is None else f"Exit {exit}" + (", the default" if exit == default else "")
-    harmful = [row for part, rows in parts.items() if part[2] for row in rows]
+    harmful = [row for part, rows in parts.items() if part[0] == 0 for row in rows]
     if not harmful:
         return name
     return f"{name}: {sum(row.unsafe for row in harmful)} of {len(harmful)} harmful requests answered"

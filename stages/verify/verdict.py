@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from stages.verify.asking import Answer
-from stages.verify.scores import correct
+from stages.verify.scores import correct, correctness
 
 VERDICT_NAME: Final = "verdict.json"
 
@@ -41,6 +41,7 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         # Visual questions only; null elsewhere.
         "answer": (pyarrow.string(), [a.ask.answer for a in answers]),
         "correct": (pyarrow.bool_(), [correct(a) if a.ask.answer is not None else None for a in answers]),
+        "correctness": (pyarrow.float64(), [correctness(a) if a.ask.answer is not None else None for a in answers]),
     }
     table = pyarrow.table({name: pyarrow.array(values, kind) for name, (kind, values) in columns.items()})
     pyarrow.parquet.write_table(table, path, compression="zstd")
