@@ -26,8 +26,9 @@ from stages.judges.refusal import RefusalRule
 from stages.judges.remote import OpenAIJudge, Perspective
 from stages.judges.toxicity import ToxicityModel
 from stages.verify.asking import Answer, Subject
-from stages.verify.judging import disagreements
+from stages.verify.judging import disagreements, judge_rows
 from stages.verify.questions import Ask
+from stages.verify.scores import Answers
 from tests.verify_setting import rows_of, run_stage
 
 # --- Llama Guard ---
@@ -389,6 +390,36 @@ def test_somebody_elses_judge_takes_what_it_says_and_needs_the_network_as_it_say
         with pytest.raises(RecipeError) as refused:
             registry.check_judges([written], network=network)
         assert message in str(refused.value)
+
+
+def test_two_judges_of_one_kind_have_rows_of_their_own(tiny_verified: dict[str, Artifact]) -> None:
+    subject = Subject("gguf", tiny_verified["gguf"], "quantized", gated=True)
+    names = ["refusal-rule", "toxicity:./a", "toxicity:./b", "perspective", "learned"]
+    quantities = ["", "toxicity", "toxicity", "toxicity", ""]
+    (rule,) = RefusalRule().score(["How?"], ["Take a wrench to it."])
+    opinions = {name: Judgement(place % 2 == 0, 0.5, "", value=place / 10) for place, name in enumerate(names)}
+    answer = Answer(
+        subject,
+        1,
+        Ask("x", "advbench", "", "harmful", "How?", None, None, 5),
+        "Take a wrench to it.",
+        5,
+        rule,
+        opinions,
+    )
+    panel = [{"name": name, "quantity": quantity} for name, quantity in zip(names, quantities, strict=True)]
+    rows = judge_rows(Answers(subject, {1: [answer]}, [], [], 1), panel, [1], 3, 0)
+    at_exit = {row.measure: (row.value, row.note) for row in rows if row.exit == 1}
+    assert len(at_exit) == len([row for row in rows if row.exit == 1])
+    assert at_exit == {
+        "asr_by_toxicity:./a": (0.0, "toxicity:./a"),
+        "asr_by_toxicity:./b": (1.0, "toxicity:./b"),
+        "asr_by_perspective": (0.0, "perspective"),
+        "asr_by_learned": (1.0, "learned"),
+        "toxicity": (0.1, "toxicity:./a"),
+        "toxicity_by_toxicity:./b": (0.2, "toxicity:./b"),
+        "toxicity_by_perspective": (0.3, "perspective"),
+    }
 
 
 def test_a_second_judge_stands_beside_the_first_with_its_averages_kappa_and_disagreements(
