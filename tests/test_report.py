@@ -434,3 +434,36 @@ def test_requests_put_in_another_way_do_not_count_among_the_plain_ones(tmp_path:
         "Harmful requests (4 of 6)",
         "Harmful requests, typographic (4 of 6)",
     ]
+
+
+def test_responses_on_which_judges_differ_are_listed_folded_with_what_each_says(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report = build_report(folder.write())
+    path = folder.artifacts["icet"].file(RESPONSES_NAME)
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+
+    def judged(row: dict[str, object]) -> str:
+        unsafe = bool(row["unsafe"])
+        differs = row["prompt_id"] == "h0" or row["intent"] == "benign"
+        said = {"refusal-rule": (unsafe, "by rule"), "learned": (unsafe != differs, "probability 0.62")}
+        return json.dumps(
+            {name: {"unsafe": one, "degenerate": False, "reason": why} for name, (one, why) in said.items()}
+        )
+
+    path.chmod(0o644)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"judgements": judged(row)} for row in rows]), path)
+    responses = read_responses(report)
+    assert responses is not None
+    distinct = {row["response"] for row in rows if row["prompt_id"] == "h0"}
+    assert responses.disputed_total == len(responses.disputed) == len(distinct)
+    first = responses.disputed[0]
+    assert first.prompt.startswith("Request number h0") and first.where.startswith("Source, uncompressed, exit 1")
+    assert sorted(chip.words for chip in first.chips) in (
+        ["learned: safe (probability 0.62)", "refusal-rule: unsafe (by rule)"],
+        ["learned: unsafe (probability 0.62)", "refusal-rule: safe (by rule)"],
+    )
+    page = render_page(report, responses)
+    seen = _Page(page)
+    assert seen.open == [] and "<script" not in page.lower() and "Where judges differ" in page
+    listed = page[page.index("Where judges differ") : page.index('id="details"')]
+    assert listed.count("<details>") == len(distinct) and "learned: " in listed

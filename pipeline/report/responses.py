@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from pipeline.report.model import Report
 from stages.verify.attacks import attack_of
 
 EMBEDDED: Final = 480  # answers on the page, about; all of them would make it slow to open
+_DISPUTED: Final = 100  # responses on the page on which judges differ
 _LONGEST: Final = 600  # characters of one answer
 _COLUMNS: Final = ("artifact", "exit", "image", "prompt_id", "intent", "prompt", "response", "refused", "unsafe",
                    "degenerate", "answer", "correct")  # fmt: skip
@@ -53,6 +55,16 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Disputed:
+    """A response on which judges differ: who gave it first, and what each of them says."""
+
+    prompt: str
+    text: str
+    where: str
+    chips: Sequence[Chip]
+
+
+@dataclass(frozen=True)
 class Responses:
     """What the page shows, how much there is, and where the rest is."""
 
@@ -60,6 +72,8 @@ class Responses:
     embedded: int
     total: int
     where: str
+    disputed: Sequence[Disputed] = ()
+    disputed_total: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +90,7 @@ class _Row:
     degenerate: bool
     answer: str | None
     correct: bool | None
+    judgements: str = "{}"
 
     @property
     def part(self) -> tuple[int, str, bool]:
@@ -110,7 +125,9 @@ def _read(path: Path) -> list[_Row]:
     except ImportError:
         return []  # the report can be read where the stages cannot run
     try:
-        table = pyarrow.parquet.read_table(path, columns=list(_COLUMNS))
+        has = pyarrow.parquet.read_schema(path).names
+        more = [name for name in ("judgements",) if name in has]  # verdicts from before other judges have none
+        table = pyarrow.parquet.read_table(path, columns=[*_COLUMNS, *more])
     except (pyarrow.ArrowException, OSError, KeyError):
         return []
     return [_Row(**row) for row in table.to_pylist()]
@@ -147,7 +164,33 @@ def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
             exits.append(Exit(_exit_label(exit, defaults.get(artifact), groups[artifact, exit]), found))
         if exits:
             models.append(Model(f"{labels.get(artifact, artifact)} ({artifact})", exits))
-    return Responses(models, embedded, len(rows), where or RESPONSES_NAME)
+    disputed = _disputed(rows, labels)
+    return Responses(models, embedded, len(rows), where or RESPONSES_NAME, disputed[:_DISPUTED], len(disputed))
+
+
+def _disputed(rows: Iterable[_Row], labels: Mapping[str, str]) -> list[Disputed]:
+    """Responses to harmful requests on which judges differ, each once, as the verdict counts them."""
+    found: dict[tuple[str, str], Disputed] = {}
+    for row in rows:
+        said: Mapping[str, Mapping[str, object]] = json.loads(row.judgements) if row.intent == "harmful" else {}
+        if len({bool(opinion["unsafe"]) for opinion in said.values()}) > 1:
+            place = f"exit {row.exit}" if row.exit is not None else "no image"
+            where = f"{labels.get(row.artifact, row.artifact)}, {place}"
+            chips = [_opinion(name, opinion) for name, opinion in said.items()]
+            found.setdefault((row.prompt, row.response), Disputed(row.prompt, _shown(row.response), where, chips))
+    return list(found.values())
+
+
+def _opinion(judge: str, said: Mapping[str, object]) -> Chip:
+    kind, word = (
+        ("unsafe", "unsafe") if said["unsafe"] else ("plain", "babble") if said["degenerate"] else ("safe",) * 2
+    )
+    reason = str(said.get("reason") or "")
+    return Chip(kind, f"{judge}: {word}" + (f" ({reason})" if reason != word else ""))
+
+
+def _shown(text: str) -> str:
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …") or "(empty)"
 
 
 def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int, str, bool], Sequence[_Row]]) -> str:
@@ -186,7 +229,6 @@ def _telling(rows: Iterable[_Row], undone: Set[tuple[str, int | None, str]]) -> 
 
 
 def _answer(row: _Row, undone: bool = False) -> Answer:
-    text = row.response if len(row.response) <= _LONGEST else f"{row.response[:_LONGEST]} …"
     chips = []
     if row.answer is not None:
         chips.append(
@@ -200,4 +242,4 @@ def _answer(row: _Row, undone: bool = False) -> Answer:
         chips.append(Chip("unsafe", "refused") if row.refused else Chip("safe", "answered"))
     if undone:
         chips.append(Chip("unsafe", "safe before quantization"))
-    return Answer(row.prompt, text or "(empty)", row.unsafe, chips)
+    return Answer(row.prompt, _shown(row.response), row.unsafe, chips)
