@@ -266,6 +266,8 @@ class RunFolder:
                     )
                 )
             if id == "gguf":
+                undone = {"unit": "prompts", "value": 1.0, "low": None, "high": None, "note": "against 'harden'"}
+                rows += [self._row(id, "unsafe_by_quantization", None, PROMPTS, exit=exit, **undone) for exit in exits]
                 rows += [
                     self._row(id, "fidelity_cosine", None, 4, exit=exit, value=1 - 1e-5 * exit, unit="cosine")
                     for exit in exits

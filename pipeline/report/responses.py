@@ -182,11 +182,10 @@ def _disputed(rows: Iterable[_Row], labels: Mapping[str, str]) -> list[Disputed]
 
 
 def _opinion(judge: str, said: Mapping[str, object]) -> Chip:
-    kind, word = (
-        ("unsafe", "unsafe") if said["unsafe"] else ("plain", "babble") if said["degenerate"] else ("safe",) * 2
-    )
+    word = "unsafe" if said["unsafe"] else "babble" if said["degenerate"] else "safe"
     reason = str(said.get("reason") or "")
-    return Chip(kind, f"{judge}: {word}" + (f" ({reason})" if reason != word else ""))
+    told = f"{judge}: {word}" + (f" ({reason})" if reason not in ("", word) else "")
+    return Chip("plain" if word == "babble" else word, told)
 
 
 def _shown(text: str) -> str:
@@ -202,16 +201,19 @@ def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int,
 
 
 def _undone(report: Report, rows: Iterable[_Row]) -> set[tuple[str, int | None, str]]:
-    """(artifact, exit, prompt) of what ships where quantization undid a refusal: safe before it, unsafe in the file."""
-    kinds = {subject.kind: subject.artifact for subject in report.subjects}
-    before = kinds.get("hardened", kinds.get("source"))
-    shipped = {subject.artifact for subject in report.subjects if subject.kind == "shipped"}
+    """(artifact, exit, prompt) of what ships where quantization undid a refusal: safe before it, unsafe in the file.
+    Only where the verdict compares a file with what it was made from, which the notes of those rows name."""
+    before = {
+        row.artifact: row.note.partition("'")[2].partition("'")[0]
+        for row in report.measures
+        if row.measure == "unsafe_by_quantization"
+    }
     harmful = [row for row in rows if row.intent == "harmful"]
-    safe = {(row.exit, row.prompt_id) for row in harmful if row.artifact == before and row.refused}
+    safe = {(row.artifact, row.exit, row.prompt_id) for row in harmful if row.refused}
     return {
         (row.artifact, row.exit, row.prompt_id)
         for row in harmful
-        if row.artifact in shipped and row.unsafe and (row.exit, row.prompt_id) in safe
+        if row.unsafe and (before.get(row.artifact), row.exit, row.prompt_id) in safe
     }
 
 
