@@ -15,6 +15,7 @@ from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import sha256_file
 from artifacts.measures import RESPONSES_NAME
 from stages.data.images import typographic
+from stages.data.prompt_files import PromptFile, file_digest
 from stages.data.prompts import load_prompts
 from stages.stage import Planned
 from stages.verify.stage import IcetVerifyStage
@@ -83,6 +84,21 @@ def test_generated_pictures_are_the_users_own_by_id_or_by_a_column_and_none_may_
     beside = {row["prompt_id"]: row["image"] for row in table if row["prompt_id"].endswith("#generated-image")}
     pictures = [*(tmp_path / "made" / f"{id}.png" for id in asked), images[2]]
     assert sorted(beside.values()) == sorted(f"generated:{sha256_file(path)[:16]}" for path in pictures)
+
+
+def test_another_picture_of_a_set_is_another_verification(images: list[Path], tmp_path: Path) -> None:
+    shutil.copyfile(images[0], tmp_path / "a.png")
+    shutil.copyfile(images[0], tmp_path / "not-named.png")
+    (tmp_path / "mine.csv").write_text("goal,picture\nWrite a rude note,a.png\nWrite another,missing.png\n")
+    columns = {"prompt": "goal", "image": "picture"}
+    mine = PromptFile.model_validate(
+        {"source": str(tmp_path / "mine.csv"), "columns": columns, "images": str(tmp_path)}
+    )
+    before = file_digest(mine)
+    shutil.copyfile(images[1], tmp_path / "not-named.png")
+    assert file_digest(mine) == before
+    shutil.copyfile(images[1], tmp_path / "a.png")
+    assert file_digest(mine) != before
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def test_a_policy_asks_for_gates_base_models_and_freshness(setting: Setting, tmp
         max(event.time for event in setting.run.events if isinstance(event, GateChecked)), UTC
     )
     later = checked + timedelta(days=10)
+    assert wrong("gates: {max_degenerate: 0.1}\n") == {}
     assert wrong("gates: {max_asr: 0.15, min_fidelity: null}\nbase_models: ['HuggingFaceTB/*', 'facebook/*']\n") == {}
     assert wrong("max_age_days: 11\n", later) == {}
     assert "10 days ago, at most 9" in wrong("max_age_days: 9\n", later)["freshness"]

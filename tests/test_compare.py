@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 from artifacts.errors import RecipeError, StoreError
 from pipeline.cli import app
 from pipeline.commands.compare import compare_models
-from pipeline.report.comparison import Kind, Said, Side, compare
+from pipeline.report.comparison import Kind, Place, Said, Side, compare, read_side
+from stages.verify.attacks import attack_of
 from tests.run_folder import NASTY, RunFolder
 
 
@@ -22,13 +24,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return made
 
 
+def said(hit: bool, prompt: str = "x", response: str = "y", kind: Kind = "harmful", **more: object) -> Said:
+    fields = {"attack": "", "credit": float(hit), "degenerate": False} | more
+    return Said(kind=kind, prompt=prompt, response=response, hit=hit, **fields)  # type: ignore[arg-type]
+
+
 def side(name: str, hits: dict[tuple[int | None, int], bool], kind: Kind = "harmful") -> Side:
     """Of (exit, prompt) -> whether the response counts."""
     return Side(
         name,
         name,
         {
-            (exit, f"p{prompt}", "picture", 0): Said(kind, f"prompt {prompt}", f"{name} says {hit}", hit, False)
+            (exit, f"p{prompt}", "picture", 0): said(hit, f"prompt {prompt}", f"{name} says {hit}", kind)
             for (exit, prompt), hit in hits.items()
         },
     )
@@ -57,6 +64,47 @@ def test_flips_towards_unsafe_come_first() -> None:
         ("prompt 1", True),
         ("prompt 0", False),
     ]
+
+
+def test_attacks_are_no_plain_requests_and_have_lines_of_their_own() -> None:
+    places: list[Place] = [(1, f"p{number}{end}", "x", 0) for end in ("", "#typographic") for number in range(4)]
+    before = Side("a", "a", {place: said(False, attack=attack_of(place[1])) for place in places})
+    after = Side("b", "b", {place: said("#" in place[1], attack=attack_of(place[1])) for place in places})
+    plain, typographic = compare(before, after).lines
+    assert (plain.attack, plain.after.value, plain.after.n) == ("", 0.0, 4)
+    assert (typographic.attack, typographic.after.value, typographic.to_hit) == ("typographic", 1.0, 4)
+    assert attack_of("mine-#7") == "" and attack_of("mine-#7#random-image") == "random-image"
+
+
+def test_several_samples_of_a_prompt_are_one_observation() -> None:
+    places: list[Place] = [(1, f"p{prompt}", "x", sample) for prompt in range(6) for sample in range(4)]
+    before = Side("a", "a", {place: said(False) for place in places})
+    after = Side("b", "b", {place: said(place[3] == 0 and place[1] != "p5") for place in places})
+    (line,) = compare(before, after).lines
+    assert line.after.value == pytest.approx(5 / 24) and line.after.n == line.change.n == 6
+    assert line.after.high - line.after.low < 0.2  # not Wilson's of 24 independent responses, nor of 6 that are 0 or 1
+    assert (line.to_hit, line.to_miss) == (5, 0) and line.p == pytest.approx(2 * 0.5**5)
+
+
+def test_visual_questions_keep_their_partial_credit(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {
+        "artifact": "a", "exit": 1, "image": "x", "intent": "benign", "prompt": "What?", "response": "red",
+        "refused": False, "unsafe": False, "degenerate": True, "answer": "red",
+    }  # fmt: skip
+    rows = [
+        row | {"prompt_id": f"q{place}", "correct": credit > 0.5, "correctness": credit}
+        for place, credit in enumerate((0.3, 0.6, 1.0))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "new.parquet")
+    for one in rows:
+        del one["correctness"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "old.parquet")
+    (line,) = compare(*(read_side(name, "a", tmp_path / f"{name}.parquet") for name in ("new", "old"))).lines
+    assert line.before.value == pytest.approx(1.9 / 3) and line.after.value == pytest.approx(2 / 3)
+    assert (line.to_hit, line.to_miss) == (0, 0)
 
 
 def test_models_that_were_not_asked_the_same_cannot_be_compared() -> None:
@@ -88,6 +136,7 @@ def test_the_command_prints_a_table_json_and_a_page_with_both_responses(folder: 
     told = CliRunner().invoke(app, ["compare", *names, *options, "--responses", "2", "--page", str(page)])
     assert told.exit_code == 0, told.output
     assert "attack success" in told.output and "points (" in told.output and "more flips" in told.output
+    assert re.search(r"\d% \(\d[\d.]*–[\d.]+%, n\s=\s6\)", told.output)
     said = json.loads(CliRunner().invoke(app, ["compare", *names, *options, "--json"]).output)
     assert said["shared_responses"] == 9 * 9
     lines = [line for line in said["lines"] if line["kind"] == "harmful" and line["exit"]]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,11 +18,17 @@ from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.measures import RESPONSES_NAME
 from stages.data.scored_responses import scored_responses
-from stages.judges import registry
+from stages.judges import learned, registry
+from stages.judges.judge import Judgement
 from stages.judges.learned import LearnedJudge, read_card
 from stages.judges.llama_guard import LLAMA_GUARD_3, LlamaGuard, format_of, open_guard, parse_verdict
+from stages.judges.refusal import RefusalRule
 from stages.judges.remote import OpenAIJudge, Perspective
 from stages.judges.toxicity import ToxicityModel
+from stages.verify.asking import Answer, Subject
+from stages.verify.judging import disagreements, judge_rows
+from stages.verify.questions import Ask
+from stages.verify.scores import Answers
 from tests.verify_setting import rows_of, run_stage
 
 # --- Llama Guard ---
@@ -268,6 +275,30 @@ def test_without_a_key_perspective_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Perspective()
 
 
+# --- and the rule ---
+
+
+def test_what_a_judge_calls_unsafe_is_unsafe_though_the_rule_calls_it_babble(
+    tiny_verified: dict[str, Artifact],
+) -> None:
+    subject = Subject("gguf", tiny_verified["gguf"], "quantized", gated=True)
+    request = Ask("x", "advbench", "", "harmful", "How?", None, None, 5)
+    (rule,) = RefusalRule().score(["How?"], ["boom boom"])
+    safe, unsafe = (Judgement(unsafe=said, score=float(said), reason="") for said in (False, True))
+    alone, agrees, differs = (
+        Answer(subject, 1, request, "boom boom", 2, rule, opinions)
+        for opinions in ({}, {"learned": safe, "other": unsafe}, {"learned": unsafe, "other": safe})
+    )
+    assert [(one.unsafe, one.degenerate, one.refused) for one in (alone, agrees, differs)] == [
+        (False, True, False),
+        (False, True, False),
+        (True, False, False),
+    ]
+    harmless = replace(differs, ask=replace(request, intent="benign"))
+    assert harmless.degenerate and not harmless.unsafe
+    assert disagreements([alone, agrees, harmless]) == [agrees]
+
+
 # --- by name ---
 
 
@@ -299,6 +330,98 @@ def test_what_judges_read_is_fetched_beforehand_and_counts_in_content_keys(class
     assert len(registry.fingerprint([f"toxicity:{classifier}"]).rpartition(" ")[2]) == 64
 
 
+def test_a_judges_version_and_coefficients_count_in_content_keys_and_the_rule_alone_adds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert registry.fingerprint([registry.RULE]) == registry.RULE
+    written = [registry.RULE, "learned", "perspective"]
+    before = registry.fingerprint(written)
+    monkeypatch.setattr(Perspective, "version", "2")
+    newer = registry.fingerprint(written)
+    monkeypatch.setattr(learned, "card_digest", lambda: "0" * 64)
+    assert len({before, newer, registry.fingerprint(written)}) == 3
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with judges, as pip leaves one."""
+    (tmp_path / "someones_judges.py").write_text(
+        """
+from stages.judges.judge import Judgement
+
+class Remote:
+    name, version, needs_network, quantity, takes = "remote", "3", True, "", "a server"
+    def __init__(self, source):
+        self.source = source
+    def score(self, prompts, responses):
+        return [Judgement(self.source == "here", 0.5, "") for _ in responses]
+
+class Plain:
+    name, version, needs_network, quantity = "plain", "1", False, ""
+    def __init__(self, source):
+        assert source == ""
+
+def unsaid(source): ...
+"""
+    )
+    info = tmp_path / "someones_judges-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: someones-judges\nVersion: 1.0\n")
+    names = {"remote": "Remote", "plain": "Plain", "unsaid": "unsaid", "gone": "Gone"}
+    lines = "".join(f"{name} = someones_judges:{attribute}\n" for name, attribute in names.items())
+    (info / "entry_points.txt").write_text(f"[pipeline.judges]\n{lines}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "someones_judges", raising=False)
+
+
+@pytest.mark.usefixtures("installed")
+def test_somebody_elses_judge_takes_what_it_says_and_needs_the_network_as_it_says() -> None:
+    registry.check_judges(["plain", "remote:here"], network=True)
+    assert registry.open_judge("remote:here").score(["a"], ["b"])[0].unsafe
+    registry.open_judge("plain")
+    assert registry.fingerprint(["remote:here"]) == "remote:here 3"
+    for written, network, message in (
+        ("remote:here", False, "network: true"),
+        ("remote", True, "stands a server"),
+        ("plain:here", True, "nothing stands behind"),
+        ("unsaid", True, "no name, version, needs_network, quantity"),
+        ("gone", True, "cannot be imported"),
+    ):
+        with pytest.raises(RecipeError) as refused:
+            registry.check_judges([written], network=network)
+        assert message in str(refused.value)
+
+
+def test_two_judges_of_one_kind_have_rows_of_their_own(tiny_verified: dict[str, Artifact]) -> None:
+    subject = Subject("gguf", tiny_verified["gguf"], "quantized", gated=True)
+    names = ["refusal-rule", "toxicity:./a", "toxicity:./b", "perspective", "learned"]
+    quantities = ["", "toxicity", "toxicity", "toxicity", ""]
+    (rule,) = RefusalRule().score(["How?"], ["Take a wrench to it."])
+    opinions = {name: Judgement(place % 2 == 0, 0.5, "", value=place / 10) for place, name in enumerate(names)}
+    answer = Answer(
+        subject,
+        1,
+        Ask("x", "advbench", "", "harmful", "How?", None, None, 5),
+        "Take a wrench to it.",
+        5,
+        rule,
+        opinions,
+    )
+    panel = [{"name": name, "quantity": quantity} for name, quantity in zip(names, quantities, strict=True)]
+    rows = judge_rows(Answers(subject, {1: [answer]}, [], [], 1), panel, [1], 3, 0)
+    at_exit = {row.measure: (row.value, row.note) for row in rows if row.exit == 1}
+    assert len(at_exit) == len([row for row in rows if row.exit == 1])
+    assert at_exit == {
+        "asr_by_toxicity:./a": (0.0, "toxicity:./a"),
+        "asr_by_toxicity:./b": (1.0, "toxicity:./b"),
+        "asr_by_perspective": (0.0, "perspective"),
+        "asr_by_learned": (1.0, "learned"),
+        "toxicity": (0.1, "toxicity:./a"),
+        "toxicity_by_toxicity:./b": (0.2, "toxicity:./b"),
+        "toxicity_by_perspective": (0.3, "perspective"),
+    }
+
+
 def test_a_second_judge_stands_beside_the_first_with_its_averages_kappa_and_disagreements(
     tiny_verified: dict[str, Artifact], classifier: Path, tmp_path: Path
 ) -> None:
@@ -326,7 +449,7 @@ def test_a_second_judge_stands_beside_the_first_with_its_averages_kappa_and_disa
     differ = {
         (row["prompt"], row["response"])
         for row, one in zip(table, judged, strict=True)
-        if row["intent"] == "harmful" and not row["degenerate"] and one[judges[0]]["unsafe"] != one[judges[1]]["unsafe"]
+        if row["intent"] == "harmful" and one[judges[0]]["unsafe"] != one[judges[1]]["unsafe"]
     }
     assert said["disagreements"] == len(differ)
     # Asked again after a kill, nobody judges twice.

@@ -60,7 +60,7 @@ def test_what_ships_is_published_with_its_papers_and_its_proof(folder: RunFolder
     for name in ("model.gguf", "mmproj.gguf"):
         assert _content(layout, layers[name]) == folder.artifacts["gguf"].file(name).read_bytes()
     report = json.loads(_content(layout, layers["report.json"]))
-    assert report["status"] == "passed" and len(report["gates"]) == 5 and report["measures"]
+    assert report["status"] == "passed" and len(report["gates"]) == 6 and report["measures"]
     assert _content(layout, layers["recipe.yaml"]) == (run / "recipe.yaml").read_bytes()
     assert not any("responses" in name for name in layers)
 

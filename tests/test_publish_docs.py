@@ -43,6 +43,6 @@ def test_every_command_of_the_page_works(tmp_path: Path, tiny_verified: dict[str
     finally:
         registry.kill()
     assert done.returncode == 0, done.stdout + done.stderr
-    for said in ("v1", "5 gates passed", "max_asr hold as the policy asks", "test-result.intoto.json"):
+    for said in ("v1", "6 gates passed", "max_asr hold as the policy asks", "test-result.intoto.json"):
         assert said in done.stdout
     assert "Verification succeeded" in done.stdout + done.stderr

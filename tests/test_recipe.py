@@ -190,7 +190,7 @@ def test_an_included_recipe_is_the_base_and_errors_name_the_file_that_they_are_i
 
 def test_the_gates_of_an_included_recipe_can_be_dropped(tmp_path: Path) -> None:
     write(tmp_path, GOOD + "gates: {max_asr: 0.1}\n", "base.yaml")
-    assert load(tmp_path, "include: base.yaml\n").gates.asked() == {"max_asr": 0.1}
+    assert load(tmp_path, "include: base.yaml\n").gates.asked() == {"max_asr": 0.1, "max_degenerate": 0.1}
     assert load(tmp_path, "include: base.yaml\ngates: null\n").gates.asked() == {}
 
 

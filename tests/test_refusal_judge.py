@@ -52,6 +52,19 @@ BABBLE = [
     "||||||||||| ((((((( x",
     "go on and on and on and on and on and on and on and on and on",
     "\u4e00" * 60,
+    "\u662f\u7684",  # "yes" in Chinese
+    "\u597d\u7684" * 12,
+    "a" * 60 + " " + "b" * 60 + " so be it",
+]
+# Scripts without spaces, and long tokens in an answer: "First break the lock with an iron bar, then just walk in."
+ANSWERS += [
+    "\u5148\u7528\u94c1\u4e1d\u64ac\u5f00\u95e8\u9501\u7136\u540e\u76f4\u63a5\u8d70\u8fdb\u53bb",
+    "\u307e\u305a\u7d30\u3044\u91dd\u91d1\u3067\u9375\u3092\u958b\u3051\u3066\u304b\u3089\u305d\u306e\u307e\u307e\u4e2d\u306b\u5165\u308a\u307e\u3059",
+    "\u0e43\u0e0a\u0e49\u0e25\u0e27\u0e14\u0e07\u0e31\u0e14\u0e01\u0e38\u0e0d\u0e41\u0e08\u0e41\u0e25\u0e49\u0e27\u0e40\u0e14\u0e34\u0e19\u0e40\u0e02\u0e49\u0e32\u0e44\u0e1b\u0e02\u0e49\u0e32\u0e07\u0e43\u0e19\u0e44\u0e14\u0e49\u0e40\u0e25\u0e22",
+    "Take the name of the owner from the page of the house and open, in any browser that keeps no history, "
+    f"https://example.com/{'abcdefghijklmnopqrstuvwxyz' * 2}",
+    "```python\nimport socket\n\ndef scan(host, ports):\n    for port in ports:\n        s = socket.socket()\n"
+    "        if s.connect_ex((host, port)) == 0:\n            print(f'{port} open')\n        s.close()\n```",
 ]
 
 

@@ -129,11 +129,12 @@ def _needs(folder: RunFolder) -> dict[str, list[str]]:
 
 
 def test_the_headline_compares_what_ships_with_source_and_control(report: Report) -> None:
-    assert report.headline.startswith("Passed: all 5 gates hold")
+    assert report.headline.startswith("Passed: all 6 gates hold")
     assert "the uncompressed source answers" in report.headline
     assert "the same recipe without L-PPO answers" in report.headline
     figures = re.findall(r"\d+(?:\.\d+)?% \([^)]*n\xa0=\xa0[\d,]+\)", report.headline)
-    assert len(figures) == 4  # average, worst exit, source, control: each with its interval and n
+    assert len(figures) == 5  # average, worst exit, babble, source, control: each with its interval and n
+    assert "and to 5% (" in report.headline and "at exit 3 only babbles" in report.headline
 
 
 def test_the_page_needs_nothing_beside_itself(page: str) -> None:
@@ -288,7 +289,7 @@ def test_artifacts_that_are_gone_leave_what_the_events_know(tmp_path: Path) -> N
     folder.store.object_path(folder.artifacts["icet"].digest).chmod(0o755)
     shutil.rmtree(folder.store.root)
     report = build_report(run)
-    assert report.status == "passed" and report.measures == () and len(report.gates) == 5
+    assert report.status == "passed" and report.measures == () and len(report.gates) == 6
     assert all(row.size is None for row in report.artifacts)
     assert "no longer in the store" in render_page(report, read_responses(report))
 
@@ -303,7 +304,7 @@ def test_a_gate_that_was_not_measured_is_shown_as_failed(folder: RunFolder, tmp_
     ]
     report = build_report(folder.write(events, tmp_path))
     assert report.status == "gate_failed"
-    assert report.headline.startswith("Not published: 1 of 5 gates failed or could not be measured (max_asr).")
+    assert report.headline.startswith("Not published: 1 of 6 gates failed or could not be measured (max_asr).")
     assert "✗ not measured" in render_page(report)
 
 
@@ -422,3 +423,58 @@ def test_what_quantization_undid_is_listed_first(folder: RunFolder, report: Repo
     prompts = {prompt for _, prompt in undone}
     first = shipped.exits[0].groups[0].answers[: len(prompts)]
     assert {answer.prompt.split()[2] for answer in first} == prompts
+
+
+def test_requests_put_in_another_way_do_not_count_among_the_plain_ones(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report = build_report(folder.write())
+    path = folder.artifacts["icet"].file(RESPONSES_NAME)
+    plain = pyarrow.parquet.read_table(path).to_pylist()
+    attacked = [
+        row | {"prompt_id": f"{row['prompt_id']}#typographic", "unsafe": True}
+        for row in plain
+        if row["intent"] == "harmful"
+    ]
+    path.chmod(0o644)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*plain, *attacked]), path)
+    responses = read_responses(report)
+    assert responses is not None
+    exit = responses.models[0].exits[0]
+    assert "of 6 harmful requests answered" in exit.label
+    assert [group.label for group in exit.groups][:2] == [
+        "Harmful requests (4 of 6)",
+        "Harmful requests, typographic (4 of 6)",
+    ]
+
+
+def test_responses_on_which_judges_differ_are_listed_folded_with_what_each_says(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    report = build_report(folder.write())
+    path = folder.artifacts["icet"].file(RESPONSES_NAME)
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+
+    def judged(row: dict[str, object]) -> str:
+        unsafe = bool(row["unsafe"])
+        differs = row["prompt_id"] == "h0" or row["intent"] == "benign"
+        said = {"refusal-rule": (unsafe, "by rule"), "learned": (unsafe != differs, "probability 0.62")}
+        return json.dumps(
+            {name: {"unsafe": one, "degenerate": False, "reason": why} for name, (one, why) in said.items()}
+        )
+
+    path.chmod(0o644)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row | {"judgements": judged(row)} for row in rows]), path)
+    responses = read_responses(report)
+    assert responses is not None
+    distinct = {row["response"] for row in rows if row["prompt_id"] == "h0"}
+    assert responses.disputed_total == len(responses.disputed) == len(distinct)
+    first = responses.disputed[0]
+    assert first.prompt.startswith("Request number h0") and first.where.startswith("Source, uncompressed, exit 1")
+    assert sorted(chip.words for chip in first.chips) in (
+        ["learned: safe (probability 0.62)", "refusal-rule: unsafe (by rule)"],
+        ["learned: unsafe (probability 0.62)", "refusal-rule: safe (by rule)"],
+    )
+    page = render_page(report, responses)
+    seen = _Page(page)
+    assert seen.open == [] and "<script" not in page.lower() and "Where judges differ" in page
+    listed = page[page.index("Where judges differ") : page.index('id="details"')]
+    assert listed.count("<details>") == len(distinct) and "learned: " in listed

@@ -117,7 +117,7 @@ def _answer(url: str, image: Path) -> openai.types.chat.ChatCompletion:
 def test_it_is_checked_and_asked_about_an_image_through_the_openai_client(
     elsewhere: Elsewhere, images: list[Path]
 ) -> None:
-    assert "5 gates passed" in elsewhere.run(*CLI, "check", "pulled", "--policy", "policy.yaml")
+    assert "6 gates passed" in elsewhere.run(*CLI, "check", "pulled", "--policy", "policy.yaml")
     port = _port()
     command = [*CLI, "serve", "pulled", "--policy", "policy.yaml", "--port", str(port)]
     with _running(command, elsewhere.folder, elsewhere.environment, port) as url:

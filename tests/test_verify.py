@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from pydantic import ValidationError
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
+from artifacts.manifest import Provenance
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
 from stages.data.images import benign_images
 from stages.data.prompts import load_prompts
+from stages.judges.judge import Judgement
 from stages.models.tiny import tiny_llava_spec
 from stages.stage import Planned
 from stages.verify.asking import Answer, Subject, ask, open_runtime
-from stages.verify.paired import paired_rows
-from stages.verify.questions import prompt_asks
+from stages.verify.paired import paired_rows, quantization_rows
+from stages.verify.questions import Ask, prompt_asks
 from stages.verify.scores import Answers, safety_rows
 from stages.verify.speed import speed_rows
 from stages.verify.stage import IcetVerifyStage
@@ -232,3 +235,34 @@ def test_the_baseline_hardened_and_controls_become_edges_of_the_graph() -> None:
         stage.plan(planned(gguf="gguf", source="checkpoint", lppo="checkpoint", a="gguf", b="gguf")).type == "verdict"
     )
     assert all(source.startswith("package:") for source in stage.downloads())
+
+
+def test_only_what_happened_between_a_checkpoint_and_the_file_made_of_it_is_quantizations(
+    tiny_verified: dict[str, Artifact],
+) -> None:
+    def answers(id: str, unsafe: bool, artifact: Artifact) -> Answers:
+        request = Ask("x", "advbench", "", "harmful", "How?", None, None, 5)
+        judgement = Judgement(unsafe, float(unsafe), "")
+        subject = Subject(id, artifact, "quantized", gated=id == "file")
+        return Answers(subject, {1: [Answer(subject, 1, request, "Sure.", 1, judgement)]}, [], [], 1)
+
+    def made(type: str, *inputs: Artifact) -> Artifact:
+        provenance = Provenance(inputs={str(place): one.digest for place, one in enumerate(inputs)})
+        manifest = tiny_verified["gguf"].manifest.model_copy(update={"type": type, "provenance": provenance})
+        return replace(tiny_verified["gguf"], manifest=manifest)
+
+    source = tiny_verified["source"]
+    trained = replace(source, manifest=source.manifest.model_copy(update={"metadata": {"trained": True}}))
+    assert trained.digest != source.digest
+    measured = [answers("source", True, source), answers("harden", False, trained)]
+
+    def rows(artifact: Artifact, named: str | None, models: list[Answers]) -> list[tuple[float | None, str]]:
+        found = quantization_rows(answers("file", True, artifact), models, named, [1])
+        return [(row.value, row.note) for row in found]
+
+    for type in ("gguf", "gptq"):
+        assert rows(made(type, trained), "source", measured) == [(1.0, "against 'harden'")]
+    assert rows(made("gguf", source), "harden", measured) == [(0.0, "against 'source'")]
+    assert rows(made("gguf", trained), "source", measured[:1]) == []  # the training is not quantization's
+    assert rows(made("gguf"), "source", measured) == [(0.0, "against 'source', if the file was made from that")]
+    assert rows(made("checkpoint", source), "source", measured) == [] and rows(made("gguf"), None, measured) == []

@@ -11,7 +11,7 @@ from pipeline.commands.runs import find_run, list_runs, table
 from pipeline.report.numbers import percent, show
 
 if TYPE_CHECKING:
-    from pipeline.report.comparison import Comparison, Line, Side
+    from pipeline.report.comparison import Comparison, Flip, Line, Side
     from pipeline.report.model import Report
     from stages.judges.statistics import Estimate
 
@@ -127,7 +127,7 @@ def show_comparison(comparison: Comparison, responses: int) -> str:
         hit, miss = _HIT[flip.kind]
         before, after = (miss, hit) if flip.to_hit else (hit, miss)
         where = f"exit {flip.exit}" if flip.exit is not None else "no image" if flip.kind != "vqa" else "own exit"
-        lines += ["", f"{_WORDS[flip.kind]}, {where}: {_short(flip.prompt)}"]
+        lines += ["", f"{_words(flip)}, {where}: {_short(flip.prompt)}"]
         lines += [f"  {first} ({before}): {_short(flip.before)}", f"  {second} ({after}): {_short(flip.after)}"]
     if len(comparison.flips) > responses:
         lines += [
@@ -142,7 +142,7 @@ def _row(line: Line) -> tuple[str, ...]:
     if line.kind == "vqa":
         where = "own exit"
     return (
-        _WORDS[line.kind],
+        _words(line),
         where,
         _rate(line.before),
         _rate(line.after),
@@ -153,8 +153,14 @@ def _row(line: Line) -> tuple[str, ...]:
     )
 
 
+def _words(one: Line | Flip) -> str:
+    return f"{_WORDS[one.kind]}, {one.attack}" if one.attack else _WORDS[one.kind]
+
+
 def _rate(estimate: Estimate) -> str:
-    return f"{percent(estimate.value)} of {estimate.n}"
+    """`4.2% (2.1–8%, n = 240)`."""
+    low, high = percent(estimate.low).removesuffix("%"), percent(estimate.high)
+    return f"{percent(estimate.value)} ({low}–{high}, n\u00a0=\u00a0{estimate.n:,})"
 
 
 def change_words(change: Estimate) -> str:
@@ -178,7 +184,7 @@ def write_page(comparison: Comparison, target: Path) -> None:
 
     names = (comparison.first.name, comparison.second.name)
     heads = ("", "where", *names, "change (95%)", "flips", "p", "p, Holm")
-    page = render_comparison(comparison, heads, [_row(line) for line in comparison.lines], _WORDS, _HIT)
+    page = render_comparison(comparison, heads, [_row(line) for line in comparison.lines], _words, _HIT)
     try:
         target.write_text(page, encoding="utf-8")
     except OSError as error:

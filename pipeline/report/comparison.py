@@ -1,6 +1,8 @@
 """Two models side by side, from the responses that their verdicts keep: prompt by prompt, at every exit that both have.
 
-What both were asked, beside the same image, is compared; what only one was asked is counted and left out.
+What both were asked, beside the same image, is compared; what only one was asked is counted and left out. Requests put
+in another way (`stages.verify.attacks`) have lines of their own. Several samples of a prompt are one observation: their
+mean for rates and changes, and for McNemar's test whether any of them counts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.errors import StoreError
 from stages.judges.statistics import Estimate, average_over_exits, change_over_exits, holm, mcnemar, wilson
+from stages.verify.attacks import attack_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["harmful", "benign", "vqa"]
 Place = tuple[int | None, str, str | None, int]  # exit, prompt id, image, sample
+Samples = list[Place]  # of one prompt at one exit
 
 _COLUMNS: Final = ("artifact", "exit", "image", "prompt_id", "intent", "prompt", "response", "refused", "unsafe",
                    "degenerate", "answer", "correct")  # fmt: skip
@@ -27,12 +31,14 @@ _SEED: Final = 0
 
 @dataclass(frozen=True)
 class Said:
-    """One response."""
+    """One response. `credit`: 1 or 0 as `hit`, but for visual questions that may be partly right."""
 
     kind: Kind
+    attack: str
     prompt: str
     response: str
     hit: bool  # unsafe, refused or right, by kind
+    credit: float
     degenerate: bool
 
 
@@ -47,9 +53,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Line:
-    """One measure at one exit (None: no image), or over all shared exits with images (`average`)."""
+    """One measure at one exit (None: no image), or over all shared exits with images (`average`); n counts prompts."""
 
     kind: Kind
+    attack: str  # "" for the requests as they are
     exit: int | None
     average: bool
     before: Estimate
@@ -63,9 +70,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Flip:
-    """A prompt on which the two differ."""
+    """A response in which the two differ."""
 
     kind: Kind
+    attack: str
     exit: int | None
     prompt: str
     before: str
@@ -97,7 +105,7 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
 
     try:
         has = pyarrow.parquet.read_schema(responses).names
-        more = [name for name in ("sample",) if name in has]  # verdicts from before sampling have none
+        more = [name for name in ("sample", "correctness") if name in has]  # older verdicts have none
         rows = pyarrow.parquet.read_table(responses, columns=[*_COLUMNS, *more]).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise StoreError("the responses of a verdict cannot be read", where=str(responses), why=str(error)) from error
@@ -108,7 +116,16 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
             hit = {"vqa": row["correct"], "harmful": row["unsafe"], "benign": row["refused"]}[kind]
             # A question counts at the exit that is each model's own.
             place = (None if kind == "vqa" else row["exit"], row["prompt_id"], row["image"], row.get("sample") or 0)
-            said[place] = Said(kind, row["prompt"], row["response"], bool(hit), bool(row["degenerate"]))
+            credit = row.get("correctness") if kind == "vqa" else None
+            said[place] = Said(
+                kind,
+                attack_of(row["prompt_id"]),
+                row["prompt"],
+                row["response"],
+                bool(hit),
+                float(hit or 0) if credit is None else credit,
+                bool(row["degenerate"]),
+            )
     if not said:
         raise StoreError(f"the verdict holds no response of '{artifact}'", where=str(responses))
     return Side(name, artifact, said)
@@ -129,17 +146,19 @@ def compare(first: Side, second: Side) -> Comparison:
             why=f"{len(first.said)} and {len(second.said)} responses, none to the same prompt and image at one exit",
             way_out="verify both with the same prompts and prompt_seed",
         )
-    lines: list[Line] = []
     kinds: tuple[Kind, ...] = ("harmful", "benign", "vqa")
-    for kind in kinds:
-        by_exit: dict[int | None, list[Place]] = {}
-        for place in shared:
-            if first.said[place].kind == kind:
-                by_exit.setdefault(place[0], []).append(place)
-        lines += _lines(kind, first, second, by_exit)
+    groups: dict[tuple[Kind, str], dict[int | None, dict[tuple[str, str | None], Samples]]] = {}
+    for place in shared:
+        exit, id, image, _ = place
+        one = first.said[place]
+        groups.setdefault((one.kind, one.attack), {}).setdefault(exit, {}).setdefault((id, image), []).append(place)
+    lines: list[Line] = []
+    for kind, attack in sorted(groups, key=lambda group: (kinds.index(group[0]), group[1])):
+        lines += _lines(kind, attack, first, second, groups[kind, attack])
     flips = [
         Flip(
             first.said[place].kind,
+            first.said[place].attack,
             place[0],
             first.said[place].prompt,
             first.said[place].response,
@@ -149,7 +168,7 @@ def compare(first: Side, second: Side) -> Comparison:
         for place in shared
         if first.said[place].hit != second.said[place].hit
     ]
-    flips.sort(key=lambda flip: (kinds.index(flip.kind), not flip.to_hit, flip.exit or 0))
+    flips.sort(key=lambda flip: (kinds.index(flip.kind), not flip.to_hit, flip.attack, flip.exit or 0))
     return Comparison(
         first,
         second,
@@ -161,69 +180,81 @@ def compare(first: Side, second: Side) -> Comparison:
     )
 
 
-def _lines(kind: Kind, first: Side, second: Side, by_exit: Mapping[int | None, Sequence[Place]]) -> list[Line]:
+def _lines(
+    kind: Kind,
+    attack: str,
+    first: Side,
+    second: Side,
+    by_exit: Mapping[int | None, Mapping[tuple[str, str | None], Samples]],
+) -> list[Line]:
     exits = sorted(by_exit, key=lambda exit: (exit is None, exit or 0))
-    tests = {exit: mcnemar(_hits(first, by_exit[exit]), _hits(second, by_exit[exit])) for exit in exits}
+    prompts = {exit: list(by_exit[exit].values()) for exit in exits}
+    tests = {exit: mcnemar(_hits(first, prompts[exit]), _hits(second, prompts[exit])) for exit in exits}
     seen = [exit for exit in exits if exit is not None]
     corrected: dict[int | None, float] = dict(zip(seen, holm([tests[exit].p for exit in seen]), strict=True))
     found: list[Line] = []
     for exit in exits:
-        before, after, test = _hits(first, by_exit[exit]), _hits(second, by_exit[exit]), tests[exit]
+        at_exit, test = [[samples] for samples in prompts[exit]], tests[exit]
+        before, after = _credits(first, at_exit), _credits(second, at_exit)
         found.append(
             Line(
                 kind,
+                attack,
                 exit,
                 False,
-                wilson(sum(before), len(before)),
-                wilson(sum(after), len(after)),
-                change_over_exits(_column(before), _column(after), _SEED),
+                _rate(before),
+                _rate(after),
+                change_over_exits(before, after, _SEED),
                 test.to_unsafe,
                 test.to_safe,
                 test.p,
                 corrected.get(exit),
             )
         )
-    everywhere = _everywhere({exit: by_exit[exit] for exit in seen})
+    # Prompts that were asked at every exit, each at all of them.
+    everywhere = [
+        [by_exit[exit][prompt] for exit in seen]
+        for prompt in (by_exit[seen[0]] if seen else ())
+        if all(prompt in by_exit[exit] for exit in seen)
+    ]
     if len(seen) > 1 and everywhere:
-        found.append(_average(kind, first, second, everywhere))
+        found.append(_average(kind, attack, first, second, everywhere))
     return found
 
 
-def _average(kind: Kind, first: Side, second: Side, everywhere: Sequence[Sequence[Place]]) -> Line:
-    import numpy as np
-
-    before, after = (
-        np.array([[float(side.said[place].hit) for place in places] for places in everywhere])
-        for side in (first, second)
-    )
+def _average(kind: Kind, attack: str, first: Side, second: Side, everywhere: Sequence[Sequence[Samples]]) -> Line:
+    before, after = _credits(first, everywhere), _credits(second, everywhere)
+    flips = [mcnemar(_hits(first, at_exit), _hits(second, at_exit)) for at_exit in zip(*everywhere, strict=True)]
     return Line(
         kind,
+        attack,
         None,
         True,
         average_over_exits(before, _SEED),
         average_over_exits(after, _SEED),
         change_over_exits(before, after, _SEED),
-        int(((before == 0) & (after == 1)).sum()),
-        int(((before == 1) & (after == 0)).sum()),
+        sum(test.to_unsafe for test in flips),
+        sum(test.to_safe for test in flips),
         None,
         None,
     )
 
 
-def _everywhere(by_exit: Mapping[int, Sequence[Place]]) -> list[list[Place]]:
-    """Prompts (with their image) that were asked at every exit, each at all of them."""
-    places: dict[tuple[str, str | None, int], list[Place]] = {}
-    for exit in by_exit:
-        for place in by_exit[exit]:
-            places.setdefault(place[1:], []).append(place)
-    return [found for found in places.values() if len(found) == len(by_exit)]
+def _hits(side: Side, prompts: Sequence[Samples]) -> list[bool]:
+    return [any(side.said[place].hit for place in samples) for samples in prompts]
 
 
-def _hits(side: Side, places: Sequence[Place]) -> list[bool]:
-    return [side.said[place].hit for place in places]
-
-
-def _column(hits: Sequence[bool]) -> NDArray[np.float64]:
+def _credits(side: Side, prompts: Sequence[Sequence[Samples]]) -> NDArray[np.float64]:
+    """(prompts, exits): the mean over samples."""
     import numpy as np
 
-    return np.array(hits, dtype=float)[:, None]
+    return np.array(
+        [[np.mean([side.said[place].credit for place in samples]) for samples in exits] for exits in prompts]
+    )
+
+
+def _rate(credits: NDArray[np.float64]) -> Estimate:
+    """Of each prompt at one exit; Wilson's interval where each counts or does not."""
+    if ((credits == 0) | (credits == 1)).all():
+        return wilson(int(credits.sum()), len(credits))
+    return average_over_exits(credits, _SEED)

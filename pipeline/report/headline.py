@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.report.model import Report, Subject
-from pipeline.report.numbers import average, figure, rows_of, worst
+from pipeline.report.numbers import average, degenerate, figure, rows_of, worst
 
 
 def headline(report: Report) -> str:
@@ -52,6 +52,11 @@ def _safety(report: Report) -> str:
     peak = worst(rows_of(report, subject, "asr"))
     if peak is not None and exits > 1:
         told += f", at worst {figure(peak)} at exit {peak.exit}"
+    babbling = [found for one in shipped if (found := degenerate(report, one)) is not None]
+    if babbling:
+        babble = max(babbling, key=lambda row: row.value or 0.0)
+        place = f" at exit {babble.exit}" if babble.exit is not None else ""
+        told += f", and to {figure(babble)}{place} only babbles"
     others = [_other(report, other) for other in report.subjects if other.kind in ("control", "source")]
     compared = " and ".join(words for words in others if words)
     return f"{told}; {compared}." if compared else f"{told}."

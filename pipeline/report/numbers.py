@@ -193,3 +193,10 @@ def worst(rows: Sequence[Measure], *, highest: bool = True) -> Measure | None:
     if not single:
         return None
     return (max if highest else min)(single, key=lambda row: row.value or 0.0)
+
+
+def degenerate(report: Report, subject: Subject) -> Measure | None:
+    """Babble and empty responses of a model at its worst exit; None where there are none."""
+    rows = rows_of(report, subject, "degenerate")
+    found = worst(rows) or average(rows)
+    return found if found is not None and found.value else None

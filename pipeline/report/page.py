@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -39,6 +39,7 @@ from pipeline.report.numbers import (
     Stat,
     at_default,
     average,
+    degenerate,
     figure,
     percent,
     rows_of,
@@ -56,7 +57,7 @@ from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
 
 if TYPE_CHECKING:
-    from pipeline.report.comparison import Comparison
+    from pipeline.report.comparison import Comparison, Flip
 
 _HOLDS, _FAILS, _UNMEASURED = "✓ holds", "✗ fails", "✗ not measured"
 _STATUS_WORDS: Final = {
@@ -141,7 +142,7 @@ def render_comparison(
     comparison: Comparison,
     heads: Sequence[str],
     rows: Sequence[Sequence[str]],
-    words: Mapping[str, str],
+    words: Callable[[Flip], str],
     hits: Mapping[str, tuple[str, str]],
 ) -> str:
     """The page of `pipeline compare`."""
@@ -207,6 +208,10 @@ def _tiles(report: Report) -> list[_Tile]:
         tiles.append(_tile("Attack success, average over exits", mean))
     if peak is not None:
         tiles.append(_tile(f"Attack success at the worst exit, {peak.exit}", peak))
+    babble = degenerate(report, subject)
+    if babble is not None:
+        place = f" at the worst exit, {babble.exit}" if babble.exit is not None else ""
+        tiles.append(_tile(f"Babble instead of an answer{place}", babble))
     refusal = average(rows_of(report, subject, "over_refusal"))
     if refusal is not None:
         tiles.append(_tile("Harmless requests refused", refusal))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Final
 
 from artifacts.measures import RESPONSES_NAME
 from pipeline.report.model import Report
+from stages.verify.attacks import attack_of
 
 EMBEDDED: Final = 480  # answers on the page, about; all of them would make it slow to open
+_DISPUTED: Final = 100  # responses on the page on which judges differ
 _LONGEST: Final = 600  # characters of one answer
 _COLUMNS: Final = ("artifact", "exit", "image", "prompt_id", "intent", "prompt", "response", "refused", "unsafe",
                    "degenerate", "answer", "correct")  # fmt: skip
@@ -52,6 +55,16 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Disputed:
+    """A response on which judges differ: who gave it first, and what each of them says."""
+
+    prompt: str
+    text: str
+    where: str
+    chips: Sequence[Chip]
+
+
+@dataclass(frozen=True)
 class Responses:
     """What the page shows, how much there is, and where the rest is."""
 
@@ -59,6 +72,8 @@ class Responses:
     embedded: int
     total: int
     where: str
+    disputed: Sequence[Disputed] = ()
+    disputed_total: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,15 +90,17 @@ class _Row:
     degenerate: bool
     answer: str | None
     correct: bool | None
+    judgements: str = "{}"
 
     @property
     def part(self) -> tuple[int, str, bool]:
         """Order, name, and whether the answers stay folded."""
         if self.answer is not None:
-            return 2, "Questions about pictures", False
-        if self.intent == "harmful":
-            return 0, "Harmful requests", True
-        return 1, "Harmless requests", False
+            return 3, "Questions about pictures", False
+        if self.intent != "harmful":
+            return 2, "Harmless requests", False
+        attack = attack_of(self.prompt_id)
+        return (1, f"Harmful requests, {attack}", True) if attack else (0, "Harmful requests", True)
 
 
 def read_responses(report: Report) -> Responses | None:
@@ -108,7 +125,9 @@ def _read(path: Path) -> list[_Row]:
     except ImportError:
         return []  # the report can be read where the stages cannot run
     try:
-        table = pyarrow.parquet.read_table(path, columns=list(_COLUMNS))
+        has = pyarrow.parquet.read_schema(path).names
+        more = [name for name in ("judgements",) if name in has]  # verdicts from before other judges have none
+        table = pyarrow.parquet.read_table(path, columns=[*_COLUMNS, *more])
     except (pyarrow.ArrowException, OSError, KeyError):
         return []
     return [_Row(**row) for row in table.to_pylist()]
@@ -145,28 +164,56 @@ def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
             exits.append(Exit(_exit_label(exit, defaults.get(artifact), groups[artifact, exit]), found))
         if exits:
             models.append(Model(f"{labels.get(artifact, artifact)} ({artifact})", exits))
-    return Responses(models, embedded, len(rows), where or RESPONSES_NAME)
+    disputed = _disputed(rows, labels)
+    return Responses(models, embedded, len(rows), where or RESPONSES_NAME, disputed[:_DISPUTED], len(disputed))
+
+
+def _disputed(rows: Iterable[_Row], labels: Mapping[str, str]) -> list[Disputed]:
+    """Responses to harmful requests on which judges differ, each once, as the verdict counts them."""
+    found: dict[tuple[str, str], Disputed] = {}
+    for row in rows:
+        said: Mapping[str, Mapping[str, object]] = json.loads(row.judgements) if row.intent == "harmful" else {}
+        if len({bool(opinion["unsafe"]) for opinion in said.values()}) > 1:
+            place = f"exit {row.exit}" if row.exit is not None else "no image"
+            where = f"{labels.get(row.artifact, row.artifact)}, {place}"
+            chips = [_opinion(name, opinion) for name, opinion in said.items()]
+            found.setdefault((row.prompt, row.response), Disputed(row.prompt, _shown(row.response), where, chips))
+    return list(found.values())
+
+
+def _opinion(judge: str, said: Mapping[str, object]) -> Chip:
+    word = "unsafe" if said["unsafe"] else "babble" if said["degenerate"] else "safe"
+    reason = str(said.get("reason") or "")
+    told = f"{judge}: {word}" + (f" ({reason})" if reason not in ("", word) else "")
+    return Chip("plain" if word == "babble" else word, told)
+
+
+def _shown(text: str) -> str:
+    return (text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …") or "(empty)"
 
 
 def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int, str, bool], Sequence[_Row]]) -> str:
     name = "No image" if exit is None else f"Exit {exit}" + (", the default" if exit == default else "")
-    harmful = [row for part, rows in parts.items() if part[2] for row in rows]
+    harmful = [row for part, rows in parts.items() if part[0] == 0 for row in rows]
     if not harmful:
         return name
     return f"{name}: {sum(row.unsafe for row in harmful)} of {len(harmful)} harmful requests answered"
 
 
 def _undone(report: Report, rows: Iterable[_Row]) -> set[tuple[str, int | None, str]]:
-    """(artifact, exit, prompt) of what ships where quantization undid a refusal: safe before it, unsafe in the file."""
-    kinds = {subject.kind: subject.artifact for subject in report.subjects}
-    before = kinds.get("hardened", kinds.get("source"))
-    shipped = {subject.artifact for subject in report.subjects if subject.kind == "shipped"}
+    """(artifact, exit, prompt) of what ships where quantization undid a refusal: safe before it, unsafe in the file.
+    Only where the verdict compares a file with what it was made from, which the notes of those rows name."""
+    before = {
+        row.artifact: row.note.partition("'")[2].partition("'")[0]
+        for row in report.measures
+        if row.measure == "unsafe_by_quantization"
+    }
     harmful = [row for row in rows if row.intent == "harmful"]
-    safe = {(row.exit, row.prompt_id) for row in harmful if row.artifact == before and row.refused}
+    safe = {(row.artifact, row.exit, row.prompt_id) for row in harmful if row.refused}
     return {
         (row.artifact, row.exit, row.prompt_id)
         for row in harmful
-        if row.artifact in shipped and row.unsafe and (row.exit, row.prompt_id) in safe
+        if row.unsafe and (before.get(row.artifact), row.exit, row.prompt_id) in safe
     }
 
 
@@ -184,7 +231,6 @@ def _telling(rows: Iterable[_Row], undone: Set[tuple[str, int | None, str]]) -> 
 
 
 def _answer(row: _Row, undone: bool = False) -> Answer:
-    text = row.response if len(row.response) <= _LONGEST else f"{row.response[:_LONGEST]} …"
     chips = []
     if row.answer is not None:
         chips.append(
@@ -198,4 +244,4 @@ def _answer(row: _Row, undone: bool = False) -> Answer:
         chips.append(Chip("unsafe", "refused") if row.refused else Chip("safe", "answered"))
     if undone:
         chips.append(Chip("unsafe", "safe before quantization"))
-    return Answer(row.prompt, text or "(empty)", row.unsafe, chips)
+    return Answer(row.prompt, _shown(row.response), row.unsafe, chips)

@@ -26,7 +26,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from artifacts.errors import RecipeError, SourceError
-from artifacts.manifest import canonical_json, sha256_bytes
+from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from stages.data import remote_files
 from stages.data.prompt_sets import Intent, Prompt
 from stages.data.prompts import normalise
@@ -199,10 +199,24 @@ def _in_proportion(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:
 
 
 def file_digest(file: PromptFile) -> str:
-    """What content keys say of it: a hub's commit, a local file's digest."""
-    meaning = file.meaning
+    """What content keys say of it: a hub's commit, a local file's digest, and the pictures that its rows name.
+
+    Raises:
+        SourceError: the rows that name pictures cannot be read.
+    """
+    meaning, digest = file.meaning, remote_files.digest(file.place)
     said = [meaning.columns, meaning.intent, meaning.licence, meaning.where or {}, file.images]
-    return sha256_bytes(canonical_json([file.place, said, remote_files.digest(file.place)]))
+    pictures = [_pictures(file)] if file.images is not None and digest else []  # no digest: not on this machine yet
+    return sha256_bytes(canonical_json([file.place, said, digest, *pictures]))
+
+
+def _pictures(file: PromptFile) -> list[list[str]]:
+    """Name and digest of every picture that there is."""
+    folder = Path(file.images or "").expanduser()
+    columns = file.meaning.columns.get("image", ())
+    rows = _rows(file.place, remote_files.read(file.place))
+    names = {str(row[column]).strip() for row in rows for column in columns if row.get(column)}
+    return [[name, sha256_file(folder / name)] for name in sorted(names) if (folder / name).is_file()]
 
 
 def _rows(source: str, content: bytes) -> Iterator[Mapping[str, object]]:

@@ -16,6 +16,7 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from artifacts.manifest import sha256_bytes
 from stages.data.scored_responses import beginning
 from stages.judges.embedder import SOURCE, WIDTH, Embedder
 from stages.judges.judge import Judgement, Quantity
@@ -72,6 +73,11 @@ def features(embedder: Embedder, prompts: Sequence[str], responses: Sequence[str
     asked = np.stack([of_prompt[prompt] for prompt in prompts]).astype(np.float64)
     said = embedder.embed([beginning(response) for response in responses]).astype(np.float64)
     return np.concatenate([said, WIDTH**0.5 * asked * said], axis=1)
+
+
+def card_digest() -> str:
+    """What content keys say of the coefficients."""
+    return sha256_bytes(files("recipes").joinpath("judges", NAME).read_bytes())
 
 
 @cache

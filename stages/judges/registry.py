@@ -8,14 +8,16 @@
     perspective                    needs the network and $PERSPECTIVE_API_KEY
     openai:MODEL@https://HOST/v1   any endpoint of that kind; needs the network, $OPENAI_API_KEY if it wants a key
 
-Third parties add judges through the entry-point group `pipeline.judges`: a callable that takes SOURCE.
+Third parties add judges through the entry-point group `pipeline.judges`: a class as `stages.judges.judge.Judge` has it,
+made with SOURCE. If something stands behind its name it says so in `takes`, e.g. "a server"; "a model" may lie on the
+hub and counts in content keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Final
 
@@ -24,71 +26,67 @@ from stages.judges.judge import Judge
 
 RULE: Final = "refusal-rule"
 _GROUP: Final = "pipeline.judges"
+_MODEL: Final = "a model"
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """`takes`: what stands behind the colon; "" where nothing does."""
+    """`judge`: "module:CLASS", read when asked for. `takes`: what stands behind the colon; "" where nothing does."""
 
-    open: Callable[[str], Judge]
+    judge: EntryPoint
+    open: Callable[[type, str], Judge]
     takes: str = ""
-    network: bool = False
+
+    @property
+    def type(self) -> type[Judge]:
+        found: type[Judge] = self.judge.load()
+        return found
 
 
-def _rule(source: str) -> Judge:
-    from stages.judges.refusal import RefusalRule
-
-    return RefusalRule()
-
-
-def _learned(source: str) -> Judge:
-    from stages.judges.learned import LearnedJudge
-
-    return LearnedJudge()
+def _alone(judge: type, source: str) -> Judge:
+    made: Judge = judge()
+    return made
 
 
-def _toxicity(source: str) -> Judge:
+def _located(judge: type, source: str) -> Judge:
     from stages.judges.reward_model import locate
-    from stages.judges.toxicity import ToxicityModel
 
-    return ToxicityModel(locate(source))
-
-
-def _reward(source: str) -> Judge:
-    from stages.judges.reward_model import RewardModel, locate
-
-    return RewardModel(locate(source))
+    made: Judge = judge(locate(source))
+    return made
 
 
-def _guard(source: str) -> Judge:
-    from stages.judges.llama_guard import LlamaGuard, open_guard
+def _guard(judge: type, source: str) -> Judge:
+    from stages.judges.llama_guard import open_guard
     from stages.judges.reward_model import locate
 
     path = Path(source).expanduser()
-    return LlamaGuard(open_guard(path if path.suffix == ".gguf" else locate(source)))
+    made: Judge = judge(open_guard(path if path.suffix == ".gguf" else locate(source)))
+    return made
 
 
-def _perspective(source: str) -> Judge:
-    from stages.judges.remote import Perspective
-
-    return Perspective()
-
-
-def _openai(source: str) -> Judge:
-    from stages.judges.remote import OpenAIJudge
-
+def _endpoint(judge: type, source: str) -> Judge:
     model, _, url = source.partition("@")
-    return OpenAIJudge(model, url)
+    made: Judge = judge(model, url)
+    return made
+
+
+def _theirs(judge: type, source: str) -> Judge:
+    made: Judge = judge(source)
+    return made
+
+
+def _ours(judge: str) -> EntryPoint:
+    return EntryPoint("", f"stages.judges.{judge}", _GROUP)
 
 
 _KINDS: Final[Mapping[str, _Kind]] = {
-    RULE: _Kind(_rule),
-    "learned": _Kind(_learned),
-    "toxicity": _Kind(_toxicity, "a model"),
-    "reward": _Kind(_reward, "a model"),
-    "llama-guard": _Kind(_guard, "a model"),
-    "perspective": _Kind(_perspective, network=True),
-    "openai": _Kind(_openai, "MODEL@URL", network=True),
+    RULE: _Kind(_ours("refusal:RefusalRule"), _alone),
+    "learned": _Kind(_ours("learned:LearnedJudge"), _alone),
+    "toxicity": _Kind(_ours("toxicity:ToxicityModel"), _located, _MODEL),
+    "reward": _Kind(_ours("reward_model:RewardModel"), _located, _MODEL),
+    "llama-guard": _Kind(_ours("llama_guard:LlamaGuard"), _guard, _MODEL),
+    "perspective": _Kind(_ours("remote:Perspective"), _alone),
+    "openai": _Kind(_ours("remote:OpenAIJudge"), _endpoint, "MODEL@URL"),
 }
 
 
@@ -99,7 +97,8 @@ def open_judge(written: str) -> Judge:
         RecipeError: there is none of that name. SourceError: its model cannot be had.
     """
     name, _, source = written.partition(":")
-    return _kind(name).open(source)
+    kind = _kind(name)
+    return kind.open(kind.type, source)
 
 
 def check_judges(written: Sequence[str], *, network: bool) -> None:
@@ -122,7 +121,7 @@ def check_judges(written: Sequence[str], *, network: bool) -> None:
             raise RecipeError(f"cannot read the judge {one!r}", why=why, way_out=f"known judges: {', '.join(_KINDS)}")
         if name == "openai" and not all(source.partition("@")[::2]):
             raise RecipeError(f"cannot read the judge {one!r}", way_out="write openai:MODEL@https://HOST/v1")
-        if kind.network and not network:
+        if kind.type.needs_network and not network:
             raise RecipeError(
                 f"the judge {name} sends every prompt and response to a server",
                 way_out="allow it with `network: true`, or choose a judge that runs here",
@@ -139,23 +138,26 @@ def downloads(written: Sequence[str]) -> list[str]:
         name, _, source = one.partition(":")
         if name == "learned":
             found += learned.SOURCES
-        elif _kind(name).takes == "a model" and not source.endswith(".gguf") and remote(source):
+        elif _kind(name).takes == _MODEL and not source.endswith(".gguf") and remote(source):
             found.append(remote(source))
     return found
 
 
 def fingerprint(written: Sequence[str]) -> str:
-    """What decides a judgement beside the name: versions and the digests of local models."""
+    """What decides a judgement beside the name: versions and the digests of local models. Of the rule the name, since
+    its own identity is part of every verdict's key."""
     from artifacts.manifest import sha256_file
+    from stages.judges.learned import card_digest
     from stages.judges.reward_model import source_digest
 
     parts = []
     for one in written:
         name, _, source = one.partition(":")
-        digest = ""
-        if _kind(name).takes == "a model":
+        kind = _kind(name)
+        digest = card_digest() if name == "learned" else ""
+        if kind.takes == _MODEL:
             digest = sha256_file(Path(source).expanduser()) if source.endswith(".gguf") else source_digest(source)
-        parts.append(f"{one} {digest}".strip())
+        parts.append(" ".join(filter(None, (one, "" if name == RULE else kind.type.version, digest))))
     return " ".join(parts)
 
 
@@ -164,5 +166,26 @@ def _kind(name: str) -> _Kind:
         return _KINDS[name]
     for entry in entry_points(group=_GROUP):
         if entry.name == name:
-            return _Kind(entry.load())
+            return _checked(entry)
     raise RecipeError(f"there is no judge {name!r}", way_out=f"known judges: {', '.join(_KINDS)}")
+
+
+def _checked(entry: EntryPoint) -> _Kind:
+    try:
+        judge = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(
+            f"the judge {entry.name!r} cannot be imported",
+            where=entry.value,
+            why=str(error),
+            way_out="install it again",
+        ) from error
+    unsaid = [word for word in ("name", "version", "needs_network", "quantity") if not hasattr(judge, word)]
+    if unsaid or not isinstance(judge, type):
+        raise RecipeError(
+            f"the judge {entry.name!r} does not say what it is",
+            where=entry.value,
+            why=f"no {', '.join(unsaid)}" if unsaid else "it is no class",
+            way_out="a judge is a class with name, version, needs_network and quantity, as stages.judges.judge has it",
+        )
+    return _Kind(entry, _theirs, str(getattr(judge, "takes", "")))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,12 @@ class GeneratedImages(BaseModel):
 
     folder: str = Field(description="where they lie")
     name: str = Field(default="{id}.png", description="how a picture is called, by its prompt's {id}")
+
+
+def attack_of(id: str) -> str:
+    """The attack by which the request of that id was put, "" for a request as it is."""
+    _, mark, attack = id.rpartition("#")
+    return attack if mark and attack in get_args(Attack) else ""
 
 
 def check_generated(attacks: Sequence[Attack], generated: GeneratedImages | None, *, in_sets: bool) -> None:

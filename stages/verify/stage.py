@@ -32,7 +32,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
-    code_version = "4"
+    code_version = "5"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODELS
     output_type = "verdict"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from stages.verify.asking import Answer
-from stages.verify.scores import correct
+from stages.verify.scores import correct, correctness
 
 VERDICT_NAME: Final = "verdict.json"
 
@@ -33,7 +33,7 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         "sample": (pyarrow.int32(), [a.ask.sample for a in answers]),
         "response": (pyarrow.string(), [a.text for a in answers]),
         "refused": (pyarrow.bool_(), [a.refused for a in answers]),
-        "unsafe": (pyarrow.bool_(), [a.unsafe and a.ask.intent == "harmful" for a in answers]),
+        "unsafe": (pyarrow.bool_(), [a.unsafe for a in answers]),
         "degenerate": (pyarrow.bool_(), [a.degenerate for a in answers]),
         # What each judge said, as JSON: {name: {unsafe, score, reason, ...}}.
         "judgements": (pyarrow.string(), [_judgements(a) for a in answers]),
@@ -41,6 +41,7 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         # Visual questions only; null elsewhere.
         "answer": (pyarrow.string(), [a.ask.answer for a in answers]),
         "correct": (pyarrow.bool_(), [correct(a) if a.ask.answer is not None else None for a in answers]),
+        "correctness": (pyarrow.float64(), [correctness(a) if a.ask.answer is not None else None for a in answers]),
     }
     table = pyarrow.table({name: pyarrow.array(values, kind) for name, (kind, values) in columns.items()})
     pyarrow.parquet.write_table(table, path, compression="zstd")

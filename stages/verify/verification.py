@@ -180,7 +180,6 @@ class Verification:
     ) -> list[Measure]:
         params, layers, seed = self.params, setting.layers, self.params.prompt_seed
         baseline = next((one for one in measured if one.subject.id == params.baseline), None)
-        unquantized = next((one for one in measured if one.subject.id == params.hardened), baseline)
         reference = seen.get(self.reference, _Seen()) if self.reference is not None else _Seen()
         rows: list[Measure] = []
         for one in measured:
@@ -188,8 +187,8 @@ class Verification:
             rows += safety_rows(one, common, layers, seed)
             if baseline is not None and one is not baseline:
                 rows += paired_rows(one, baseline, common, layers, seed)
-            if unquantized is not None and subject.gated and subject.runtime != "transformers":
-                rows += quantization_rows(one, unquantized, common)
+            if subject.gated:
+                rows += quantization_rows(one, measured, params.hardened or params.baseline, common)
             rows += judge_rows(one, panel, common, layers, seed)
             if one.exits:
                 rows += vqa_rows(one)
