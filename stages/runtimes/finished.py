@@ -15,7 +15,8 @@ from typing import Final, Literal
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StoreError
-from artifacts.manifest import MANIFEST_NAME
+from artifacts.lineage import training_of
+from artifacts.manifest import MANIFEST_NAME, Training
 from stages.models import checkpoint
 from stages.models.gptq import is_gptq
 from stages.runtimes.gguf_header import check_language_model, read_vision_header
@@ -122,7 +123,7 @@ def copy_gguf(files: GgufFiles, output: Path) -> Mapping[str, object]:
     vision = read_vision_header(files.mmproj) if files.mmproj is not None else None
     for source, name in files.named.items():
         shutil.copyfile(source, output / name)
-    return _recorded(files.model.parent, tuple(files.named)) or {
+    return _metadata(_recorded(files.model.parent, tuple(files.named))) or {
         "family": None,
         "architecture": header.architecture,
         "exits": list(range(1, vision.blocks + 1)) if vision else [],
@@ -145,28 +146,55 @@ def copy_folder(folder: Path, output: Path) -> None:
 
 
 def recorded(folder: Path) -> Mapping[str, object]:
-    """What the manifest of an artifact of ours says of the model in a folder; nothing where there is none.
+    """What the manifest of an artifact of ours says of the checkpoint in a folder; nothing where there is none.
 
     Raises:
         SourceError: the files are not those of the manifest.
     """
-    return _recorded(folder, ())
+    return _metadata(_recorded(folder, _checkpoint_files(folder)))
 
 
-def _recorded(folder: Path, used: tuple[Path, ...]) -> Mapping[str, object]:
+def training_of_folder(folder: Path) -> Training:
+    """What the checkpoint in a folder was trained on, as far as its manifest says it.
+
+    Raises:
+        SourceError: as `recorded`.
+    """
+    return _training(_recorded(folder, _checkpoint_files(folder)))
+
+
+def training_of_gguf(files: GgufFiles) -> Training:
+    """The same of a GGUF's files."""
+    return _training(_recorded(files.model.parent, tuple(files.named)))
+
+
+def _checkpoint_files(folder: Path) -> tuple[Path, ...]:
+    return (folder / "config.json", *checkpoint.weight_files(folder))
+
+
+def _metadata(artifact: Artifact | None) -> Mapping[str, object]:
+    return artifact.metadata if artifact is not None else {}
+
+
+def _training(artifact: Artifact | None) -> Training:
+    return training_of(artifact) if artifact is not None else Training()
+
+
+def _recorded(folder: Path, used: tuple[Path, ...]) -> Artifact | None:
+    """The artifact of ours that these files of a folder are; beside it may lie what a bundle adds."""
     if not (folder / MANIFEST_NAME).is_file():
-        return {}
+        return None
     try:
         artifact = Artifact.open(folder)
     except StoreError:
-        return {}  # a manifest.json of somebody else's
+        return None  # a manifest.json of somebody else's
     if any(not any(entry.path == file.name for entry in artifact.manifest.files) for file in used):
-        return {}  # files from elsewhere beside it
-    if damage := artifact.damage():
+        return None  # files from elsewhere beside it
+    if damage := artifact.damage(beside=True):
         raise SourceError(
             "the files are not those of their manifest",
             where=str(folder),
             why="; ".join(damage),
             way_out=f"copy the artifact again, or remove {MANIFEST_NAME} to have the files measured for what they are",
         )
-    return artifact.metadata
+    return artifact
