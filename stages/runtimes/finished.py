@@ -123,7 +123,7 @@ def copy_gguf(files: GgufFiles, output: Path) -> Mapping[str, object]:
     vision = read_vision_header(files.mmproj) if files.mmproj is not None else None
     for source, name in files.named.items():
         shutil.copyfile(source, output / name)
-    return _metadata(_recorded(files.model.parent, tuple(files.named))) or {
+    return _recorded(files.model.parent, tuple(files.named)) or {
         "family": None,
         "architecture": header.architecture,
         "exits": list(range(1, vision.blocks + 1)) if vision else [],
@@ -151,37 +151,51 @@ def recorded(folder: Path) -> Mapping[str, object]:
     Raises:
         SourceError: the files are not those of the manifest.
     """
-    return _metadata(_recorded(folder, _checkpoint_files(folder)))
+    return _recorded(folder, _checkpoint_files(folder))
 
 
 def training_of_folder(folder: Path) -> Training:
-    """What the checkpoint in a folder was trained on, as far as its manifest says it.
+    """What the checkpoint in a folder was trained on, as far as a manifest of ours says it.
 
     Raises:
-        SourceError: as `recorded`.
+        SourceError: as `checkpoint.weight_files`.
     """
-    return _training(_recorded(folder, _checkpoint_files(folder)))
+    return _training(folder, _checkpoint_files(folder))
 
 
 def training_of_gguf(files: GgufFiles) -> Training:
     """The same of a GGUF's files."""
-    return _training(_recorded(files.model.parent, tuple(files.named)))
+    return _training(files.model.parent, tuple(files.named))
 
 
 def _checkpoint_files(folder: Path) -> tuple[Path, ...]:
     return (folder / "config.json", *checkpoint.weight_files(folder))
 
 
-def _metadata(artifact: Artifact | None) -> Mapping[str, object]:
-    return artifact.metadata if artifact is not None else {}
+def _training(folder: Path, used: tuple[Path, ...]) -> Training:
+    artifact = _ours(folder, used)
+    if artifact is None:
+        return Training()
+    told = training_of(artifact)
+    return Training(stages=told.stages) if artifact.damage(beside=True) else told  # changed since, nobody says by what
 
 
-def _training(artifact: Artifact | None) -> Training:
-    return training_of(artifact) if artifact is not None else Training()
+def _recorded(folder: Path, used: tuple[Path, ...]) -> Mapping[str, object]:
+    artifact = _ours(folder, used)
+    if artifact is None:
+        return {}
+    if damage := artifact.damage(beside=True):
+        raise SourceError(
+            "the files are not those of their manifest",
+            where=str(folder),
+            why="; ".join(damage),
+            way_out=f"copy the artifact again, or remove {MANIFEST_NAME} to have the files measured for what they are",
+        )
+    return artifact.metadata
 
 
-def _recorded(folder: Path, used: tuple[Path, ...]) -> Artifact | None:
-    """The artifact of ours that these files of a folder are; beside it may lie what a bundle adds."""
+def _ours(folder: Path, used: tuple[Path, ...]) -> Artifact | None:
+    """The artifact of ours that these files of a folder are of; beside it may lie what a bundle adds."""
     if not (folder / MANIFEST_NAME).is_file():
         return None
     try:
@@ -190,11 +204,4 @@ def _recorded(folder: Path, used: tuple[Path, ...]) -> Artifact | None:
         return None  # a manifest.json of somebody else's
     if any(not any(entry.path == file.name for entry in artifact.manifest.files) for file in used):
         return None  # files from elsewhere beside it
-    if damage := artifact.damage(beside=True):
-        raise SourceError(
-            "the files are not those of their manifest",
-            where=str(folder),
-            why="; ".join(damage),
-            way_out=f"copy the artifact again, or remove {MANIFEST_NAME} to have the files measured for what they are",
-        )
     return artifact
