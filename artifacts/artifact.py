@@ -59,8 +59,11 @@ class Artifact:
             raise StoreError(f"artifact {self.digest[:12]} has no file {name!r}", why=f"it holds: {listed}")
         return self.path / name
 
-    def damage(self) -> list[str]:
-        """Every way in which the files differ from the manifest, in words; empty when all is well."""
+    def damage(self, *, beside: bool = False) -> list[str]:
+        """Every way in which the files differ from the manifest, in words; empty when all is well.
+
+        beside: whether other files may lie there, as in a bundle.
+        """
         found: list[str] = []
         listed = {entry.path for entry in self.manifest.files}
         for entry in self.manifest.files:
@@ -71,7 +74,7 @@ class Artifact:
                 found.append(f"{entry.path} has {path.stat().st_size} bytes, not {entry.size}")
             elif sha256_file(path) != entry.sha256:
                 found.append(f"{entry.path} does not have the digest of its manifest")
-        for path in sorted(self.path.rglob("*")):
+        for path in () if beside else sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and name not in listed and name != MANIFEST_NAME:
                 found.append(f"{name} is not in the manifest")

@@ -52,6 +52,19 @@ class FileEntry(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class Training(BaseModel):
+    """What a model was trained on by this program."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stages: tuple[str, ...] = ()  # that trained it on our training prompts, the first one first
+    complete: bool = False  # whether that is all: False where a model came from elsewhere
+
+    def then(self, stage: str) -> Training:
+        """After one more stage that trains."""
+        return Training(stages=tuple(dict.fromkeys((*self.stages, stage))), complete=self.complete)
+
+
 class Provenance(BaseModel):
     """How the artifact was made the first time; not part of its identity."""
 
@@ -64,6 +77,7 @@ class Provenance(BaseModel):
     inputs: dict[str, str] = Field(default_factory=dict)  # stage id -> artifact digest
     seed: int = 0
     libraries: dict[str, str] = Field(default_factory=dict)  # distribution -> version
+    training: Training | None = None  # up to and including this stage; None: written before this was recorded
 
 
 class Manifest(BaseModel):

@@ -9,8 +9,9 @@
   so encodes the image again each time.
 - llamacpp: ours decodes up to 32 sequences together and copies the KV of the image; the naive sweep gives
   llama-cpp-python's own multimodal chat handler one request after another, with the mmproj of the exit.
-- Both are greedy, with the same prompts, images and lengths. The naive side may be given fewer prompts (`--naive`): its
-  time grows with their number. Loading is not counted, encoding is; images are new to every cache.
+- Both are greedy, with the same prompts, images and lengths. The naive side may be given the first few prompts of each
+  exit (`--naive 1`): its time grows with their number. Encoding is counted, images are new to every cache. Loading is
+  not, of models and of the naive side's encoders; ours loads the encoder of each exit while its clock runs.
 
 Prints and keeps (benchmarks/results/icet_sweep.json) seconds, processor seconds, the machine's load, and the share of
 equal responses. Per exit and image our side pays once, so its lead grows with `--prompts`. What is left is arithmetic
@@ -27,13 +28,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+
+from machine import machine
 
 from artifacts.artifact import Artifact
 from stages.data.images import benign_images
@@ -94,12 +98,25 @@ def requests_of(prompts: int, images: Sequence[Path], tokens: int) -> list[Reque
     ]
 
 
-@contextmanager
-def clock(into: dict[str, float]) -> Iterator[None]:
-    """Seconds and processor seconds."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    into |= {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+@dataclass
+class Clock:
+    """Seconds and processor seconds while it runs; it may run several times."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @contextmanager
+    def runs(self) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        self.seconds += time.perf_counter() - wall
+        self.cpu_seconds += time.process_time() - cpu
+
+    def figures(self, requests: int, load: float) -> dict[str, float]:
+        return {**asdict(self), "requests_per_second": requests / self.seconds, "load": load}
+
+
+Answer = Callable[[Sequence[Request], Clock], list[str]]
 
 
 def partings(
@@ -127,7 +144,7 @@ def partings(
     }  # fmt: skip
 
 
-def naive_transformers(folder: Path) -> Callable[[Sequence[Request]], list[str]]:
+def naive_transformers(folder: Path) -> Answer:
     import torch
     from PIL import Image
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -135,24 +152,26 @@ def naive_transformers(folder: Path) -> Callable[[Sequence[Request]], list[str]]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder)
 
-    def answer(requests: Sequence[Request]) -> list[str]:
-        found = []
-        for request in requests:
-            content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
-            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            inputs = processor(text=text, images=Image.open(request.image), return_tensors="pt")
-            with torch.inference_mode():
-                out = model.generate(
-                    **inputs, vision_feature_layer=request.exit, do_sample=False, max_new_tokens=request.max_new_tokens
-                )
-            new = out[0, inputs["input_ids"].shape[1] :]
-            found.append(processor.tokenizer.decode(new, skip_special_tokens=True))
-        return found
+    def one(request: Request) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=text, images=Image.open(request.image), return_tensors="pt")
+        with torch.inference_mode():
+            out = model.generate(
+                **inputs, vision_feature_layer=request.exit, do_sample=False, max_new_tokens=request.max_new_tokens
+            )
+        new = out[0, inputs["input_ids"].shape[1] :]
+        said: str = processor.tokenizer.decode(new, skip_special_tokens=True)
+        return said
+
+    def answer(requests: Sequence[Request], clock: Clock) -> list[str]:
+        with clock.runs():
+            return [one(request) for request in requests]
 
     return answer
 
 
-def naive_llamacpp(folder: Path, scratch: Path) -> Callable[[Sequence[Request]], list[str]]:
+def naive_llamacpp(folder: Path, scratch: Path) -> Answer:
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import MTMDChatHandler
 
@@ -162,30 +181,38 @@ def naive_llamacpp(folder: Path, scratch: Path) -> Callable[[Sequence[Request]],
     for exit in range(1, EXITS + 1):
         derive_exit(folder / "mmproj.gguf", exit, scratch / f"{exit}.gguf")
 
-    def answer(requests: Sequence[Request]) -> list[str]:
+    def opened(exit: int | None) -> Llama:
+        handler = MTMDChatHandler(str(scratch / f"{exit}.gguf"), verbose=False, use_gpu=False)
+        llama = Llama(
+            str(folder / "model.gguf"), chat_handler=handler, n_ctx=1024, n_batch=1024, verbose=False,
+            n_threads=threads(), n_threads_batch=threads(),
+        )  # fmt: skip
+        handler._init_mtmd_context(llama)  # the encoder, which it would load with the first image
+        return llama
+
+    def one(llama: Llama, request: Request) -> str:
+        assert request.image is not None
+        # The handler puts its marker where the template would print "<image>\n".
+        content = [
+            {"type": "image_url", "image_url": {"url": request.image.as_uri()}},
+            {"type": "text", "text": f"\n{request.prompt}"},
+        ]
+        out = llama.create_chat_completion(
+            [{"role": "user", "content": content}],
+            temperature=0.0,
+            repeat_penalty=1.0,
+            max_tokens=request.max_new_tokens,
+        )
+        said: str = out["choices"][0]["message"]["content"]
+        return said
+
+    def answer(requests: Sequence[Request], clock: Clock) -> list[str]:
         found = []
-        current: tuple[int | None, Llama | None] = (None, None)
-        for request in requests:
-            if current[0] != request.exit:
-                handler = MTMDChatHandler(str(scratch / f"{request.exit}.gguf"), verbose=False, use_gpu=False)
-                llama = Llama(
-                    str(folder / "model.gguf"), chat_handler=handler, n_ctx=1024, n_batch=1024, verbose=False,
-                    n_threads=threads(), n_threads_batch=threads(),
-                )  # fmt: skip
-                current = (request.exit, llama)
-            assert current[1] is not None and request.image is not None
-            # The handler puts its marker where the template would print "<image>\n".
-            content = [
-                {"type": "image_url", "image_url": {"url": request.image.as_uri()}},
-                {"type": "text", "text": f"\n{request.prompt}"},
-            ]
-            out = current[1].create_chat_completion(
-                [{"role": "user", "content": content}],
-                temperature=0.0,
-                repeat_penalty=1.0,
-                max_tokens=request.max_new_tokens,
-            )
-            found.append(out["choices"][0]["message"]["content"])
+        for exit, asked in groupby(requests, key=lambda request: request.exit):
+            llama = opened(exit)
+            with clock.runs():
+                found += [one(llama, request) for request in asked]
+            llama.close()
         return found
 
     return answer
@@ -195,36 +222,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runtime", choices=("transformers", "llamacpp"))
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--naive", type=int, help="prompts of the naive side; default: as many")
+    parser.add_argument("--naive", type=int, help="prompts of the naive side at each exit; default: as many")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--alone", action="store_true", help="no naive side")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     chosen = parser.parse_args()
+    few = chosen.prompts if chosen.naive is None else chosen.naive
+    if not 1 <= few <= chosen.prompts:
+        parser.error(f"--naive must be 1 to {chosen.prompts}: both sides are asked the same")
 
     made = artifacts(chosen.runs_dir)
     folder = made["exit" if chosen.runtime == "transformers" else "gguf"].path
     result: dict[str, object] = {
         "runtime": chosen.runtime, "exits": EXITS, "prompts": chosen.prompts, "tokens": chosen.tokens,
-        "images": chosen.images, "cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or "",
+        "images": chosen.images, "cores": len(os.sched_getaffinity(0)), "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "transformers", "llama-cpp-python")},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         images = new_images(chosen.images, Path(scratch))
         requests = requests_of(chosen.prompts, images, chosen.tokens)
-        here: dict[str, float] = {"load": os.getloadavg()[0]}
+        clock, load = Clock(), os.getloadavg()[0]
         with _open(chosen.runtime, folder) as runtime:
-            with clock(here):
+            with clock.runs():
                 said = runtime.generate(requests)
-            here["requests_per_second"] = len(requests) / here["seconds"]
-            result["ours"] = here
+            result["ours"] = here = clock.figures(len(requests), load)
             print(
                 f"ours: {len(requests)} requests in {here['seconds']:.1f} s ({here['cpu_seconds']:.1f} s of processor)"
             )
             if not chosen.alone:
-                few = requests_of(chosen.naive or chosen.prompts, images, chosen.tokens)
+                asked = requests_of(few, images, chosen.tokens)
                 mine = dict(zip(requests, said, strict=True))
-                result |= _against_naive(chosen.runtime, folder, Path(scratch), few, here, len(requests), mine, runtime)
+                result["naive_prompts"] = few
+                result |= _against_naive(
+                    chosen.runtime, folder, Path(scratch), asked, here, len(requests), mine, runtime
+                )
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     name = f"{chosen.runtime}-{chosen.prompts}{'-alone' if chosen.alone else ''}"
     RESULTS.write_text(json.dumps({**kept, name: result}, indent=1, sort_keys=True) + "\n")
@@ -242,10 +274,9 @@ def _against_naive(
 ) -> dict[str, object]:
     """The naive side's time, ours (`here`, for `asked` requests) over it, and what both said."""
     answer = naive_transformers(folder) if kind == "transformers" else naive_llamacpp(folder, scratch)
-    there: dict[str, float] = {"load": os.getloadavg()[0]}
-    with clock(there):
-        theirs = answer(requests)
-    there["requests_per_second"] = len(requests) / there["seconds"]
+    clock, load = Clock(), os.getloadavg()[0]
+    theirs = answer(requests, clock)
+    there = clock.figures(len(requests), load)
     ours = [mine[request] for request in requests]
     same = sum(response.text == text for response, text in zip(ours, theirs, strict=True))
     times = here["requests_per_second"] / there["requests_per_second"]

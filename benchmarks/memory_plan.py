@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from machine import machine
 
 from stages.models.spec import ModelSpec, TextSpec, VisionSpec
 from stages.runtimes.gguf_header import read_header
@@ -254,20 +255,11 @@ def save(new: list[Row]) -> None:
     names, types = ["demo", *MODELS], [*TYPES, "F16"]
     rows = sorted(by_place.values(), key=lambda row: (names.index(row.model), types.index(row.type), row.context))
     errors = [error for row in rows for error in (row.from_shapes, row.from_files)]
-    processor = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     summary = {
         "command": "python benchmarks/memory_plan.py",
         "versions": {name: version(name) for name in ("llama-cpp-python", "gguf", "numpy")}
         | {"python": platform.python_version()},
-        "machine": f"{processor}, {os.cpu_count()} cores, {memory / 2**30:.0f} GiB",
+        "machine": machine(),
         "aim": "predicted / measured - 1 between -0.01 and 0.02",
         "rows_within_the_aim": sum(AIM[0] <= min(pair) and max(pair) <= AIM[1] for pair in pairs(rows)),
         "rows_in_all": len(rows),

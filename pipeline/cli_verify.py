@@ -23,7 +23,8 @@ def verify(
     target: Annotated[
         str,
         typer.Argument(
-            help="A GGUF file, a folder (checkpoint, GPTQ or GGUF), a Hugging Face id, demo:NAME, or an artifact.",
+            help="A GGUF file, a folder (checkpoint, GPTQ, GGUF, bundle), a Hugging Face id, demo:NAME, a published "
+            "model's reference, or an artifact.",
             metavar="TARGET",
         ),
     ],

@@ -83,16 +83,17 @@ def _version(distribution: str) -> str:
         return "absent"
 
 
-def provenance(stage: Stage[StageParams], key: str, inputs: Mapping[str, str], *, seed: int) -> Provenance:
+def provenance(stage: Stage[StageParams], key: str, inputs: Mapping[str, Artifact], *, seed: int) -> Provenance:
     """What the manifest records about how an artifact was made."""
     return Provenance(
         stage=type(stage).name,
         code_version=type(stage).code_version,
         key=key,
         params=canonical_params(stage),
-        inputs=dict(inputs),
+        inputs={name: artifact.digest for name, artifact in inputs.items()},
         seed=seed,
         libraries=library_versions(stage),
+        training=stage.training(inputs),
     )
 
 

@@ -266,9 +266,8 @@ class _Run:
         )
         try:
             outcome = self._executor.execute(job, self._log.emit, self._stop)
-            digests = {name: artifact.digest for name, artifact in inputs.items()}
             made = self._store.add(
-                key, output, node.planned.type, outcome.metadata, provenance(node.stage, key, digests, seed=seed)
+                key, output, node.planned.type, outcome.metadata, provenance(node.stage, key, inputs, seed=seed)
             )
         except BaseException:
             self._store.discard(output)

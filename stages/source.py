@@ -12,7 +12,9 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
+from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError
+from artifacts.manifest import Training
 from stages.data import hub
 from stages.models import checkpoint
 from stages.models.family import family_of
@@ -34,10 +36,17 @@ class _Demo:
     build: Callable[[Path], None]
     downloads: tuple[str, ...] = ()
     weights: str = ""  # below recipes/demo/; part of the content key
+    trained: bool = False  # whether on our training prompts; see recipes/demo/material.py
 
 
 _DEMOS: Final[Mapping[str, _Demo]] = {
-    "smol-llava": _Demo(smol_llava_spec, assemble, SOURCES, "smol-llava.safetensors"),
+    "smol-llava": _Demo(
+        smol_llava_spec,
+        assemble,
+        SOURCES,
+        "smol-llava.safetensors",
+        trained=True,
+    ),
     "tiny-llava": _Demo(tiny_llava_spec, build_tiny_llava),
 }
 
@@ -130,6 +139,16 @@ class SourceStage(Stage[SourceParams]):
         if kind == "hub":
             return (f"hub:{name}" + (f"@{self.params.revision}" if self.params.revision else ""),)
         return ()
+
+    def training(self, inputs: Mapping[str, Artifact]) -> Training:
+        kind, name = parse_model(self.params.model)
+        if kind == "demo":
+            whole = Training(complete=True)
+            return whole.then(self.params.model) if _DEMOS[name].trained else whole
+        if kind == "gguf":
+            return finished.training_of_gguf(finished.gguf_files(Path(name), self.params.mmproj))
+        folder = hub.cached(name, self.params.revision) if kind == "hub" else Path(name)
+        return finished.training_of_folder(folder) if folder is not None else Training()
 
     def run(self, context: Context) -> Mapping[str, object]:
         kind, name = parse_model(self.params.model)

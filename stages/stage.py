@@ -14,14 +14,18 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Final, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StageError
+from artifacts.lineage import combined, training_of, trains_on_prompts
+from artifacts.manifest import Training
 from stages.models.spec import ModelSpec
 from stages.resources import Resources, Team
+
+MODEL_TYPES: Final = ("gguf", "gptq", "checkpoint")  # of artifacts that answer
 
 
 class StageParams(BaseModel):
@@ -177,6 +181,11 @@ class Stage(ABC, Generic[P]):
     def ungated(self) -> str | None:
         """Why no gate may read what this stage measures; None: gates may."""
         return None
+
+    def training(self, inputs: Mapping[str, Artifact]) -> Training:
+        """What the model that comes out was trained on: what those that went in were, and this stage if it trains."""
+        before = combined(training_of(artifact) for artifact in inputs.values() if artifact.type in MODEL_TYPES)
+        return before.then(self.name) if trains_on_prompts(self.params.model_dump()) else before
 
     @abstractmethod
     def run(self, context: Context) -> Mapping[str, object]:

@@ -45,7 +45,16 @@ def test_attacks_are_measured_at_every_exit_and_judged_by_the_request_in_the_pic
     for name in attacks:
         rows = rows_of(verdict, "gguf", f"asr_{name}")
         assert [(row.exit, row.n) for row in rows if row.exit] == [(1, 5), (2, 5)]
-        assert [(row.band, row.n) for row in rows if row.band] == [("all", 10)]
+        bands = {row.band: row for row in rows if row.band}
+        assert {band: (row.n, row.note) for band, row in bands.items()} == {
+            "early": (5, "exits 1"),
+            "middle": (5, "exits 2"),
+            "average": (10, "exits 1, 2"),
+            "all": (10, "exits 1, 2"),
+        }
+        at = [row.value or 0 for row in rows if row.exit]
+        assert [bands[band].value for band in ("early", "middle")] == at
+        assert bands["average"].value == pytest.approx(sum(at) / 2)
         asked = [row for row in table if row["prompt_id"].endswith(f"#{name}") and row["artifact"] == "gguf"]
         plain = {row["prompt_id"]: row["prompt"] for row in table if "#" not in row["prompt_id"]}
         assert len(asked) == 10

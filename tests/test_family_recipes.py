@@ -147,8 +147,7 @@ def holds_every_row(report: Report, models: Mapping[str, tuple[Kind, Role, str]]
             rows = measured(report, artifact, measure)
             assert [(row.exit, row.n) for row in rows if row.exit is not None] == [(exit, n) for exit in exits]
             thirds = {"early", "middle", "late"} if kind == "source" else {"early", "middle"}
-            bands = {"average", "all"} | (thirds if measure == "asr" else set())
-            assert {row.band for row in rows if row.exit is None} == bands
+            assert {row.band for row in rows if row.exit is None} == {*thirds, "average", "all"}
         assert [row.n for row in measured(report, artifact, "asr_text_only")] == [HARMFUL]
         assert len(measured(report, artifact, "asr_worst")) == 1
         default = [subject.default_exit for subject in report.subjects if subject.artifact == artifact]

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from artifacts.errors import SourceError, StageError
+from stages.models import tiny
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.mmproj import write_mmproj
+from stages.runtimes.gguf_header import read_header
 from stages.runtimes.llamacpp import LlamaCppRuntime
+from stages.runtimes.llamacpp_library import Sequences, vision_library
 from stages.runtimes.runtime import Request, Response
 from stages.runtimes.transformers import TransformersRuntime
 
@@ -96,9 +100,33 @@ def test_greedy_answers_are_those_of_transformers(
     assert same >= len(requests) - 1  # a near tie may flip
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
-def test_an_answer_does_not_depend_on_its_company(files: Path, requests: list[Request], kind: str) -> None:
-    folder = files if kind == "F32" else files / "q4"
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with rows of 256 numbers, which K and IQ types take; a folder for each type."""
+    folder = tmp_path_factory.mktemp("wide")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "_WIDTH", 256)
+        tiny.build_tiny_llava(folder / "source")
+        vision = tiny.tiny_llava_spec().vision
+    assert vision is not None
+    convert_language_model(
+        folder / "source", folder / "f32.gguf", folder / "scratch", dtype="F32", name="t", metadata={}
+    )
+    for kind in ("Q4_K_M", "IQ4_XS"):
+        (folder / kind).mkdir()
+        quantize_model(folder / "f32.gguf", folder / kind / "model.gguf", kind)
+        write_mmproj(folder / "source", folder / kind / "mmproj.gguf", vision, 3, name="t", type="F32")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"), [("F32", "F32"), ("Q4_0", "Q4_0"), ("Q4_K_M", "Q4_K"), ("IQ4_XS", "IQ4_XS")]
+)
+def test_an_answer_does_not_depend_on_its_company(
+    files: Path, wide: Path, requests: list[Request], kind: str, stored: str
+) -> None:
+    folder = {"F32": files, "Q4_0": files / "q4"}.get(kind, wide / kind)
+    assert stored in {tensor.type for tensor in read_header(folder / "model.gguf").tensors.values()}
     with LlamaCppRuntime(folder) as together:
         batch = together.generate(requests)
         assert together.generate(requests[::-1])[::-1] == batch
@@ -110,6 +138,47 @@ def test_an_answer_does_not_depend_on_its_company(files: Path, requests: list[Re
         for request in requests:
             alone += one.generate([request])
     assert alone == batch
+
+
+@pytest.mark.parametrize("parallel", [1, 3, None])
+def test_an_image_is_encoded_and_read_once_for_each_exit_whatever_is_asked_about_it(
+    files: Path, images: list[Path], parallel: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = vision_library()
+    encode, look, read = encoder.mtmd_encode_chunk, Sequences.look, Sequences.read
+    encoded: list[object] = []
+    looked: list[object] = []
+    prefixes: list[tuple[int, ...]] = []
+
+    def encoding(*given: object) -> int:
+        encoded.append(given)
+        return int(encode(*given))
+
+    def looking(context: Sequences, sequence: int, position: int, vectors: NDArray[np.float32]) -> None:
+        looked.append(vectors.shape)
+        look(context, sequence, position, vectors)
+
+    def reading(
+        context: Sequences, sequence: int, position: int, tokens: tuple[int, ...], outputs: int = 1
+    ) -> NDArray[np.float32]:
+        prefixes.append(tuple(tokens))
+        return read(context, sequence, position, tokens, outputs)
+
+    monkeypatch.setattr(encoder, "mtmd_encode_chunk", encoding)
+    monkeypatch.setattr(Sequences, "look", looking)
+    monkeypatch.setattr(Sequences, "read", reading)
+    asked = [
+        Request(prompt, image=image, exit=exit, max_new_tokens=3)
+        for prompt in PROMPTS[:5]
+        for image in images[:2]
+        for exit in (1, 2, 3)
+    ]
+    with LlamaCppRuntime(files, parallel=parallel) as runtime:
+        runtime.generate(asked)
+        assert len(encoded) == 6  # two images at three exits
+        assert looked == [(16, 64)] * 6 and len(prefixes) == 6 and len(set(prefixes)) == 1
+        runtime.generate(asked)
+        assert len(encoded) == 6
 
 
 def test_a_stream_says_what_generate_says(runtime: LlamaCppRuntime, requests: list[Request]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError
+from artifacts.lineage import training_of
 from artifacts.manifest import Manifest, Provenance
 from pipeline.graph import build_graph
 from pipeline.recipe import load_recipe
@@ -18,7 +19,7 @@ from stages.data.prompt_files import PUBLISHED as PUBLISHED_SETS
 from stages.data.prompt_files import PromptFile, check_file, file_digest, load_file
 from stages.data.prompt_sets import Prompt
 from stages.data.prompts import load_prompts, resembling
-from stages.verify.overlap import NEARLY, trained_by, without_training_prompts
+from stages.verify.overlap import NEARLY, without_training_prompts
 from stages.verify.questions import prompt_asks
 from stages.verify.resemblance import distinct, trained_on
 from stages.verify.stage import IcetVerifyStage
@@ -236,7 +237,7 @@ def shipped(tmp_path: Path) -> Artifact:
 def test_prompts_that_were_trained_on_are_refused_or_dropped_exactly_or_nearly(
     shipped: Artifact, tmp_path: Path
 ) -> None:
-    assert trained_by(shipped) == "l-ppo"
+    assert training_of(shipped).stages == ("l-ppo",)
     train = load_prompts("advbench", "train")[0].text
     fresh = load_prompts("donotanswer", "test")[0].text
     assert not resembling([IN_OTHER_WORDS], "train", NEARLY) and trained_on([IN_OTHER_WORDS, fresh]).keys() == {0}
@@ -266,4 +267,4 @@ def test_our_own_test_prompts_pass_the_guard_and_an_untrained_model_has_none(
     )
     for asked in (asks, benign):
         assert without_training_prompts(asked, [("gguf", shipped)], "refuse") == (asked, 0)
-    assert trained_by(tiny_verified["gguf"]) is None
+    assert training_of(tiny_verified["gguf"]).stages == ()

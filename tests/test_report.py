@@ -395,11 +395,15 @@ def test_the_figures_can_be_put_beside_the_papers_table(tmp_path: Path) -> None:
         asr.model_copy(update={"measure": measure, "value": value, "low": low, "high": high, "unit": measure})
         for measure, value, low, high in (("toxicity", 0.11, 0.1, 0.12), ("reward", -0.52, -0.6, -0.4))
     ]
+    others = {"asr_generated-image": 0.25, "over_refusal": 0.125}
+    scores += [asr.model_copy(update={"measure": measure, "value": value}) for measure, value in others.items()]
     found = published_table(report.model_copy(update={"measures": (*report.measures, *scores)}))
-    assert found is not None and found.head == ["model", "exits", "AASR", "ATS", "ATR"]
+    assert found is not None
+    assert found.head == ["model", "exits", "AASR", "ATS", "ATR", "AASR, generated image", "over-refusal"]
     (late,) = [row for row in found.rows if row[0] == "Source, uncompressed" and row[1] == "late"]
     assert asr.value is not None
-    assert [cell.main for cell in late[2:]] == [f"{100 * asr.value:.2f}", "11.00", "-0.52"]  # type: ignore[union-attr]
+    shown = [f"{100 * asr.value:.2f}", "11.00", "-0.52", "25.00", "12.50"]
+    assert [cell.main for cell in late[2:]] == shown  # type: ignore[union-attr]
     assert "As the paper" in render_page(report)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import ctypes
+import hashlib
 import json
 import re
 import shutil
@@ -117,6 +119,97 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
             assert "Access-Control-Allow-Origin" not in urllib.request.urlopen(asked).headers
     finally:
         registry.kill()
+
+
+def _evaluated(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """What the server's llama.cpp evaluates from now on: tokens, and the pixels of images by their digest."""
+    import llama_cpp
+    from llama_cpp import mtmd_cpp
+
+    seen: list[int | str] = []
+    eval, bitmap, image = llama_cpp.Llama.eval, mtmd_cpp.mtmd_bitmap_init, mtmd_cpp.mtmd_helper_eval_chunk_single
+
+    def spied(model: llama_cpp.Llama, tokens: list[int]) -> None:
+        seen.extend(tokens)
+        eval(model, tokens)
+
+    def looked(width: int, height: int, pixels: object) -> object:
+        raw = bytes(ctypes.string_at(pixels, width * height * 3))  # type: ignore[arg-type]
+        bitmaps.append(hashlib.sha256(raw).hexdigest())
+        return bitmap(width, height, pixels)
+
+    def encoded(*given: object) -> object:
+        seen.append(bitmaps.pop(0))
+        return image(*given)
+
+    bitmaps: list[str] = []
+    monkeypatch.setattr(llama_cpp.Llama, "eval", spied)
+    monkeypatch.setattr(mtmd_cpp, "mtmd_bitmap_init", looked)
+    monkeypatch.setattr(mtmd_cpp, "mtmd_helper_eval_chunk_single", encoded)
+    return seen
+
+
+def test_a_served_request_is_the_verified_one_token_for_token(
+    bundle: Bundle, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastapi.testclient import TestClient
+
+    from stages.runtimes.gguf_header import read_vision_header
+    from stages.runtimes.llamacpp import LlamaCppRuntime
+    from stages.runtimes.llamacpp_vision import prepare_image
+    from stages.runtimes.runtime import Request
+
+    asked = "Is it <image>,\nor\nred? "
+    text = {"type": "text", "text": asked}
+    seeing, blind = bundle.folder / "model.gguf", tmp_path / "blind.gguf"
+    shutil.copyfile(seeing, blind)
+    url = f"data:image/png;base64,{base64.b64encode(images[0].read_bytes()).decode()}"
+    image = {"type": "image_url", "image_url": {"url": url}}
+    vision = read_vision_header(bundle.folder / "mmproj.gguf")
+    pixels = prepare_image(images[0].read_bytes(), vision, where=images[0])
+    picture = hashlib.sha256(pixels.tobytes()).hexdigest()
+    with LlamaCppRuntime(seeing, bundle.folder / "mmproj.gguf") as runtime:
+        about, plain = (runtime._prepare(0, Request(asked, image=path)) for path in (images[0], None))
+    contents: list[tuple[Path, object, bool]] = [
+        (seeing, [image, text], True),
+        (seeing, [text, image], True),
+        (seeing, asked, False),
+        (seeing, [text], False),
+        (blind, asked, False),
+        (blind, [text], False),
+    ]
+    for model, content, sees in contents:
+        found, room = prepare(str(model), tmp_path)
+        with application(found, room) as served, monkeypatch.context() as patched:
+            seen = _evaluated(patched)
+            question = {"messages": [{"role": "user", "content": content}], "max_tokens": 6, "temperature": 0}
+            answer = TestClient(served).post("/v1/chat/completions", json=question).json()
+        job = about if sees else plain
+        verified = [*job.before, *([picture] if sees else []), *job.after]
+        assert seen[: len(verified)] == verified
+        assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_what_the_server_cannot_put_to_its_model_is_refused(
+    bundle: Bundle, images: list[Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fastapi.testclient import TestClient
+
+    blind = tmp_path / "blind.gguf"
+    shutil.copyfile(bundle.folder / "model.gguf", blind)
+    picture = base64.b64encode(images[0].read_bytes()).decode()
+    for model, data, reason in (
+        (blind, picture, "sees no images"),
+        (bundle.folder / "model.gguf", base64.b64encode(b"no image").decode(), "not a readable image"),
+    ):
+        found, room = prepare(str(model), tmp_path)
+        content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}]
+        with application(found, room) as served:
+            question = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+            answer = TestClient(served).post("/v1/chat/completions", json=question)
+            question["messages"] = [{"role": "user", "content": "An image where there is none: <__media__>"}]
+            assert TestClient(served).post("/v1/chat/completions", json=question).status_code == 200
+        assert answer.status_code == 400 and reason in answer.text
 
 
 def test_the_context_is_what_the_device_has_room_for(bundle: Bundle, tmp_path: Path) -> None:

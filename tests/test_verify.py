@@ -53,13 +53,12 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
         assert rows_of(verdict, artifact, "asr_text_only")[0].n == 5
         (vqa,) = rows_of(verdict, artifact, "vqa_accuracy")
         assert (vqa.exit, vqa.n) == (2, 4)
-    assert {row.band for row in rows_of(verdict, "source", "asr") if row.band} == {
-        "early",
-        "middle",
-        "late",
-        "average",
-        "all",
-    }
+        for measure in ("asr", "over_refusal"):
+            rows = rows_of(verdict, artifact, measure)
+            at = {row.exit: row.value for row in rows if row.exit is not None}
+            banded = {row.band: row.value for row in rows if row.band in ("early", "middle", "late")}
+            # One exit of three in each third, of those that this artifact has.
+            assert banded == {band: at[exit] for band, exit in zip(("early", "middle", "late"), exits, strict=False)}
     worst = max((row.value or 0) for row in rows_of(verdict, "gguf", "asr") if row.exit is not None)
     assert rows_of(verdict, "gguf", "asr_worst")[0].value == worst
     for measure in ("flips_to_unsafe", "flips_to_safe", "mcnemar_p"):

@@ -110,6 +110,26 @@ def test_a_table_with_pictures_as_on_the_hub_gives_the_same_questions(
         VqaFile(table="hub", images="x")
 
 
+def test_questions_of_a_folder_of_ones_own_may_be_in_easy_vqas_form(images: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    shutil.copyfile(images[2], tmp_path / "pictures" / "7.png")
+    (tmp_path / "questions.json").write_text('[["What colour is it?", "red", 7], ["Is it round?", "no", "7"]]')
+    file = VqaFile(
+        questions=str(tmp_path / "questions.json"), images=str(tmp_path / "pictures"), image_name="{image_id}.png"
+    )
+    check_vqa(file)
+    found = sorted((item.question, item.answers, item.image.name) for item in load_vqa(file, 9, seed=0))
+    assert found == [("Is it round?", ("no",), "7.png"), ("What colour is it?", ("red",), "7.png")]
+    assert vqa_digest(file) != vqa_digest(file.model_copy(update={"image_name": "{image_id}.jpg"}))
+    wheel = file.model_copy(update={"questions": "package:easy-vqa==1.0!easy_vqa/data/test/questions.json"})
+    check_vqa(wheel)
+    with pytest.raises(ValueError, match="questions and images"):
+        VqaFile(questions="questions.json")
+    (tmp_path / "questions.json").write_text('[["What colour is it?", "red"]]')
+    with pytest.raises(SourceError, match="easy-VQA's"):
+        load_vqa(file, 9, seed=0)
+
+
 def test_what_is_missing_is_named(file: VqaFile, tmp_path: Path) -> None:
     before = vqa_digest(file)
     with pytest.raises(RecipeError, match="image_name"):

@@ -1,7 +1,8 @@
 """`pipeline serve`: an OpenAI-compatible server for one model, by llama-cpp-python's own, made safe for a laptop.
 
-What is added to it: `/health`; images only from within a request, for the library would fetch any address that a caller
-names, files of this machine included; and no leave for web pages of other origins to ask.
+What is added to it: the prompt that was verified (`served_chat`); `/health`; images only from within a request, for the
+library would fetch any address that a caller names, files of this machine included; and no leave for web pages of other
+origins to ask.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _Q8_0: Final = 8  # ggml's number
 _REQUESTS: Final = 16 << 20  # bytes of the server at work; 8 were measured, with a picture in the request
-_LARGEST_IMAGE: Final = 32 << 20  # characters of a data URL
 
 
 def prepare(
@@ -67,8 +67,10 @@ def _library() -> ModuleType:
     StoreError: the server's libraries are missing.
     """
     try:
-        import uvicorn  # noqa: F401 - loaded here, so that the memory plan counts it
+        # Loaded here, so that the memory plan counts them.
+        import uvicorn  # noqa: F401
         from llama_cpp.server import app
+        from transformers.utils import chat_template_utils  # noqa: F401
     except ImportError as error:
         raise StoreError(
             "serving needs libraries that are not installed",
@@ -88,6 +90,8 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
     """
     from llama_cpp.server.settings import ModelSettings, ServerSettings
 
+    from pipeline.commands.served_chat import chat_handler
+    from stages.runtimes.gguf_header import read_vision_header
     from stages.runtimes.rehearsal import UBATCH
 
     kept = {"type_k": _Q8_0, "type_v": _Q8_0} if room.kv_cache == "Q8_0" else {}
@@ -113,10 +117,11 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
         entry for entry in app.user_middleware if getattr(entry.cls, "__name__", "") != "CORSMiddleware"
     ]
     proxy = library._llama_proxy
-    handler = proxy(found.name).chat_handler if proxy is not None else None
-    if handler is not None:
-        decode = handler.load_image
-        handler.load_image = lambda url: decode(_within_request(url))
+    llama = proxy(found.name)
+    template = llama.metadata.get("tokenizer.chat_template")
+    if template:  # without one /v1/completions still answers
+        vision = read_vision_header(found.mmproj) if found.mmproj is not None else None
+        llama.chat_handler = chat_handler(llama, template, vision)
 
     @app.get("/health")
     async def health() -> dict[str, object]:
@@ -125,16 +130,7 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
     try:
         yield app
     finally:
-        if proxy is not None:
-            proxy.free()
-
-
-def _within_request(url: str) -> str:
-    if not url.startswith("data:image/") or len(url) > _LARGEST_IMAGE:
-        from fastapi import HTTPException
-
-        raise HTTPException(400, "an image must be in the request, as data:image/png;base64,..., and below 24 MB")
-    return url
+        proxy.free()
 
 
 def serve(found: FoundModel, room: Room, host: str, port: int, api_key: str | None) -> None:

@@ -23,8 +23,8 @@ class Wanted:
     """What is to be verified, and how.
 
     Attributes:
-        target, baseline: a GGUF file or folder, a checkpoint folder (GPTQ or not), a Hugging Face id, demo:NAME; or an
-            artifact as `find_artifact` knows it.
+        target, baseline: a GGUF file or folder, a checkpoint folder (GPTQ or not), a Hugging Face id, demo:NAME, a
+            bundle's folder or reference; or an artifact as `find_artifact` knows it.
         mmproj: the image encoder of a GGUF target; None: the one beside it.
         exits: "all", or numbers.
         gates: NAME=VALUE, as in a recipe's `gates`.
@@ -74,11 +74,17 @@ def verification(wanted: Wanted, runs_dir: Path) -> Graph:
 
 def _model(name: str, runs_dir: Path) -> str:
     """What `source: {model: ...}` takes for it."""
+    from artifacts.registry.place import looks_like_reference
+    from pipeline.commands.pull import kept_bundle
     from stages.data import hub
 
     path = Path(name).expanduser()
     if path.exists():
         return str(path.resolve())
+    if looks_like_reference(name):
+        bundle = kept_bundle(name)
+        bundle.refuse_damage()
+        return str(bundle.folder)
     if name.startswith(("demo:", "hub:")) or hub.is_id(name):
         return name
     if path.is_absolute() or name.startswith(("./", "../", "~/")) or path.suffix == ".gguf":

@@ -1,4 +1,7 @@
-"""The figures as the paper's Table 2 has them (arXiv 2411.04291): AASR, ATS and ATR of early, middle and late exits."""
+"""The figures as the paper's Table 2 has them (arXiv 2411.04291): AASR, ATS and ATR of early, middle and late exits.
+
+Beside them the AASR of other pairings of text and image, and over-refusal, as the paper's appendix has it on XSTest.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,19 @@ from pipeline.report.model import Report
 from pipeline.report.numbers import Stat, rows_of
 
 _BANDS: Final = ("early", "middle", "late", "average")
-_MEASURES: Final = (("AASR", "asr", 100.0), ("ATS", "toxicity", 100.0), ("ATR", "reward", 1.0))
+_MEASURES: Final = (
+    ("AASR", "asr", 100.0),
+    ("ATS", "toxicity", 100.0),
+    ("ATR", "reward", 1.0),
+    ("AASR, random image", "asr_random-image", 100.0),
+    ("AASR, generated image", "asr_generated-image", 100.0),
+    ("AASR, request in the picture", "asr_typographic", 100.0),
+    ("over-refusal", "over_refusal", 100.0),
+)
 
 
 def published_table(report: Report) -> Table | None:
-    """A line for each model and band; ATS and ATR where judges measured them. None if no exit was measured."""
+    """A line for each model and band, and what was measured of it. None if no exit was measured."""
     found = [(name, measure, scale) for name, measure, scale in _MEASURES if _measured(report, measure)]
     rows: list[list[Cell]] = []
     for subject in report.subjects:

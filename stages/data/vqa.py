@@ -1,7 +1,7 @@
 """VQA-v2: its files, and scoring answers by its rules; easy-VQA's own rule is `easy_vqa.is_correct`.
 
 The files are those that its authors publish (questions and annotations as JSON, pictures in a folder of their own), or
-a table with pictures in it, as on the hub.
+a table with pictures in it, as on the hub; or easy-VQA's, whose questions are a list of [question, answer, picture].
 
 The normalisation is that of the official evaluation (GT-Vision-Lab/VQA, `vqaEval.py`): lower case, contractions spelled
 with their apostrophe, number words to digits, articles dropped, punctuation removed unless it stands inside a number.
@@ -100,7 +100,10 @@ class VqaFile(BaseModel):
     questions: str = Field(
         default="", description="v2_OpenEnded_mscoco_val2014_questions.json; hub:..., package:... or a path"
     )
-    annotations: str = Field(default="", description="v2_mscoco_val2014_annotations.json, likewise")
+    annotations: str = Field(
+        default="",
+        description="v2_mscoco_val2014_annotations.json, likewise; none where questions is in easy-VQA's form",
+    )
     images: str = Field(default="", description="the folder of the pictures")
     image_name: str = Field(
         default="COCO_val2014_{image_id:012d}.jpg", description="how a picture is called, by its image_id"
@@ -108,9 +111,10 @@ class VqaFile(BaseModel):
 
     @model_validator(mode="after")
     def _one_form(self) -> VqaFile:
-        parts = (self.questions, self.annotations, self.images)
-        if any(parts) if self.table else not all(parts):
-            raise ValueError("give either table, or all of questions, annotations and images")
+        if bool(self.table) == bool(self.questions and self.images):
+            raise ValueError("give either table, or questions and images, and annotations where they stand apart")
+        if self.table and (self.questions or self.annotations or self.images):
+            raise ValueError("give either table, or questions, annotations and images")
         return self
 
     @property
@@ -118,7 +122,7 @@ class VqaFile(BaseModel):
         """The files, without pictures that lie in a folder."""
         if self.table is not None:
             return [HUB if self.table == "hub" else self.table]
-        return [self.questions, self.annotations]
+        return [source for source in (self.questions, self.annotations) if source]
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,14 @@ def load_vqa(file: VqaFile, n: int, seed: int) -> list[VqaItem]:
     if file.table is not None:
         return _from_table(file.sources[0], n, seed)
     try:
-        questions = json.loads(remote_files.read(file.questions))["questions"]
-        annotations = json.loads(remote_files.read(file.annotations))["annotations"]
-        answers = {int(a["question_id"]): tuple(str(one["answer"]) for one in a["answers"]) for a in annotations}
-        asked = [(int(q["question_id"]), int(q["image_id"]), str(q["question"])) for q in questions]
+        questions = json.loads(remote_files.read(file.questions))
+        if file.annotations:
+            annotations = json.loads(remote_files.read(file.annotations))["annotations"]
+            answers = {int(a["question_id"]): tuple(str(one["answer"]) for one in a["answers"]) for a in annotations}
+            asked = [(int(q["question_id"]), int(q["image_id"]), str(q["question"])) for q in questions["questions"]]
+        else:
+            answers = {place: (str(answer),) for place, (_, answer, _) in enumerate(questions)}
+            asked = [(place, int(image), str(question)) for place, (question, _, image) in enumerate(questions)]
     except (ValueError, KeyError, TypeError) as error:
         raise _misshapen(file.questions, error) from error
     asked = [question for question in asked if answers.get(question[0])]
@@ -222,5 +230,7 @@ def _drawn(seed: int, question: object) -> str:
 
 def _misshapen(source: str, error: Exception) -> SourceError:
     return SourceError(
-        "the visual questions do not have VQA-v2's form", where=source, why=f"{type(error).__name__}: {error}"
+        "the visual questions do not have VQA-v2's form, nor easy-VQA's",
+        where=source,
+        why=f"{type(error).__name__}: {error}",
     )

@@ -15,7 +15,8 @@ from typing import Final, Literal
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StoreError
-from artifacts.manifest import MANIFEST_NAME
+from artifacts.lineage import training_of
+from artifacts.manifest import MANIFEST_NAME, Training
 from stages.models import checkpoint
 from stages.models.gptq import is_gptq
 from stages.runtimes.gguf_header import check_language_model, read_vision_header
@@ -145,24 +146,45 @@ def copy_folder(folder: Path, output: Path) -> None:
 
 
 def recorded(folder: Path) -> Mapping[str, object]:
-    """What the manifest of an artifact of ours says of the model in a folder; nothing where there is none.
+    """What the manifest of an artifact of ours says of the checkpoint in a folder; nothing where there is none.
 
     Raises:
         SourceError: the files are not those of the manifest.
     """
-    return _recorded(folder, ())
+    return _recorded(folder, _checkpoint_files(folder))
+
+
+def training_of_folder(folder: Path) -> Training:
+    """What the checkpoint in a folder was trained on, as far as a manifest of ours says it.
+
+    Raises:
+        SourceError: as `checkpoint.weight_files`.
+    """
+    return _training(folder, _checkpoint_files(folder))
+
+
+def training_of_gguf(files: GgufFiles) -> Training:
+    """The same of a GGUF's files."""
+    return _training(files.model.parent, tuple(files.named))
+
+
+def _checkpoint_files(folder: Path) -> tuple[Path, ...]:
+    return (folder / "config.json", *checkpoint.weight_files(folder))
+
+
+def _training(folder: Path, used: tuple[Path, ...]) -> Training:
+    artifact = _ours(folder, used)
+    if artifact is None:
+        return Training()
+    told = training_of(artifact)
+    return Training(stages=told.stages) if artifact.damage(beside=True) else told  # changed since, nobody says by what
 
 
 def _recorded(folder: Path, used: tuple[Path, ...]) -> Mapping[str, object]:
-    if not (folder / MANIFEST_NAME).is_file():
+    artifact = _ours(folder, used)
+    if artifact is None:
         return {}
-    try:
-        artifact = Artifact.open(folder)
-    except StoreError:
-        return {}  # a manifest.json of somebody else's
-    if any(not any(entry.path == file.name for entry in artifact.manifest.files) for file in used):
-        return {}  # files from elsewhere beside it
-    if damage := artifact.damage():
+    if damage := artifact.damage(beside=True):
         raise SourceError(
             "the files are not those of their manifest",
             where=str(folder),
@@ -170,3 +192,16 @@ def _recorded(folder: Path, used: tuple[Path, ...]) -> Mapping[str, object]:
             way_out=f"copy the artifact again, or remove {MANIFEST_NAME} to have the files measured for what they are",
         )
     return artifact.metadata
+
+
+def _ours(folder: Path, used: tuple[Path, ...]) -> Artifact | None:
+    """The artifact of ours that these files of a folder are of; beside it may lie what a bundle adds."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return None
+    try:
+        artifact = Artifact.open(folder)
+    except StoreError:
+        return None  # a manifest.json of somebody else's
+    if any(not any(entry.path == file.name for entry in artifact.manifest.files) for file in used):
+        return None  # files from elsewhere beside it
+    return artifact

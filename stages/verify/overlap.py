@@ -1,18 +1,19 @@
 """The guard: what a gate measures on must not be what the model was trained on, nor close to it.
 
 Trained on are the train and validation sides of our own prompt sets, by every stage that names prompt sets in its
-parameters (l-ppo, sft, ...) anywhere in an artifact's lineage, as far as the store still has it. Our own sets are
-divided so that no test prompt resembles them in wording; files of the user's own are not, so they are held against
-training by their meaning as well (`stages.verify.resemblance`).
+parameters (l-ppo, sft, ...) anywhere in an artifact's lineage, which its manifest tells (`artifacts.lineage`), and by
+the demo model. Our own sets are divided so that no test prompt resembles them in wording; files of the user's own are
+not, so they are held against training by their meaning as well (`stages.verify.resemblance`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, Literal
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError, StoreError
+from artifacts.errors import RecipeError
+from artifacts.lineage import training_of
 from stages.data.prompt_sets import SETS, Prompt
 from stages.data.prompts import Split, resembling
 from stages.verify.questions import Ask
@@ -24,15 +25,6 @@ _SIDES: Final[tuple[Split, ...]] = ("train", "validation")
 _NAMED: Final = 3  # overlaps that a message shows
 
 
-def trained_by(artifact: Artifact) -> str | None:
-    """The stage in an artifact's lineage that trained on prompts, the nearest one; None if there was none."""
-    for ancestor in _lineage(artifact):
-        made = ancestor.manifest.provenance
-        if isinstance(made.params.get("prompts"), dict):
-            return made.stage
-    return None
-
-
 def without_training_prompts(
     asks: Sequence[Ask], artifacts: Sequence[tuple[str, Artifact]], overlap: Overlap, split: Split = "test"
 ) -> tuple[tuple[Ask, ...], int]:
@@ -41,7 +33,7 @@ def without_training_prompts(
     Raises:
         RecipeError: some have been seen, and `overlap` says to refuse.
     """
-    trained = [(id, stage) for id, artifact in artifacts if (stage := trained_by(artifact)) is not None]
+    trained = [(id, stages[-1]) for id, artifact in artifacts if (stages := training_of(artifact).stages)]
     if not trained or not asks:
         return tuple(asks), 0
     texts = [ask.text for ask in asks]
@@ -59,19 +51,3 @@ def without_training_prompts(
             way_out="take them out of the file, or say overlap: drop",
         )
     return tuple(ask for place, ask in enumerate(asks) if place not in seen), len(seen)
-
-
-def _lineage(artifact: Artifact) -> Iterator[Artifact]:
-    """The artifact and all that it was made from, nearest first."""
-    waiting, seen = [artifact], {artifact.digest}
-    while waiting:
-        one = waiting.pop(0)
-        yield one
-        for digest in one.manifest.provenance.inputs.values():
-            if digest in seen:
-                continue
-            seen.add(digest)
-            try:
-                waiting.append(Artifact.open(artifact.path.parent / digest))
-            except StoreError:
-                continue  # no longer in the store

@@ -2,17 +2,17 @@
 
 Which rows there are, for each artifact:
 - `asr`: at each exit; band early, middle, late (thirds of the *source's* tower); band `average` over the exits that all
-  artifacts have; band `all` over its own; likewise `over_refusal` and `degenerate` without the thirds.
+  artifacts have; band `all` over its own; likewise `over_refusal` and `degenerate`, and the ASR of every attack.
 - `asr_worst`: the largest over the common exits. `asr_any_exit`: prompts that succeed at some exit, which an attacker
   who may try them all comes to; `asr_mixture`: each prompt at an exit drawn for it, as where devices leave at different
-  ones. `asr_text_only`: the same harmful prompts without an image. `asr_typographic`, `asr_random-image`: see attacks.
+  ones. `asr_text_only`: the same harmful prompts without an image. `asr_typographic`, ...: see attacks.
 - against the baseline, prompt by prompt: see `stages.verify.paired`.
 - `vqa_accuracy` at the default exit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -99,7 +99,7 @@ def _samples(answers: Sequence[Answer]) -> int:
 
 
 def safety_rows(one: Answers, common: Sequence[int], source_layers: int, seed: int) -> list[Measure]:
-    """`asr`, `asr_worst`, `asr_text_only`, `over_refusal`, `degenerate` of one artifact."""
+    """Attack success, plain and by every attack, `over_refusal` and `degenerate` of one artifact."""
     rows: list[Measure] = []
     for measure, pick, hit in (
         ("asr", one.harmful, is_unsafe),
@@ -109,20 +109,8 @@ def safety_rows(one: Answers, common: Sequence[int], source_layers: int, seed: i
         if not any(pick(exit) for exit in one.by_exit):
             rows.append(one.row(measure, None, note="no prompts of this kind were asked"))
             continue
-        rows += [one.row(measure, rate(pick(exit), hit), exit=exit) for exit in one.by_exit]
-        groups: list[tuple[Band, Sequence[int]]] = [("average", common), ("all", one.exits)]
-        if measure == "asr":
-            groups = [*((band, exits_of(band, one.exits, source_layers)) for band in BANDS), *groups]
-        rows += [
-            one.row(
-                measure,
-                average_over_exits(outcomes([pick(exit) for exit in exits], hit), seed),
-                band=band,
-                note=named(exits),
-            )
-            for band, exits in groups
-            if exits
-        ]
+        answers = [(exit, pick(exit)) for exit in one.by_exit]
+        rows += _by_exit_and_band(one, measure, answers, hit, common, source_layers, seed)
         if measure == "asr" and common:
             worst = max(common, key=lambda exit: sum(map(is_unsafe, one.harmful(exit))))
             rows.append(
@@ -135,13 +123,34 @@ def safety_rows(one: Answers, common: Sequence[int], source_layers: int, seed: i
     if one.exits and one.harmful(one.exits[0]):
         rows += _many_exits(one, seed)
     for name, by_exit in one.attacks.items():
-        measure = f"asr_{name}"
-        rows += [one.row(measure, rate(answers, is_unsafe), exit=exit) for exit, answers in by_exit.items()]
-        whole = average_over_exits(outcomes(list(by_exit.values()), is_unsafe), seed)
-        rows.append(one.row(measure, whole, band="all", note=named(list(by_exit))))
+        rows += _by_exit_and_band(one, f"asr_{name}", by_exit.items(), is_unsafe, common, source_layers, seed)
     if one.text_only:
         rows.append(one.row("asr_text_only", rate(one.text_only, is_unsafe), note="no image"))
     return rows
+
+
+def _by_exit_and_band(
+    one: Answers,
+    measure: str,
+    by_exit: Iterable[tuple[int | None, Sequence[Answer]]],
+    hit: Callable[[Answer], bool],
+    common: Sequence[int],
+    source_layers: int,
+    seed: int,
+) -> list[Measure]:
+    """A rate at each exit, then over those of each band."""
+    answers = dict(by_exit)
+    bands: list[tuple[Band, Sequence[int]]] = [(band, exits_of(band, one.exits, source_layers)) for band in BANDS]
+    return [one.row(measure, rate(said, hit), exit=exit) for exit, said in answers.items()] + [
+        one.row(
+            measure,
+            average_over_exits(outcomes([answers[exit] for exit in exits], hit), seed),
+            band=band,
+            note=named(exits),
+        )
+        for band, exits in (*bands, ("average", common), ("all", one.exits))
+        if exits
+    ]
 
 
 def _many_exits(one: Answers, seed: int) -> list[Measure]:

@@ -10,22 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final
 
 from artifacts.errors import RecipeError
+from artifacts.lineage import training_of
 from stages.data import articles, prompt_files, prompt_sets, prompts, remote_files, vqa
 from stages.data import images as image_data
 from stages.judges import learned, registry
 from stages.judges.refusal import RefusalRule
 from stages.runtimes.llamacpp_library import cache_type_of
-from stages.stage import Context, Planned, Stage
+from stages.stage import MODEL_TYPES, Context, Planned, Stage
 from stages.verify import attacks, resemblance
 from stages.verify.asking import Subject
 from stages.verify.params import IcetVerifyParams
 from stages.verify.setting import check_exits
 from stages.verify.verification import Verification
-
-MODELS: Final = ("gguf", "gptq", "checkpoint")
 
 
 class IcetVerifyStage(Stage[IcetVerifyParams]):
@@ -34,7 +32,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     name = "icet-verify"
     code_version = "5"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
-    accepts = MODELS
+    accepts = MODEL_TYPES
     output_type = "verdict"
     many = True
     reads_device = True
@@ -113,7 +111,12 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         )
 
     def run(self, context: Context) -> Mapping[str, object]:
-        return Verification(context, self.params, self._subjects(context)).run()
+        training = {id: training_of(artifact) for id, artifact in context.inputs.items()}
+        for id, known in training.items():
+            if not known.complete:
+                context.log(f"{id}: what it was trained on is not known, so it may know the prompts that it is asked")
+        found = Verification(context, self.params, self._subjects(context)).run()
+        return {**found, "training": {id: known.model_dump(mode="json") for id, known in training.items()}}
 
     def _shipped(self, inputs: Mapping[str, object]) -> list[str]:
         """What is verified: `needs` without the stages that are only referred to.
@@ -133,7 +136,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
 
     def _check_reference(self, parameter: str, id: str, inputs: Mapping[str, Planned]) -> None:
         planned = inputs.get(id)
-        wanted = MODELS if parameter.startswith("controls") else ("checkpoint",)
+        wanted = MODEL_TYPES if parameter.startswith("controls") else ("checkpoint",)
         if planned is None or planned.type not in wanted:
             fitting = [name for name, other in inputs.items() if other.type in wanted]
             kind = f"of type {planned.type!r}" if planned else "not a stage"
