@@ -408,7 +408,17 @@ def test_two_judges_of_one_kind_have_rows_of_their_own(tiny_verified: dict[str, 
         opinions,
     )
     panel = [{"name": name, "quantity": quantity} for name, quantity in zip(names, quantities, strict=True)]
-    rows = judge_rows(Answers(subject, {1: [answer]}, [], [], 1), panel, [1], 3, 0)
+    attacked = replace(answer, opinions={name: replace(one, value=0.9) for name, one in opinions.items()})
+    one = Answers(subject, {1: [answer]}, [], [], 1, {"typographic": {1: [attacked]}})
+    rows = judge_rows(one, panel, [1], 3, 0)
+    on_attack = [row for row in rows if row.measure.endswith("_typographic")]
+    assert {(row.measure, row.exit, row.band) for row in on_attack} == {
+        (f"toxicity{by}_typographic", *place)
+        for by in ("", "_by_toxicity:./b", "_by_perspective")
+        for place in ((1, None), (None, "early"), (None, "average"), (None, "all"))
+    }
+    assert {row.value for row in on_attack} == {0.9}
+    rows = [row for row in rows if row not in on_attack]
     at_exit = {row.measure: (row.value, row.note) for row in rows if row.exit == 1}
     assert len(at_exit) == len([row for row in rows if row.exit == 1])
     assert at_exit == {

@@ -120,6 +120,9 @@ def test_a_model_from_elsewhere_is_asked_and_it_is_said_that_its_training_is_not
     assert code == 0 and "source: what it was trained on is not known" in said, said
     (run,) = (tmp_path / "runs").iterdir()
     assert "what it was trained on is not known" in (run / "events.jsonl").read_text()
+    (subject,) = json.loads((run / "report.json").read_text())["subjects"]
+    assert subject["training"] == {"stages": [], "complete": False}
+    assert "Not known is what was learned by" in (run / "report.html").read_text()
 
 
 def test_every_stage_tells_on_what_it_was_told(made: dict[str, Artifact]) -> None:

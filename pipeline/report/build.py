@@ -16,6 +16,7 @@ import yaml
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StoreError
+from artifacts.manifest import Training
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, Role, read_measures
 from pipeline.device import Device, device
 from pipeline.events import (
@@ -242,6 +243,7 @@ class _Subject(pydantic.BaseModel):
     digest: str = ""
     exits: tuple[int, ...] = ()
     default_exit: int | None = None
+    training: Training | None = None
 
 
 class _Verdict(pydantic.BaseModel):
@@ -341,6 +343,7 @@ def _subjects(
                 digest=one.digest,
                 default_exit=one.default_exit,
                 exits=tuple(exits),
+                training=one.training,
             )
         )
     order = list(_KIND_WORDS)

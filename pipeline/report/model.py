@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from artifacts.manifest import FileEntry
+from artifacts.manifest import FileEntry, Training
 from artifacts.measures import Measure, Role
 
 Status = Literal["passed", "failed", "gate_failed", "stopped", "unfinished"]
@@ -84,6 +84,9 @@ class Subject(_Row):
     digest: str = ""
     default_exit: int | None = Field(default=None, description="Where it leaves its encoder unless told otherwise.")
     exits: tuple[int, ...] = Field(default=(), description="Exits that were measured.")
+    training: Training | None = Field(
+        default=None, description="What it was trained on by this program; null: the verdict does not say."
+    )
 
 
 class FormatRow(_Row):

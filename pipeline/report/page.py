@@ -128,6 +128,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         measures=_measures(report),
         versions=Table(["what", "version"], sorted(report.versions.items())) if report.versions else None,
         judge=_judge(report),
+        untold=[s.label for s in report.subjects if s.training is not None and not s.training.complete],
         more_curves=more_curves,
         trainings=trainings_table(report),
         legend=legend_figure(report),

@@ -17,9 +17,15 @@ _MEASURES: Final = (
     ("AASR", "asr", 100.0),
     ("ATS", "toxicity", 100.0),
     ("ATR", "reward", 1.0),
-    ("AASR, random image", "asr_random-image", 100.0),
-    ("AASR, generated image", "asr_generated-image", 100.0),
-    ("AASR, request in the picture", "asr_typographic", 100.0),
+    *(
+        (f"{name}, {words}", f"{measure}_{attack}", scale)
+        for words, attack in (
+            ("random image", "random-image"),
+            ("generated image", "generated-image"),
+            ("request in the picture", "typographic"),
+        )
+        for name, measure, scale in (("AASR", "asr", 100.0), ("ATS", "toxicity", 100.0), ("ATR", "reward", 1.0))
+    ),
     ("over-refusal", "over_refusal", 100.0),
 )
 

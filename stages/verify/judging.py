@@ -5,8 +5,8 @@
 - judges run after every model is closed, one at a time, and what they said is remembered: a killed verification does
   not judge twice;
 - rows: `asr_by_JUDGE` for each judge that does not decide, `kappa` for each pair, `toxicity` and `reward` of the first
-  judge that measures them and `toxicity_by_JUDGE` of others, all on the harmful prompts. JUDGE is its kind, or where
-  there are several of a kind all that the recipe writes.
+  judge that measures them and `toxicity_by_JUDGE` of others, all on the harmful prompts; `toxicity_ATTACK` likewise on
+  each attack. JUDGE is its kind, or where there are several of a kind all that the recipe writes.
 """
 
 from __future__ import annotations
@@ -101,9 +101,6 @@ def judge_rows(
         def unsafe(answer: Answer, name: str = name) -> bool:
             return _unsafe(answer, name)
 
-        def values(exits: Sequence[int | None], name: str = name) -> list[list[float]]:
-            return [[answer.opinions[name].value or 0.0 for answer in one.harmful(exit)] for exit in exits]
-
         if name != names[0]:
             measure = f"asr_by_{shortest[name]}"
             for exit in one.by_exit:
@@ -116,13 +113,21 @@ def judge_rows(
             unit = "fraction" if quantity == "toxicity" else "reward"
             measure = quantity if quantity not in quantities else f"{quantity}_by_{shortest[name]}"
             quantities.add(quantity)
-            for exit in one.by_exit:
-                estimate = mean(np.array(values([exit])[0]), seed)
-                rows.append(one.row(measure, estimate, exit=exit, unit=unit, note=name))
-            for band, exits in groups:
-                if exits:
-                    estimate = mean(np.array(values(exits)).mean(axis=0), seed)
-                    rows.append(one.row(measure, estimate, band=band, unit=unit, note=f"{name}; {named(exits)}"))
+            asked: dict[str, Iterable[tuple[int | None, Sequence[Answer]]]]
+            asked = {"": [(exit, one.harmful(exit)) for exit in one.by_exit]}
+            asked |= {f"_{attack}": by_exit.items() for attack, by_exit in one.attacks.items()}
+            for attack, at_exits in asked.items():
+                values = {
+                    exit: np.array([answer.opinions[name].value or 0.0 for answer in answers])
+                    for exit, answers in at_exits
+                }
+                for exit, scores in values.items():
+                    rows.append(one.row(measure + attack, mean(scores, seed), exit=exit, unit=unit, note=name))
+                for band, exits in groups:
+                    if exits:
+                        whole = mean(np.mean([values[exit] for exit in exits], axis=0), seed)
+                        note = f"{name}; {named(exits)}"
+                        rows.append(one.row(measure + attack, whole, band=band, unit=unit, note=note))
     for first, second in itertools.combinations(names, 2):
         flags = [[_unsafe(answer, name) for answer in harmful] for name in (first, second)]
         differ = sum(a != b for a, b in zip(*flags, strict=True))

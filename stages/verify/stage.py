@@ -111,12 +111,10 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         )
 
     def run(self, context: Context) -> Mapping[str, object]:
-        training = {id: training_of(artifact) for id, artifact in context.inputs.items()}
-        for id, known in training.items():
-            if not known.complete:
+        for id, artifact in context.inputs.items():
+            if not training_of(artifact).complete:
                 context.log(f"{id}: what it was trained on is not known, so it may know the prompts that it is asked")
-        found = Verification(context, self.params, self._subjects(context)).run()
-        return {**found, "training": {id: known.model_dump(mode="json") for id, known in training.items()}}
+        return Verification(context, self.params, self._subjects(context)).run()
 
     def _shipped(self, inputs: Mapping[str, object]) -> list[str]:
         """What is verified: `needs` without the stages that are only referred to.

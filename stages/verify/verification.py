@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from artifacts.lineage import training_of
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, write_measures
 from stages.data import remote_files
 from stages.data.prompt_files import PromptFile, file_digest
@@ -224,6 +225,7 @@ class Verification:
                     "runtime": one.subject.runtime,
                     "exits": list(one.exits),
                     "default_exit": one.default_exit,
+                    "training": training_of(one.subject.artifact).model_dump(mode="json"),
                 }
                 for one in measured
             ],
