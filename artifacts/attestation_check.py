@@ -100,6 +100,17 @@ def check_bundle(bundle: Bundle, policy: Policy, now: datetime | None = None) ->
     return findings
 
 
+def unsigned_findings(bundle: Bundle) -> list[Finding]:
+    """What holds whoever signed: the verdict is about these bytes, and the report tells what it measured."""
+    try:
+        about = _about_these_bytes(bundle)
+    except StoreError as error:
+        about = _words(error)
+    except (ValidationError, KeyError, OSError) as error:
+        about = f"the verdict cannot be read: {error}"
+    return [Finding("verdict", about is None, about or "it is about these files"), _report(bundle)]
+
+
 def _files(bundle: Bundle) -> Finding:
     damage = bundle.damage()
     count = len(bundle.manifest.layers)

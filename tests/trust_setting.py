@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cryptography.x509.oid import NameOID
 from run_folder import RECIPE, RunFolder
 
 from artifacts.attestation_check import Finding, Policy
-from artifacts.bundle import Bundle
+from artifacts.bundle import ATTESTATIONS, ROLE, Bundle, BundleFile, write_bundle
 from artifacts.signing import Signer, Trust
 from pipeline.graph import Graph, build_graph
 from pipeline.publish import publish
@@ -81,6 +82,18 @@ class Setting:
     def copy(self, target: Path) -> Bundle:
         shutil.copytree(self.root / "bundle", target)
         return Bundle.open(target)
+
+
+def rebuilt(bundle: Bundle, folder: Path, changes: Mapping[str, bytes], *, attested: bool = False) -> Bundle:
+    """A bundle in `folder` as somebody else would make it: other contents of some files, everything else the same."""
+    files = [
+        BundleFile(name, changes.get(name, bundle.folder / name), layer.media_type, layer.annotations[ROLE])
+        for name, layer in bundle.manifest.files.items()
+    ]
+    made = write_bundle(folder, files, bundle.config, bundle.manifest.annotations)
+    if attested:
+        shutil.copytree(bundle.folder / ATTESTATIONS, folder / ATTESTATIONS)
+    return made
 
 
 def wrong_of(findings: list[Finding]) -> dict[str, str]:
