@@ -23,18 +23,17 @@ CONFIG = {"descriptor": {"name": "tiny"}, "config": {"format": "gguf", "quantiza
 class RegistryServer:
     """One docker-registry process. Its uploads outlive it: the secret that signs their addresses is fixed."""
 
-    def __init__(self, folder: Path, htpasswd: Path | None = None) -> None:
+    def __init__(self, folder: Path, auth: str = "") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         folder.mkdir(parents=True, exist_ok=True)
         self.root = folder / "data"
         self._config = folder / "config.yml"
-        auth = f"auth: {{htpasswd: {{realm: models, path: {htpasswd}}}}}\n" if htpasswd is not None else ""
         self._config.write_text(
             "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
             f"storage: {{filesystem: {{rootdirectory: {self.root}}}, delete: {{enabled: true}}}}\n"
-            f"http: {{addr: '127.0.0.1:{self.port}', secret: fixed}}\n{auth}"
+            f"http: {{addr: '127.0.0.1:{self.port}', secret: fixed}}\n" + (f"auth: {{{auth}}}\n" if auth else "")
         )
         self._process: subprocess.Popen[bytes] | None = None
 

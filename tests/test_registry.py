@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from itertools import cycle
@@ -17,6 +18,7 @@ import bcrypt
 import pytest
 from registry_setting import NEEDS_REGISTRY, RegistryServer, attest, small_bundle
 from rude_server import BadLine, Fault
+from token_server import TokenServer
 
 from artifacts.artifact import Artifact
 from artifacts.errors import StoreError
@@ -211,7 +213,7 @@ def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
     secret = "s3cret-w0rd"
     hashed = bcrypt.hashpw(secret.encode(), bcrypt.gensalt(4)).decode()
     (tmp_path / "htpasswd").write_text(f"me:{hashed}\n")
-    server = RegistryServer(tmp_path / "registry", htpasswd=tmp_path / "htpasswd")
+    server = RegistryServer(tmp_path / "registry", f"htpasswd: {{realm: models, path: {tmp_path / 'htpasswd'}}}")
     server.start()
     caplog.set_level(logging.DEBUG)
     try:
@@ -242,6 +244,58 @@ def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
         server.kill()
     said = caplog.text + "".join(capfd.readouterr())
     assert secret not in said
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TokenServer, RegistryServer]]:
+    """A registry that takes tokens, as Docker Hub and Harbor do; `me` is logged in."""
+    given = TokenServer(tmp_path, "s3cret-w0rd")
+    server = RegistryServer(tmp_path / "registry", given.auth)
+    server.start()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ORAS_USER", "me")
+    monkeypatch.setenv("ORAS_PASS", "s3cret-w0rd")
+    yield given, server
+    server.kill()
+    given.close()
+
+
+@NEEDS_REGISTRY
+def test_a_token_for_reading_gives_way_to_one_for_writing(
+    tokens: tuple[TokenServer, RegistryServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, server = tokens
+    bundle = small_bundle(tmp_path / "b")
+    attest(bundle, "provenance.intoto.json", b'{"made": 1}')
+    assert push(bundle, Registry(f"{server.host}/me/tiny"), "v1") == bundle.digest
+    assert [scope.rpartition(":")[2] for scope in given.scopes] == ["pull", "pull,push"]
+    monkeypatch.delenv("ORAS_USER")
+    place = Registry(f"{server.host}/me/tiny")
+    assert pull(place, resolve(place, "v1"), tmp_path / "out").damage() == []
+    other = small_bundle(tmp_path / "c", b"GGUF other")
+    with pytest.raises(StoreError, match="does not let us in"):
+        push(other, place, "v1")
+    monkeypatch.setenv("ORAS_USER", "somebody")
+    with pytest.raises(StoreError, match="does not let us in"):
+        push(other, Registry(f"{server.host}/me/tiny"), "v1")
+
+
+@NEEDS_REGISTRY
+def test_a_token_that_ends_in_the_middle_of_a_transfer_is_replaced(
+    tokens: tuple[TokenServer, RegistryServer], tmp_path: Path
+) -> None:
+    given, server = tokens
+    given.seconds = 1.0
+    bundle, place = small_bundle(tmp_path / "b"), Registry(f"{server.host}/me/brief")
+
+    def later(name: str, done: int, total: int) -> None:
+        time.sleep(1.2)
+
+    assert push(bundle, place, "v1", later) == bundle.digest
+    assert given.scopes.count("repository:me/brief:pull,push") > 1
+    before = len(given.scopes)
+    assert pull(place, resolve(place, "v1"), tmp_path / "out", later).damage() == []
+    assert len(given.scopes) > before + 1
 
 
 def test_what_was_pulled_is_an_artifact_like_any_other(server: RegistryServer, tmp_path: Path) -> None:
