@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from artifacts.artifact import Artifact
 from artifacts.attestation import Made, Origin, provenance, test_result
 from artifacts.bundle import ROLE, UNVERIFIED, Bundle, BundleFile, write_bundle
 from artifacts.card import Gate
-from artifacts.disk import force_remove
 from artifacts.errors import StoreError
 from artifacts.keyless import Keyless
 from artifacts.registry.place import LAYOUT, REGISTRY, Reference, check_tag
@@ -176,17 +176,11 @@ def _publish_one(
     unverified: bool,
     moved: Moved | None,
 ) -> str:
+    attest = partial(_attest, run=run, id=id, signer=signer, run_dir=run_dir)
     if target.scheme == FOLDER:
-        bundle = bundle_of(run, id, Path(target.name), unverified=unverified)
-        try:
-            _attest(bundle, run, id, signer, run_dir)
-        except BaseException:
-            force_remove(bundle.folder)  # a bundle that was to be signed and is not would be taken for another
-            raise
-        return bundle.digest
+        return bundle_of(run, id, Path(target.name), unverified=unverified, attest=attest).digest
     with _staging(run.artifacts[id]) as folder:
-        bundle = bundle_of(run, id, folder / "bundle", unverified=unverified, link=True)
-        _attest(bundle, run, id, signer, run_dir)
+        bundle = bundle_of(run, id, folder / "bundle", unverified=unverified, link=True, attest=attest)
         return _send(bundle, target, moved)
 
 

