@@ -44,6 +44,8 @@ _MEDIA: Final = {
     ".sigstore.json": "application/vnd.dev.sigstore.bundle.v0.3+json",
     ".intoto.json": "application/vnd.in-toto+json",
 }
+_OTHER_MEDIA: Final = "application/json"
+ATTESTATION_TYPES: Final = (*_MEDIA.values(), _OTHER_MEDIA)  # artifact types under which a bundle's are published
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Bundle:
 
     @staticmethod
     def media_type_of(attestation: Path) -> str:
-        return next((media for end, media in _MEDIA.items() if attestation.name.endswith(end)), "application/json")
+        return next((media for end, media in _MEDIA.items() if attestation.name.endswith(end)), _OTHER_MEDIA)
 
     def damage(self) -> list[str]:
         """Every way in which the files differ from the manifest, in words; every byte is read."""

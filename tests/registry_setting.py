@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from artifacts.bundle import Bundle, BundleFile, write_bundle
-from artifacts.registry.manifest import MEDIA_DOC, MEDIA_MANIFEST, MEDIA_WEIGHTS
+from artifacts.manifest import canonical_json
+from artifacts.registry.manifest import (
+    EMPTY,
+    MEDIA_DOC,
+    MEDIA_EMPTY,
+    MEDIA_MANIFEST,
+    MEDIA_WEIGHTS,
+    Descriptor,
+    OciManifest,
+)
+from artifacts.registry.place import Place
 
 NEEDS_REGISTRY = pytest.mark.skipif(
     shutil.which("docker-registry") is None, reason="docker-registry is not installed (apt install docker-registry)"
@@ -79,3 +89,22 @@ def attest(bundle: Bundle, name: str, content: bytes) -> None:
     """Put a file where what was signed about a bundle lies."""
     (bundle.folder / "attestations").mkdir(exist_ok=True)
     (bundle.folder / "attestations" / name).write_bytes(content)
+
+
+def attest_as_others(place: Place, model: OciManifest) -> None:
+    """What other tools keep beside a model: signatures of cosign (old and new form) and Notation; no file has a name."""
+    for kind, media, more in (
+        ("application/vnd.dev.cosign.artifact.sig.v1+json", "application/vnd.dev.cosign.simplesigning.v1+json",
+         {"dev.cosignproject.cosign/signature": "MEUCIQ=="}),
+        ("application/vnd.dev.sigstore.bundle.v0.3+json", "application/vnd.dev.sigstore.bundle.v0.3+json", {}),
+        ("application/vnd.cncf.notary.signature", "application/jose+json", {}),
+    ):  # fmt: skip
+        data, empty = canonical_json({"signature": kind}), Descriptor.of_bytes(EMPTY, MEDIA_EMPTY)
+        layer = Descriptor.of_bytes(data, media, more)
+        content = {
+            "schemaVersion": 2, "mediaType": MEDIA_MANIFEST, "artifactType": kind, "config": empty.to_dict(),
+            "layers": [layer.to_dict()], "subject": model.descriptor.to_dict(),
+        }  # fmt: skip
+        place.put_blob(empty, EMPTY)
+        place.put_blob(layer, data)
+        place.put_manifest(canonical_json(content), subject=model.descriptor)

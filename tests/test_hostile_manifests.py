@@ -1,4 +1,4 @@
-"""What a stranger sent: names that lead elsewhere, sizes that lie, indexes that nest, links in the way."""
+"""What a stranger sent: names that lead elsewhere, sizes that lie, indexes, links in the way."""
 
 from __future__ import annotations
 
@@ -95,18 +95,18 @@ def test_a_manifest_that_is_not_its_digest_too_large_or_no_json_is_refused(rude:
             resolve(place, "v1")
 
 
-def test_referrers_that_nest_lie_or_speak_of_others_are_refused(rude: RudeServer) -> None:
+def test_referrers_that_lie_or_speak_of_others_are_refused(rude: RudeServer) -> None:
     place, model = Registry(rude.name, tries=1), OciManifest.parse(_manifest("a"), "test")
 
     def referring(*entries: dict[str, object]) -> None:
         body = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": list(entries)})
         rude.plant(f"referrers/{model.digest}", Answer(body=body, headers={"Content-Type": MEDIA_INDEX}))
 
-    other = _manifest("a.intoto.json", subject={"mediaType": MEDIA_MANIFEST, "digest": "sha256:" + "1" * 64, "size": 9})
+    subject = {"mediaType": MEDIA_MANIFEST, "digest": "sha256:" + "1" * 64, "size": 9}
+    other = _manifest("a.intoto.json", subject=subject, artifactType="application/vnd.in-toto+json")
     entry = Descriptor.of_bytes(other, MEDIA_MANIFEST)
     rude.plant(f"manifests/{entry.digest}", Answer(body=other))
     for one, reason in (
-        ({**entry.to_dict(), "mediaType": MEDIA_INDEX}, "nests"),
         (entry.to_dict(), "about another model"),
         ({**entry.to_dict(), "size": entry.size + 1}, "not what its entry says"),
         ({**entry.to_dict(), "size": 1 << 40}, "too large"),
@@ -114,6 +114,27 @@ def test_referrers_that_nest_lie_or_speak_of_others_are_refused(rude: RudeServer
         referring(one)
         with pytest.raises(StoreError, match=reason):
             list(attestations_of(place, model))
+    referring(*({**entry.to_dict(), "digest": f"sha256:{number:064}"} for number in range(300)))
+    with pytest.raises(StoreError, match="300 attestations, at most"):
+        list(attestations_of(place, model))
+
+
+def test_a_list_of_referrers_goes_on_for_some_pages_on_the_same_host(rude: RudeServer) -> None:
+    place, model = Registry(rude.name, tries=1), OciManifest.parse(_manifest("a"), "test")
+    entry = Descriptor.of_bytes(b"{}", MEDIA_MANIFEST)
+    body = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [entry.to_dict()]})
+
+    def page(link: str) -> Answer:
+        return Answer(body=body, headers={"Content-Type": MEDIA_INDEX, **({"Link": link} if link else {})})
+
+    first, second = f"referrers/{model.digest}", f"referrers/{model.digest}?last=1"
+    rude.plant(first, page(f'</v2/rude/model/{second}>; rel="next"'))
+    rude.plant(second, page(""))
+    assert place.referrers(model.digest) == [entry, entry]
+    for link, reason in ((f"</v2/rude/model/{second}>", "does not end"), ("<http://127.0.0.1:9/x>", "elsewhere")):
+        rude.plant(second, page(f'{link}; rel="next"'))
+        with pytest.raises(StoreError, match=reason):
+            place.referrers(model.digest)
 
 
 def test_links_in_the_way_are_not_followed(rude: RudeServer, tmp_path: Path) -> None:

@@ -16,15 +16,16 @@ from typing import get_args
 
 import bcrypt
 import pytest
-from registry_setting import NEEDS_REGISTRY, RegistryServer, attest, small_bundle
+import requests
+from registry_setting import NEEDS_REGISTRY, RegistryServer, attest, attest_as_others, small_bundle
 from rude_server import BadLine, Fault
 from token_server import TokenServer
 
 from artifacts.artifact import Artifact
 from artifacts.errors import StoreError
-from artifacts.manifest import sha256_bytes
+from artifacts.manifest import canonical_json, sha256_bytes
 from artifacts.registry import remote, transport
-from artifacts.registry.manifest import MEDIA_DOC, Descriptor
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, Descriptor
 from artifacts.registry.place import Place, Reference
 from artifacts.registry.remote import Registry
 from artifacts.registry.transfer import attestations_of, pull, push, resolve
@@ -62,6 +63,23 @@ def test_a_bundle_goes_there_and_back_with_what_attests_it(server: RegistryServe
         "provenance.intoto.json": b'{"made": 1}',
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "out"]
+
+
+def test_what_other_tools_keep_beside_a_model_is_passed_over(server: RegistryServer, tmp_path: Path) -> None:
+    bundle, place = small_bundle(tmp_path / "b"), Registry(f"{server.host}/me/signed-by-others")
+    push(bundle, place, "v1")
+    attest_as_others(place, bundle.manifest)
+    nested = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []})
+    known = json.loads(place.manifest(bundle.digest.replace(":", "-")))
+    known["manifests"].append(Descriptor.of_bytes(nested, MEDIA_INDEX).to_dict())
+    for tag, data in (("nested", nested), (bundle.digest.replace(":", "-"), canonical_json(known))):
+        url, headers = f"http://{server.host}/v2/me/signed-by-others/manifests/{tag}", {"Content-Type": MEDIA_INDEX}
+        assert requests.put(url, data=data, headers=headers).status_code == 201
+    attest(bundle, "provenance.intoto.json", b'{"made": 1}')
+    push(bundle, place, "v2")
+    assert len(place.referrers(bundle.digest)) == 5  # what others put there stays
+    pulled = pull(place, resolve(place, "v1"), tmp_path / "out")
+    assert [path.name for path in pulled.attestations()] == ["provenance.intoto.json"]
 
 
 def test_plain_http_sees_the_same_manifest(server: RegistryServer, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from artifacts.bundle import ATTESTATIONS, CONFIG_NAME, MANIFEST_NAME, Bundle
+from artifacts.bundle import ATTESTATION_TYPES, ATTESTATIONS, CONFIG_NAME, MANIFEST_NAME, Bundle
 from artifacts.disk import force_remove, give_name, new_folder
 from artifacts.errors import StoreError
 from artifacts.locks import FileLock
@@ -26,17 +26,20 @@ from artifacts.registry.manifest import (
     EMPTY,
     LARGEST_MANIFEST,
     MEDIA_EMPTY,
+    MEDIA_MANIFEST,
     TITLE,
     Descriptor,
     OciManifest,
     check_title,
+    read_object,
     title,
 )
 from artifacts.registry.place import Place
 
 Moved = Callable[[str, int, int], None]  # name, bytes done, bytes in all
-_MOST_REFERRERS: Final = 64
+_MOST_REFERRERS: Final = 256
 _LARGEST_ATTESTATION: Final = 16 << 20  # bytes
+_LARGEST_ATTESTATIONS: Final = 64 << 20  # bytes, all together
 
 
 class _OtherBytesError(StoreError):
@@ -153,26 +156,55 @@ def _pull(
 
 
 def attestations_of(place: Place, manifest: OciManifest) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of everything that the place keeps about this manifest.
+    """(file name, content) of every attestation that a bundle can hold. What other tools keep beside them (signatures
+    without a file name, indexes) is theirs, and passed over.
 
     Raises:
-        StoreError: a referrer is not what its digest says, is about another manifest, or nests.
+        StoreError: one is not what its digest says, or is about another manifest; or they are too many or too large.
     """
-    for found in place.referrers(manifest.digest)[:_MOST_REFERRERS]:
+    entries = [one for one in place.referrers(manifest.digest) if one.media_type == MEDIA_MANIFEST]
+    ours = [one for one in entries if one.artifact_type in (*ATTESTATION_TYPES, "")]  # "": its manifest will tell
+    if len(ours) > _MOST_REFERRERS:
+        raise _too_much(place, manifest, f"{len(ours)} attestations, at most {_MOST_REFERRERS} are read")
+    total = 0
+    for found in ours:
         where = f"{place.name} {found.digest}"
         if found.size > LARGEST_MANIFEST:
             raise StoreError("an attestation's manifest is too large", where=where, why=f"{found.size} bytes")
         data = place.manifest(found.digest)
         if len(data) != found.size or f"sha256:{sha256_bytes(data)}" != found.digest:
             raise StoreError("an attestation's manifest is not what its entry says", where=where)
-        referrer = OciManifest.parse(data, where)
+        referrer = _referrer(data, where)
+        if referrer is None:
+            continue
         if referrer.subject is None or referrer.subject.digest != manifest.digest:
             raise StoreError("an attestation is about another model", where=where, why="its subject is another digest")
         for layer in referrer.layers:
             if layer.size > _LARGEST_ATTESTATION or "/" in title(layer):
                 raise StoreError("an attestation is refused", where=where, why=f"{layer.size} bytes, {title(layer)!r}")
+            total += layer.size
+            if total > _LARGEST_ATTESTATIONS:
+                raise _too_much(place, manifest, f"attestations of more than {_LARGEST_ATTESTATIONS} bytes")
             content = b"".join(_checked(place, layer, 0, hashlib.sha256()))
             yield title(layer), content
+
+
+def _referrer(data: bytes, where: str) -> OciManifest | None:
+    """An attestation's manifest; None if another tool's: of another type, or with files that have no name."""
+    content = read_object(data, where)
+    layers = content.get("layers")
+    if content.get("artifactType") not in ATTESTATION_TYPES or not isinstance(layers, list):
+        return None
+    return OciManifest.parse(data, where) if all(title(Descriptor.parse(one, where)) for one in layers) else None
+
+
+def _too_much(place: Place, manifest: OciManifest, why: str) -> StoreError:
+    return StoreError(
+        "too much attests this model",
+        where=f"{place.name} {manifest.digest}",
+        why=why,
+        way_out="remove what is no longer needed, with a registry tool, or publish it under another name",
+    )
 
 
 def _prepare(partial: Path, manifest: OciManifest, place: Place) -> None:

@@ -235,7 +235,7 @@ class Transport:
     def own(self, url: str) -> str:
         """A next page must be the registry's own."""
         if urlsplit(url).netloc != self.host:
-            raise StoreError("the registry sends us elsewhere for its tags", where=self.name)
+            raise StoreError("the registry sends us elsewhere for the rest of its list", where=self.name)
         return url
 
     def _content(self, response: Response) -> bytes:
