@@ -86,6 +86,24 @@ def test_a_policy_asks_for_gates_base_models_and_freshness(setting: Setting, tmp
     assert "facebook/dinov2-small; the policy allows" in wrong("base_models: ['HuggingFaceTB/*']\n")["provenance"]
 
 
+def test_files_that_were_verified_again_are_as_fresh_as_the_latest_word(setting: Setting, tmp_path: Path) -> None:
+    """The same files, published again, have the same manifest; both provenances hang on it, named by chance."""
+    again = [event.model_copy(update={"time": event.time + 30 * 86400}) for event in setting.run.events]
+    run = setting.run.write(again, tmp_path / "later")
+    place, to = Layout(tmp_path / "dist"), f"oci-layout:{tmp_path / 'dist'}:v1"
+    for folder in (setting.folder, run):
+        publish(setting.graph(to), folder, setting.run.artifacts, signer=Signer(setting.key))
+    bundle = pull(place, resolve(place, "v1"), tmp_path / "pulled")
+    assert sum("provenance" in path.name for path in bundle.attestations()) == 2
+    now = datetime.fromtimestamp(max(event.time for event in again), UTC) + timedelta(days=1)
+    fresh = Policy(setting.policy.signers, max_age=timedelta(days=9))
+    for backwards in (False, True):
+        for number, path in enumerate(sorted(bundle.attestations(), reverse=backwards)):
+            path.rename(path.with_name(f"{backwards:d}{number}-{path.name}"))
+        assert wrong_of(check_bundle(bundle, fresh, now)) == {}
+        assert set(wrong_of(check_bundle(bundle, fresh, now + timedelta(days=9)))) == {"freshness"}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
