@@ -92,7 +92,7 @@ def attest(bundle: Bundle, name: str, content: bytes) -> None:
 
 
 def attest_as_others(place: Place, model: OciManifest) -> None:
-    """What other tools keep beside a model: cosign's signatures (old form and new) and Notation's, without a file name."""
+    """What other tools keep beside a model: cosign's signatures (old and new form), Notation's; none has a name."""
     for kind, media, more in (
         ("application/vnd.dev.cosign.artifact.sig.v1+json", "application/vnd.dev.cosign.simplesigning.v1+json",
          {"dev.cosignproject.cosign/signature": "MEUCIQ=="}),

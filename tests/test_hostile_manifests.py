@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from registry_setting import attest, small_bundle
 from rude_server import Answer, Planted, RudeServer
 
+from artifacts.bundle import Bundle
 from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json, sha256_bytes
 from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, OciManifest
+from artifacts.registry.oci_layout import Layout
 from artifacts.registry.remote import Registry
-from artifacts.registry.transfer import attestations_of, pull, resolve
+from artifacts.registry.transfer import attestations_of, pull, push, resolve
 
 
 @pytest.fixture
@@ -160,3 +164,77 @@ def test_a_link_planted_into_a_half_pulled_folder_is_not_written_through(rude: R
     with pytest.raises(StoreError):
         planted.pull()
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> tuple[Layout, Bundle]:
+    """A model with an attestation, in a layout on disk."""
+    bundle = small_bundle(tmp_path / "b")
+    attest(bundle, "provenance.intoto.json", b'{"made": 1}')
+    push(bundle, Layout(tmp_path / "dist"), "v1")
+    return Layout(tmp_path / "dist"), bundle
+
+
+def _huge(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.truncate(1 << 40)  # a hole; whoever reads it whole is killed
+
+
+def _link(path: Path) -> None:
+    precious = path.parent / "elsewhere"
+    path.rename(precious)
+    path.symlink_to(precious)
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)  # whoever opens it to read waits for ever
+
+
+@pytest.mark.parametrize("harm", [_huge, _link, _pipe])
+def test_a_layouts_index_manifests_and_blobs_are_plain_and_small(
+    layout: tuple[Layout, Bundle], tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    place, bundle = layout
+    blobs = place.folder / "blobs" / "sha256"
+
+    def refused(path: Path, reason: str) -> None:
+        kept = path.read_bytes()
+        harm(path)
+        with pytest.raises(StoreError, match=reason):
+            pull(place, resolve(place, "v1"), tmp_path / "out")
+        path.unlink()
+        path.write_bytes(kept)
+        assert not (tmp_path / "out").exists()
+
+    refused(place.folder / "index.json", "index of this OCI layout cannot be read")
+    refused(blobs / bundle.manifest.descriptor.hex, r"cannot be read|too large")
+    refused(blobs / bundle.manifest.files["model.gguf"].hex, r"cannot be read|more was sent")
+    (attestation,) = place.referrers(bundle.digest)
+    harm(blobs / attestation.hex)
+    assert place.referrers(bundle.digest) == []  # nothing that says whose it is
+    assert pull(place, resolve(place, "v1"), tmp_path / "out").attestations() == []
+    assert push(bundle, place, "v2") == bundle.digest and place.referrers(bundle.digest) == [attestation]
+
+
+def test_a_layouts_index_that_nests_or_leads_elsewhere_is_refused(layout: tuple[Layout, Bundle]) -> None:
+    place, bundle = layout
+    for entry, reason in (
+        ({"digest": "sha256:../../../etc/passwd"}, "there is no v3"),
+        ({"digest": bundle.digest, "mediaType": MEDIA_INDEX}, ""),
+        ({"digest": 7}, "no list of descriptors"),
+    ):
+        tagged = {**entry, "size": 2, "annotations": {"org.opencontainers.image.ref.name": "v3"}}
+        (place.folder / "index.json").write_bytes(canonical_json({"schemaVersion": 2, "manifests": [tagged]}))
+        if reason:
+            with pytest.raises(StoreError, match=reason):
+                resolve(place, "v3")
+        else:
+            assert resolve(place, "v3").digest == bundle.digest  # what counts is what stands there
+    index = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [{"mediaType": MEDIA_INDEX}]})
+    entry = Descriptor.of_bytes(index, MEDIA_INDEX, {"org.opencontainers.image.ref.name": "v3"})
+    place.put_blob(entry, index)
+    (place.folder / "index.json").write_bytes(canonical_json({"schemaVersion": 2, "manifests": [entry.to_dict()]}))
+    with pytest.raises(StoreError, match="an index stands here"):
+        resolve(place, "v3")
