@@ -97,7 +97,8 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
             assert [model.id for model in client.models.list()] == ["tiny"]
 
             def ask(image: str, stream: bool = False) -> openai.types.chat.ChatCompletion:
-                content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is it?"}]
+                content = [{"type": "text", "text": "What is it?"}]
+                content += [{"type": "image_url", "image_url": {"url": image}}] if image else []  # type: ignore[dict-item]
                 asked = [{"role": "user", "content": content}]
                 return client.chat.completions.create(
                     model="tiny", messages=asked, max_tokens=4, temperature=0, stream=stream
@@ -105,6 +106,8 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
 
             answer = ask(f"data:image/png;base64,{picture}")
             assert answer.usage is not None and answer.usage.completion_tokens > 0
+            blind = ask("").usage
+            assert blind is not None and answer.usage.prompt_tokens - blind.prompt_tokens == 16  # patches
             streamed = list(ask(f"data:image/png;base64,{picture}", stream=True))
             assert len(streamed) > 1
             for elsewhere in ("file:///etc/hostname", f"{url}/health", "http://169.254.169.254/"):
@@ -117,6 +120,15 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
             assert "Access-Control-Allow-Origin" not in urllib.request.urlopen(asked).headers
     finally:
         registry.kill()
+
+
+def test_who_lacks_the_server_is_told_what_has_it(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama-cpp-python comes with `stages`, what it serves with comes with `publish`."""
+    monkeypatch.setitem(sys.modules, "llama_cpp.server", None)
+    with pytest.raises(StoreError, match=r"icet-pipeline\[stages,publish\]"):
+        prepare(str(bundle.folder), tmp_path)
 
 
 def test_the_context_is_what_the_device_has_room_for(bundle: Bundle, tmp_path: Path) -> None:
