@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from run_folder import RunFolder
+from run_folder import RECIPE, RunFolder
+from test_cli import cli
 from trust_setting import Setting, certify, write_key, wrong_of
 
 from artifacts import attestation_check
@@ -211,3 +212,29 @@ def test_a_folder_appears_signed_or_not_at_all(
         publish(setting.graph("folder:x"), setting.folder, setting.run.artifacts, to=f"folder:{tmp_path / 'c'}",
                 signer=Signer(setting.key))  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("by", ["options", "recipe"])
+def test_a_certificate_and_its_chain_are_given_on_the_command_line_or_in_the_recipe(
+    setting: Setting, tmp_path: Path, by: str
+) -> None:
+    keys = {name: write_key(tmp_path / f"{name}.key") for name in ("root", "team", "me")}
+    root = certify(tmp_path, keys["root"], "root", None, (-60, 60))
+    team = certify(tmp_path, keys["team"], "team", (keys["root"], root), (-60, 60), authority=True)
+    mine = certify(tmp_path, keys["me"], "me", (keys["team"], team), (-30, 30))
+    run = setting.run.write(run=tmp_path / "run")
+    to = f"folder:{tmp_path / 'b'}"
+    if by == "options":
+        options = ["--to", to, "--key", str(keys["me"]), "--certificate", str(mine), "--chain", str(team)]
+    else:
+        options = []
+        signs = f"{{to: '{to}', sign: '{keys['me']}', certificate: '{mine}', chain: ['{team}']}}"
+        (run / "recipe.yaml").write_text(RECIPE.replace('{to: "oci-layout:dist"}', signs))
+    done = cli("publish", str(run), *options)
+    assert done.exit_code == 0, done.output
+    (tmp_path / "policy.yaml").write_text("policy: 1\nsigners: [{authority: root.pem, subject: me}]\n")
+    checked = cli("check", str(tmp_path / "b"), "--policy", str(tmp_path / "policy.yaml"))
+    assert checked.exit_code == 0 and "me" in checked.output, checked.output
+    stranger = write_key(tmp_path / "stranger.key")
+    certify(tmp_path, stranger, "root", None, (-60, 60))
+    assert cli("check", str(tmp_path / "b"), "--policy", str(tmp_path / "policy.yaml")).exit_code == 3
