@@ -33,7 +33,7 @@ CONFIG = {"descriptor": {"name": "tiny"}, "config": {"format": "gguf", "quantiza
 class RegistryServer:
     """One docker-registry process. Its uploads outlive it: the secret that signs their addresses is fixed."""
 
-    def __init__(self, folder: Path, auth: str = "") -> None:
+    def __init__(self, folder: Path, auth: str = "", address: str = "127.0.0.1") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -43,13 +43,14 @@ class RegistryServer:
         self._config.write_text(
             "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
             f"storage: {{filesystem: {{rootdirectory: {self.root}}}, delete: {{enabled: true}}}}\n"
-            f"http: {{addr: '127.0.0.1:{self.port}', secret: fixed}}\n" + (f"auth: {{{auth}}}\n" if auth else "")
+            f"http: {{addr: '{address}:{self.port}', secret: fixed}}\n" + (f"auth: {{{auth}}}\n" if auth else "")
         )
+        self._address = address
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def host(self) -> str:
-        return f"localhost:{self.port}"
+        return f"{'localhost' if self._address == '127.0.0.1' else self._address}:{self.port}"
 
     def start(self) -> None:
         self._process = subprocess.Popen(
@@ -57,7 +58,7 @@ class RegistryServer:
         )
         for _ in range(200):
             try:
-                with socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                with socket.create_connection((self._address.strip("[]"), self.port), timeout=1):
                     return
             except OSError:
                 time.sleep(0.05)

@@ -64,6 +64,11 @@ def test_the_card_says_in_the_hubs_format_what_it_is_and_what_was_measured(bundl
     assert "<svg" in _text(bundle, "exits.svg")[:200]
     for said in ("| exit | early-exit |", "objective: ppo", "layers 1 to 9", "291 MiB predicted"):
         assert said in card.content
+    limits = card.content.partition("## Intended use and limits\n")[2].partition("\n## ")[0]
+    for said in ("questions about text and images on a user's own machine", "base model rules out are ruled out here",
+                 "judged by refusal-rule 1 with 20 prompts behind the smallest rate", "these very files",
+                 "Compression costs quality"):  # fmt: skip
+        assert said in limits
 
 
 def test_commands_name_files_that_are_there_and_the_planned_context(bundle: Bundle) -> None:

@@ -238,3 +238,17 @@ def test_a_certificate_and_its_chain_are_given_on_the_command_line_or_in_the_rec
     stranger = write_key(tmp_path / "stranger.key")
     certify(tmp_path, stranger, "root", None, (-60, 60))
     assert cli("check", str(tmp_path / "b"), "--policy", str(tmp_path / "policy.yaml")).exit_code == 3
+
+
+def test_the_policy_that_is_set_for_every_command_is_asked_unless_a_key_is_given(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, policy = str(setting.root / "bundle"), tmp_path / "policy.yaml"
+    policy.write_text(f"policy: 1\nsigners: [{{key: '{setting.other_key.with_suffix('.pub')}'}}]\n")
+    assert cli("check", bundle).exit_code == 2
+    monkeypatch.setenv("PIPELINE_POLICY", str(policy))
+    done = cli("check", bundle)
+    assert done.exit_code == 3 and "another key" in done.output
+    key = ["--key", str(setting.key.with_suffix(".pub"))]
+    assert cli("check", bundle, *key).exit_code == 0
+    assert cli("check", bundle, *key, "--policy", str(policy)).exit_code == 2

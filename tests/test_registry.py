@@ -65,6 +65,20 @@ def test_a_bundle_goes_there_and_back_with_what_attests_it(server: RegistryServe
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "out"]
 
 
+@NEEDS_REGISTRY
+def test_loopback_is_loopback_in_ip_version_6_too(tmp_path: Path) -> None:
+    if not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
+        pytest.skip("no IPv6 here")
+    server = RegistryServer(tmp_path / "registry", address="[::1]")
+    server.start()
+    try:
+        bundle, place = small_bundle(tmp_path / "b"), Reference.parse(f"oci:{server.host}/me/tiny").open()
+        assert push(bundle, place, "v1") == bundle.digest
+        assert pull(place, resolve(place, "v1"), tmp_path / "out").damage() == []
+    finally:
+        server.kill()
+
+
 def test_what_other_tools_keep_beside_a_model_is_passed_over(server: RegistryServer, tmp_path: Path) -> None:
     bundle, place = small_bundle(tmp_path / "b"), Registry(f"{server.host}/me/signed-by-others")
     push(bundle, place, "v1")
@@ -261,7 +275,7 @@ def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
     finally:
         server.kill()
     said = caplog.text + "".join(capfd.readouterr())
-    assert secret not in said
+    assert secret not in said and b64encode(f"me:{secret}".encode()).decode() not in said
 
 
 @pytest.fixture

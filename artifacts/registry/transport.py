@@ -35,7 +35,7 @@ _LONGEST_WAIT: Final = 10.0
 _PATIENCE: Final = 60.0  # seconds of waiting after which an answer's speed is looked at
 _SLOWEST: Final = 1024  # bytes per second
 _REASON: Final = 1 << 16  # bytes of a refusal that are read
-_LOOPBACK: Final = ("localhost", "127.0.0.1")
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
 class UnreachableError(Exception):
@@ -54,7 +54,7 @@ class Transport:
         self.host, _, name = repository.partition("/")
         self.name = f"{REGISTRY}{repository}"
         self._timeout, self._tries = timeout, tries
-        plain = self.host.partition(":")[0] in _LOOPBACK
+        plain = urlsplit(f"//{self.host}").hostname in _LOOPBACK
         self.base = f"{'http' if plain else 'https'}://{self.host}/v2/{name}"
         self._client = self._connect(repository, plain)
         self._stranger = self._without_credentials()
