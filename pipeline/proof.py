@@ -1,7 +1,8 @@
 """Whether what is to be published passed: its gates are checked once more, on the measures that stand behind it.
 
 What a run or a bundle says of its gates counts only where the measures, at the recipe's limits, say the same. A bundle
-whose recipe cannot be planned here, because its source lies elsewhere, is held to the recipe's limits all the same.
+whose recipe cannot be planned here (its source lies elsewhere, or the stages are not installed) is held to the recipe's
+limits all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from artifacts.attestation_check import unsigned_findings
 from artifacts.bundle import ARTIFACT, Bundle
 from artifacts.errors import GateError, PipelineError
 from artifacts.manifest import Manifest
+from artifacts.measures import MEASURES_NAME, read_measures
 from pipeline.gates import GateResult, check_gates
 from pipeline.graph import Graph, build_graph
 from pipeline.recipe import Recipe, load_recipe
@@ -81,9 +83,18 @@ def _bundle_reasons(bundle: Bundle) -> list[str]:
     except PipelineError:
         return _differences(_as_told(recipe, report), report.gates)
     artifacts = _artifacts(bundle, report, graph)
+    verdicts = [artifacts[node.id] for node in graph.verdicts if node.id in artifacts]
+    rows = [row for verdict in verdicts for row in read_measures(verdict.file(MEASURES_NAME))]
+    own = bundle.manifest.annotations[ARTIFACT]
+    if not any(row.digest == own and row.artifact in graph.shipped for row in rows):
+        return [f"{own[:12]} is not what the recipe ships"]  # but a control, or what it only compares with
     # Of several bundles of a run each has its own verdicts; a gate's value is that of the worst of all.
     here = replace(graph, nodes=tuple(n for n in graph.nodes if n not in graph.verdicts or n.id in artifacts))
-    return _differences(check_gates(here, artifacts), report.gates, worst=len(here.nodes) < len(graph.nodes))
+    try:
+        results = check_gates(here, artifacts)
+    except ImportError:  # what stages need is not installed here
+        return _differences(_as_told(recipe, report), report.gates)
+    return _differences(results, report.gates, worst=len(here.nodes) < len(graph.nodes))
 
 
 def _artifacts(bundle: Bundle, report: Report, graph: Graph) -> dict[str, Artifact]:

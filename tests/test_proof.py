@@ -12,10 +12,12 @@ from run_folder import RunFolder
 from test_cli import cli
 from trust_setting import Setting, rebuilt
 
-from artifacts.bundle import Bundle
-from artifacts.errors import GateError
+from artifacts.bundle import ARTIFACT, Bundle
+from artifacts.errors import GateError, RecipeError
 from pipeline.events import GateChecked
+from pipeline.graph import build_graph
 from pipeline.publish import publish, publish_bundle
+from pipeline.recipe import load_recipe
 
 
 def test_a_bundle_that_passed_goes_on_unchanged(setting: Setting, tmp_path: Path) -> None:
@@ -73,9 +75,25 @@ def test_a_bundle_whose_papers_do_not_show_that_it_passed_is_refused(
     assert not (tmp_path / "c").exists()
 
 
+def test_a_control_does_not_pass_for_what_ships(setting: Setting, tmp_path: Path) -> None:
+    """It was measured in the same verdict, and is not hardened."""
+    old, control = Bundle.open(setting.root / "bundle"), setting.run.artifacts["plain"]
+    report = json.loads((old.folder / "report.json").read_bytes())
+    for row in report["artifacts"]:
+        row["shipped"] = row["stage"] == "plain"
+    changes = {
+        "manifest.json": (control.path / "manifest.json").read_bytes(), "report.json": json.dumps(report).encode(),
+    }  # fmt: skip
+    bundle = rebuilt(old, tmp_path / "b", changes, **{ARTIFACT: control.digest})
+    with pytest.raises(GateError, match="is not what the recipe ships"):
+        publish_bundle(bundle, f"folder:{tmp_path / 'c'}")
+
+
 def test_a_bundle_whose_source_is_elsewhere_is_held_to_its_recipes_limits(setting: Setting, tmp_path: Path) -> None:
     old = Bundle.open(setting.root / "bundle")
     there = rebuilt(old, tmp_path / "b", {"recipe.yaml": _elsewhere(old)})
+    with pytest.raises(RecipeError):
+        build_graph(load_recipe(there.folder / "recipe.yaml", ["publish=null"]))
     publish_bundle(there, f"folder:{tmp_path / 'c'}")
     for change, reason in (({"limit": 0.9}, "the recipe's limit is 0.15"), ({"value": 0.2}, "0.2 where the limit is")):
         bundle = rebuilt(there, tmp_path / reason, _report(**change)(old))

@@ -96,13 +96,15 @@ class Setting:
         return Bundle.open(target)
 
 
-def rebuilt(bundle: Bundle, folder: Path, changes: Mapping[str, bytes], *, attested: bool = False) -> Bundle:
-    """A bundle in `folder` as somebody else would make it: other contents of some files, everything else the same."""
+def rebuilt(
+    bundle: Bundle, folder: Path, changes: Mapping[str, bytes], *, attested: bool = False, **notes: str
+) -> Bundle:
+    """A bundle in `folder` as somebody else would make it: other contents of some files, `notes` in the manifest."""
     files = [
         BundleFile(name, changes.get(name, bundle.folder / name), layer.media_type, layer.annotations[ROLE])
         for name, layer in bundle.manifest.files.items()
     ]
-    made = write_bundle(folder, files, bundle.config, bundle.manifest.annotations)
+    made = write_bundle(folder, files, bundle.config, {**bundle.manifest.annotations, **notes})
     if attested:
         shutil.copytree(bundle.folder / ATTESTATIONS, folder / ATTESTATIONS)
     return made
