@@ -12,7 +12,6 @@ freshness   the gates were checked lately enough
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,6 +27,8 @@ from artifacts.keyless import STATEMENT_SUFFIX
 from artifacts.manifest import MANIFEST_NAME, Manifest
 from artifacts.measures import MEASURES_NAME, Measure
 from artifacts.signing import Signatory, Trust, UntrustedError, read_statement, verify_bundle
+
+_Statement = dict[str, dict[str, dict[str, dict[str, str]]]]  # as far as it is read
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,17 @@ def check_bundle(bundle: Bundle, policy: Policy, now: datetime | None = None) ->
     return findings
 
 
+def unsigned_findings(bundle: Bundle) -> list[Finding]:
+    """What holds whoever signed: the verdict is about these bytes, and the report tells what it measured."""
+    try:
+        about = _about_these_bytes(bundle)
+    except StoreError as error:
+        about = _words(error)
+    except (ValidationError, KeyError, OSError) as error:
+        about = f"the verdict cannot be read: {error}"
+    return [Finding("verdict", about is None, about or "it is about these files"), _report(bundle)]
+
+
 def _files(bundle: Bundle) -> Finding:
     damage = bundle.damage()
     count = len(bundle.manifest.layers)
@@ -116,9 +128,10 @@ def _signature(bundle: Bundle, policy: Policy) -> tuple[Finding, Signatory | Non
 
 def _provenance(bundle: Bundle, policy: Policy, signatory: Signatory | None) -> tuple[Finding, datetime | None]:
     try:
-        statement = _statement(bundle, PROVENANCE, "provenance", signatory)
+        # The same files may have been verified again, and signed again: the latest word counts.
+        statement = max(_statements(bundle, PROVENANCE, "provenance", signatory), key=_latest)
         predicate = statement["predicate"]
-        made = datetime.fromisoformat(predicate["runDetails"]["metadata"]["finishedOn"])
+        made = _finished(statement)
         bases = [str(name) for name in predicate["buildDefinition"]["externalParameters"]["baseModels"]]
     except UntrustedError as error:
         return Finding("provenance", False, _words(error)), None
@@ -136,7 +149,7 @@ def _provenance(bundle: Bundle, policy: Policy, signatory: Signatory | None) -> 
 
 def _verdict(bundle: Bundle, policy: Policy, signatory: Signatory | None) -> Finding:
     try:
-        statement = _statement(bundle, TEST_RESULT, "test-result", signatory)
+        statement = _statements(bundle, TEST_RESULT, "test-result", signatory)[0]
         predicate = _Predicate.model_validate(statement["predicate"])
         about = _about_these_bytes(bundle)
     except (UntrustedError, StoreError) as error:
@@ -231,10 +244,12 @@ def _freshness(made: datetime | None, most: timedelta, now: datetime) -> Finding
     )
 
 
-def _statement(
-    bundle: Bundle, kind: str, name: str, signatory: Signatory | None
-) -> dict[str, dict[str, dict[str, dict[str, str]]]]:
-    """The trusted statement of that kind about this bundle."""
+def _statements(bundle: Bundle, kind: str, name: str, signatory: Signatory | None) -> list[_Statement]:
+    """The trusted statements of that kind about this bundle; at least one.
+
+    Raises:
+        UntrustedError.
+    """
     candidates = [
         path
         for path in bundle.attestations()
@@ -244,23 +259,39 @@ def _statement(
         raise UntrustedError(f"there is no {name} attestation: it was never made, or it was removed")
     if signatory is None:
         raise UntrustedError("nobody trusted signed the bundle, so nobody's word is taken")
-    return next(_trusted(bundle, candidates, kind, signatory))
-
-
-def _trusted(
-    bundle: Bundle, candidates: Sequence[Path], kind: str, signatory: Signatory
-) -> Iterator[dict[str, dict[str, dict[str, dict[str, str]]]]]:
-    failure: UntrustedError | None = None
+    found: list[_Statement] = []
+    failures: list[UntrustedError] = []
     for path in candidates:
         try:
             statement = read_statement(path, signatory)
             _refuse_other(bundle, statement, kind, path)
         except UntrustedError as error:
-            failure = failure or error
+            failures.append(error)
             continue
-        yield statement  # type: ignore[misc]
-    assert failure is not None
-    raise failure
+        found.append(statement)  # type: ignore[arg-type]
+    if not found:
+        raise failures[0]
+    return found
+
+
+def _finished(statement: _Statement) -> datetime:
+    """When its gates were checked, as a provenance says.
+
+    Raises:
+        KeyError, TypeError, ValueError: it does not.
+    """
+    metadata = statement["predicate"]["runDetails"]["metadata"]
+    made = datetime.fromisoformat(metadata["finishedOn"])
+    if made.tzinfo is None:
+        raise ValueError(f"{made} is in no time zone")
+    return made
+
+
+def _latest(statement: _Statement) -> datetime:
+    try:
+        return _finished(statement)
+    except (KeyError, TypeError, ValueError):
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def _refuse_other(bundle: Bundle, statement: dict[str, object], kind: str, path: Path) -> None:

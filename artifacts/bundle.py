@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from artifacts.disk import give_name, new_folder
 from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from artifacts.registry.manifest import (
@@ -43,6 +44,8 @@ _MEDIA: Final = {
     ".sigstore.json": "application/vnd.dev.sigstore.bundle.v0.3+json",
     ".intoto.json": "application/vnd.in-toto+json",
 }
+_OTHER_MEDIA: Final = "application/json"
+ATTESTATION_TYPES: Final = (*_MEDIA.values(), _OTHER_MEDIA)  # artifact types under which a bundle's are published
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Bundle:
 
     @staticmethod
     def media_type_of(attestation: Path) -> str:
-        return next((media for end, media in _MEDIA.items() if attestation.name.endswith(end)), "application/json")
+        return next((media for end, media in _MEDIA.items() if attestation.name.endswith(end)), _OTHER_MEDIA)
 
     def damage(self) -> list[str]:
         """Every way in which the files differ from the manifest, in words; every byte is read."""
@@ -160,21 +163,23 @@ def write_bundle(
     annotations: Mapping[str, str],
     *,
     link: bool = False,
+    attest: Callable[[Bundle], None] | None = None,
 ) -> Bundle:
-    """Write a bundle into `folder`, which must not exist yet or be empty.
+    """Write a bundle into `folder`, which must not exist yet or be empty. It appears when it is whole.
 
     Args:
         config: a ModelPack config without `modelfs`, which is filled in here.
         link: files may be hard links to their sources: for a bundle that is only passed on, never given to a user.
+        attest: signs it before it appears.
 
     Raises:
         StoreError: a bad title, a missing or changed file, or a folder that cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StoreError(f"{folder} is there already", way_out="name a folder that does not exist yet")
-    partial = folder.with_name(f"{folder.name}.partial")
+    place = new_folder(folder)
+    staging = place.with_name(f"{place.name}.partial")
+    partial = staging / place.name  # signatures carry a folder's name
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         layers = tuple(_put(partial, file, link=link) for file in files)
         model_config = {**config, "modelfs": {"type": "layers", "diffIds": [layer.digest for layer in layers]}}
         data = canonical_json(model_config)
@@ -182,9 +187,9 @@ def write_bundle(
         for name, content in ((CONFIG_NAME, data), (MANIFEST_NAME, manifest.data)):
             (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
-        if folder.exists():
-            folder.rmdir()
-        partial.replace(folder)
+        if attest is not None:
+            attest(Bundle(partial, manifest))
+        give_name(partial, place)
     except OSError as error:
         raise StoreError(
             "the bundle cannot be written",
@@ -193,7 +198,7 @@ def write_bundle(
             way_out="free some space or name another folder; the run's artifacts are kept",
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return Bundle(folder, manifest)
 
 

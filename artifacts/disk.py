@@ -78,6 +78,35 @@ def fsync_tree(folder: Path, *, deep: bool = True) -> None:
             os.close(descriptor)
 
 
+def new_folder(folder: Path) -> Path:
+    """`folder`, absolute, if a finished folder may be given this name: nothing is there, or an empty folder.
+
+    Raises:
+        StoreError: something is there, or it is where this process works.
+    """
+    place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow a link
+    if place.is_symlink() or (place.exists() and (not place.is_dir() or any(place.iterdir()))):
+        raise StoreError(f"{folder} is there already", way_out="name a folder that does not exist yet")
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        raise StoreError(
+            f"{folder} cannot be replaced",
+            where=str(place),
+            why="it is the folder that you are in",
+            way_out="name a folder that does not exist yet",
+        )
+    return place
+
+
+def give_name(partial: Path, folder: Path) -> None:
+    """Let a finished folder appear under its name (see `new_folder`), whole even after a crash."""
+    fsync_tree(partial)
+    if folder.exists():
+        folder.rmdir()
+    partial.replace(folder)
+    fsync_tree(folder.parent, deep=False)
+
+
 def make_read_only(folder: Path, *, files_only: bool = False) -> None:
     """Take away every right to write below `folder`, so that no accident changes a stored artifact."""
     for path in [*folder.rglob("*"), folder]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -45,8 +45,16 @@ class Run:
     versions: Mapping[str, str]  # Python, platform and libraries of the run itself
 
 
-def bundle_of(run: Run, id: str, folder: Path, *, unverified: bool, link: bool = False) -> Bundle:
-    """Write the bundle of the shipped stage `id` into `folder`.
+def bundle_of(
+    run: Run,
+    id: str,
+    folder: Path,
+    *,
+    unverified: bool,
+    link: bool = False,
+    attest: Callable[[Bundle], None] | None = None,
+) -> Bundle:
+    """Write the bundle of the shipped stage `id` into `folder`; `link` and `attest` as for `write_bundle`.
 
     Raises:
         StoreError: a file of it is missing or is not the one that was verified.
@@ -63,7 +71,7 @@ def bundle_of(run: Run, id: str, folder: Path, *, unverified: bool, link: bool =
         **({VERDICT: ",".join(verdict.digest for verdict in verdicts.values())} if verdicts else {}),
         **({UNVERIFIED: "true"} if unverified else {}),
     }
-    return write_bundle(folder, files, _config(run, id, card), annotations, link=link)
+    return write_bundle(folder, files, _config(run, id, card), annotations, link=link, attest=attest)
 
 
 def verdicts_of(run: Run, id: str) -> dict[str, Artifact]:

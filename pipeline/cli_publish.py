@@ -133,10 +133,17 @@ def pull(
 
 
 def check(
+    context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="A bundle's folder, or a reference.", metavar="REF|DIR")],
     key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) of who signed.", metavar="FILE")] = None,
     policy: Annotated[
-        Path | None, typer.Option("--policy", help="Who may sign, which gates, which base models.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--policy",
+            help="Who may sign, which gates, which base models.",
+            metavar="FILE",
+            envvar="PIPELINE_POLICY",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -148,6 +155,9 @@ def check(
     """
     from pipeline.commands.check import check_named, policy_of, show_findings
 
+    source = context.get_parameter_source("policy")
+    if key is not None and source is not None and source.name == "ENVIRONMENT":
+        policy = None  # what is asked for by hand goes before what is always asked for
     found, findings = check_named(bundle, policy_of(key, policy))
     if as_json:
         _print_json(

@@ -12,15 +12,15 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from artifacts.artifact import Artifact
 from artifacts.attestation import Made, Origin, provenance, test_result
-from artifacts.bundle import Bundle
+from artifacts.bundle import ROLE, UNVERIFIED, Bundle, BundleFile, write_bundle
 from artifacts.card import Gate
-from artifacts.disk import force_remove
-from artifacts.errors import GateError, StoreError
+from artifacts.errors import StoreError
 from artifacts.keyless import Keyless
 from artifacts.registry.place import LAYOUT, REGISTRY, Reference, check_tag
 from artifacts.registry.transfer import Moved, push
@@ -29,6 +29,7 @@ from artifacts.store import Store
 from pipeline.bundling import Run, base_models, bundle_of, lineage, tools, verdicts_of
 from pipeline.events import GateChecked, RunStarted, read_events
 from pipeline.graph import Graph
+from pipeline.proof import bundle_problem, run_problem
 from pipeline.recipe import Publish
 from pipeline.report.build import build_report
 from pipeline.report.headline import headline
@@ -86,7 +87,7 @@ def publish(
     shipped = [id for id in graph.shipped if id in artifacts]
     if not shipped:
         raise StoreError("there is nothing to publish", why="no shipped artifact was made, or the store lost it")
-    problem = _problem(graph, report, [artifacts[id] for id in shipped])
+    problem = run_problem(graph, report, artifacts, [artifacts[id] for id in shipped])
     if problem is not None and not allow_unverified:
         raise problem
     run = Run(graph, run_dir / RECIPE_NAME, artifacts, _public(report, problem is None), report.versions)
@@ -111,18 +112,41 @@ def _signer(where: Publish) -> Signer | Keyless | None:
     return Signer(where.sign.expanduser(), certificate, tuple(path.expanduser() for path in where.chain))
 
 
-def publish_bundle(bundle: Bundle, to: str, *, allow_unverified: bool = False, moved: Moved | None = None) -> str:
-    """Bring a bundle that exists to another place, unchanged. Returns the digest of its manifest.
+def publish_bundle(
+    bundle: Bundle, to: str, *, allow_unverified: bool = False, moved: Moved | None = None
+) -> PublishResult:
+    """Bring a bundle that exists to another place, unchanged if it passed.
+
+    Args:
+        allow_unverified: pass on what did not pass, marked; nothing attests a bundle that is marked only now, because
+            the mark gives it another digest.
 
     Raises:
-        GateError: it was published unverified. StoreError: it is damaged, or the place refuses.
+        GateError: no passed verdict is about its files. StoreError: it is damaged, or the place refuses.
     """
-    if bundle.unverified and not allow_unverified:
-        raise GateError(
-            "the bundle is marked as unverified", where=str(bundle.folder), way_out="--allow-unverified passes it on"
-        )
+    problem = bundle_problem(bundle)
+    if problem is not None and not allow_unverified:
+        raise problem
     title = bundle.manifest.annotations.get("org.opencontainers.image.title", "model")
-    return _send(bundle, _named(Target.parse(to), title, ""), moved)
+    target = _named(Target.parse(to), title, "")
+    if problem is None or bundle.unverified:
+        return PublishResult(to, _send(bundle, target, moved), unverified=bundle.unverified)
+    with _marked(bundle) as marked:
+        return PublishResult(to, _send(marked, target, moved), unverified=True)
+
+
+@contextmanager
+def _marked(bundle: Bundle) -> Iterator[Bundle]:
+    """The same files under a manifest that says that they are unverified; beside them, where they can be linked."""
+    beside = bundle.folder.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".unverified-", dir=beside if os.access(beside, os.W_OK) else None) as name:
+        files = [
+            BundleFile(title, bundle.folder / title, layer.media_type, layer.annotations.get(ROLE, ""),
+                       layer.annotations, layer.hex)
+            for title, layer in bundle.manifest.files.items()
+        ]  # fmt: skip
+        annotations = {**bundle.manifest.annotations, UNVERIFIED: "true"}
+        yield write_bundle(Path(name) / "bundle", files, bundle.config, annotations, link=True)
 
 
 def _named(target: Target, name: str, stage: str) -> Target:
@@ -134,28 +158,6 @@ def _named(target: Target, name: str, stage: str) -> Target:
     tag = (target.tag or default) + end
     check_tag(tag)
     return Target(target.scheme, target.name, tag)
-
-
-def _problem(graph: Graph, report: Report, shipped: list[Artifact]) -> GateError | None:
-    """Why what ships is not verified; None when it is. The runner asks only when all is well; who calls this by
-    another way gets the same answer."""
-    checked = {gate.name: gate for gate in report.gates}
-    missing = [name for name in graph.recipe.gates.asked() if name not in checked]
-    failed = [gate for gate in report.gates if not gate.passed]
-    measured = {row.digest for row in report.measures}
-    unseen = [artifact.digest[:12] for artifact in shipped if artifact.digest not in measured]
-    reasons = [*(f"{gate.name}: {gate.reason}" for gate in failed), *(f"{name}: no result" for name in missing)]
-    reasons += [f"no verdict is about {digest}" for digest in unseen]
-    if not report.gates:
-        reasons.append("no gate was checked")
-    if not reasons:
-        return None
-    return GateError(
-        f"nothing is published: {len(failed)} gates failed, {len(missing)} were not checked",
-        why="; ".join(reasons),
-        way_out="run the recipe to its end, with icet-verify and gates; the report shows every measure. "
-        "`pipeline publish --allow-unverified` publishes all the same, and marks it",
-    )
 
 
 def _public(report: Report, passed: bool) -> Report:
@@ -174,17 +176,11 @@ def _publish_one(
     unverified: bool,
     moved: Moved | None,
 ) -> str:
+    attest = partial(_attest, run=run, id=id, signer=signer, run_dir=run_dir)
     if target.scheme == FOLDER:
-        bundle = bundle_of(run, id, Path(target.name), unverified=unverified)
-        try:
-            _attest(bundle, run, id, signer, run_dir)
-        except BaseException:
-            force_remove(bundle.folder)  # a bundle that was to be signed and is not would be taken for another
-            raise
-        return bundle.digest
+        return bundle_of(run, id, Path(target.name), unverified=unverified, attest=attest).digest
     with _staging(run.artifacts[id]) as folder:
-        bundle = bundle_of(run, id, folder / "bundle", unverified=unverified, link=True)
-        _attest(bundle, run, id, signer, run_dir)
+        bundle = bundle_of(run, id, folder / "bundle", unverified=unverified, link=True, attest=attest)
         return _send(bundle, target, moved)
 
 

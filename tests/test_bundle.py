@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from dataclasses import replace
@@ -10,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from run_folder import RunFolder
+from test_cli import cli
 from trust_setting import Setting
 
 from artifacts.bundle import Bundle
 from artifacts.card_run import Runnable, llama_server, run_guide
 from artifacts.errors import RecipeError, StoreError
+from artifacts.registry.transfer import copy
 from pipeline.publish import publish
 from pipeline.targets import Target
 
@@ -61,6 +64,11 @@ def test_the_card_says_in_the_hubs_format_what_it_is_and_what_was_measured(bundl
     assert "<svg" in _text(bundle, "exits.svg")[:200]
     for said in ("| exit | early-exit |", "objective: ppo", "layers 1 to 9", "291 MiB predicted"):
         assert said in card.content
+    limits = card.content.partition("## Intended use and limits\n")[2].partition("\n## ")[0]
+    for said in ("questions about text and images on a user's own machine", "base model rules out are ruled out here",
+                 "judged by refusal-rule 1 with 20 prompts behind the smallest rate", "these very files",
+                 "Compression costs quality"):  # fmt: skip
+        assert said in limits
 
 
 def test_commands_name_files_that_are_there_and_the_planned_context(bundle: Bundle) -> None:
@@ -134,3 +142,51 @@ def test_a_folder_that_is_there_is_not_written_into(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is there already"):
         publish(graph, setting_folder, run.artifacts, to=f"folder:{tmp_path / 'taken'}")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["file"]
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = f"oci-layout:{tmp_path / 'dist'}:v1"
+    assert cli("publish", str(setting.root / "bundle"), "--to", layout).exit_code == 0
+    (tmp_path / "empty" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "below")
+    for here in (".", str(tmp_path / "empty" / "below")):
+        for command in (["pull", layout, here], ["publish", str(setting.root / "bundle"), "--to", f"folder:{here}"]):
+            done = cli(*command)
+            assert done.exit_code == 1 and isinstance(done.exception, SystemExit), done.exception
+            assert "the folder that you are in" in done.output and "name a folder" in done.output
+    assert "is there already" in cli("pull", layout, "..").output
+    with pytest.raises(StoreError, match="you are in"):
+        publish(setting.graph("folder:."), setting.folder, setting.run.artifacts)
+    assert [path.name for path in tmp_path.rglob("*") if "dist" not in path.parts] == ["empty", "below"]
+    assert cli("pull", layout, "./out").exit_code == 0 and Bundle.open(Path("out")).damage() == []
+
+
+def test_a_bundle_is_on_the_disk_before_it_has_its_name(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a machine that loses power after the rename keeps a folder of empty files."""
+    synced: list[Path] = []
+    really, rename = os.fsync, Path.replace
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink())
+        really(handle)
+
+    def replace(old: Path, new: Path) -> Path:
+        if old.is_dir():
+            assert {path for path in old.rglob("*")} | {old} <= set(synced)
+            synced.append(new)
+        return rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    for number, make in enumerate(
+        (
+            lambda folder: publish(setting.graph(f"folder:{folder}"), setting.folder, setting.run.artifacts),
+            lambda folder: copy(Bundle.open(setting.root / "bundle"), folder),
+        )
+    ):
+        make(tmp_path / str(number))
+        assert synced[-2:] == [tmp_path / str(number), tmp_path]

@@ -8,16 +8,20 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from run_folder import RunFolder
+from run_folder import RECIPE, RunFolder
+from test_cli import cli
 from trust_setting import Setting, certify, write_key, wrong_of
 
-from artifacts.attestation_check import Policy, check_bundle
+from artifacts import attestation_check
+from artifacts.attestation_check import Finding, Policy, check_bundle
 from artifacts.bundle import Bundle
 from artifacts.errors import GateError, RecipeError
 from artifacts.registry.oci_layout import Layout
 from artifacts.registry.transfer import pull, push, resolve
 from artifacts.signing import Signer, Trust, sign_bundle
+from pipeline import publish as publishing
 from pipeline.commands.check import read_policy
+from pipeline.commands.pull import pull_bundle
 from pipeline.events import GateChecked
 from pipeline.publish import publish, publish_bundle
 
@@ -84,6 +88,24 @@ def test_a_policy_asks_for_gates_base_models_and_freshness(setting: Setting, tmp
     assert "facebook/dinov2-small; the policy allows" in wrong("base_models: ['HuggingFaceTB/*']\n")["provenance"]
 
 
+def test_files_that_were_verified_again_are_as_fresh_as_the_latest_word(setting: Setting, tmp_path: Path) -> None:
+    """The same files, published again, have the same manifest; both provenances hang on it, named by chance."""
+    again = [event.model_copy(update={"time": event.time + 30 * 86400}) for event in setting.run.events]
+    run = setting.run.write(again, tmp_path / "later")
+    place, to = Layout(tmp_path / "dist"), f"oci-layout:{tmp_path / 'dist'}:v1"
+    for folder in (setting.folder, run):
+        publish(setting.graph(to), folder, setting.run.artifacts, signer=Signer(setting.key))
+    bundle = pull(place, resolve(place, "v1"), tmp_path / "pulled")
+    assert sum("provenance" in path.name for path in bundle.attestations()) == 2
+    now = datetime.fromtimestamp(max(event.time for event in again), UTC) + timedelta(days=1)
+    fresh = Policy(setting.policy.signers, max_age=timedelta(days=9))
+    for backwards in (False, True):
+        for number, path in enumerate(sorted(bundle.attestations(), reverse=backwards)):
+            path.rename(path.with_name(f"{backwards:d}{number}-{path.name}"))
+        assert wrong_of(check_bundle(bundle, fresh, now)) == {}
+        assert set(wrong_of(check_bundle(bundle, fresh, now + timedelta(days=9)))) == {"freshness"}
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -144,3 +166,90 @@ def test_a_key_that_cannot_sign_is_refused_before_any_work(setting: Setting, tmp
             publish(setting.graph("folder:x"), setting.folder, setting.run.artifacts, to=f"folder:{tmp_path / 'b'}",
                     signer=Signer(key))  # fmt: skip
     assert not (tmp_path / "b").exists()
+
+
+def test_what_a_policy_refuses_never_appears_in_the_folder(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a moment: whoever watches the folder must not take up what was not checked."""
+    layout = Layout(tmp_path / "dist")
+    push(setting.copy(tmp_path / "b"), layout, "v1")
+    seen: list[bool] = []
+
+    def checked(bundle: Bundle, policy: Policy) -> list[Finding]:
+        seen.append((tmp_path / "out").exists())
+        return check_bundle(bundle, policy)
+
+    monkeypatch.setattr(attestation_check, "check_bundle", checked)
+    stranger = Policy((Trust(key=setting.other_key.with_suffix(".pub")),))
+    name = f"oci-layout:{tmp_path / 'dist'}:v1"
+    with pytest.raises(GateError, match="another key") as caught:
+        pull_bundle(name, tmp_path / "out", stranger)
+    assert caught.value.where == name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "dist"]
+    assert pull_bundle(name, tmp_path / "out", setting.policy).damage() == []
+    assert seen == [False, False]
+
+
+def test_a_folder_appears_signed_or_not_at_all(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to, target = f"folder:{tmp_path / 'b'}", tmp_path / "b"
+    seen: list[bool] = []
+
+    def signed(bundle: Bundle, signer: Signer) -> None:
+        seen.append(target.exists())
+        sign_bundle(bundle, signer)
+
+    monkeypatch.setattr(publishing, "sign_bundle", signed)
+    publish(setting.graph(to), setting.folder, setting.run.artifacts, signer=Signer(setting.key))
+    assert seen == [False] and wrong_of(check_bundle(Bundle.open(target), setting.policy)) == {}
+
+    def fails(bundle: Bundle, signer: Signer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing, "sign_bundle", fails)
+    with pytest.raises(KeyboardInterrupt):
+        publish(setting.graph("folder:x"), setting.folder, setting.run.artifacts, to=f"folder:{tmp_path / 'c'}",
+                signer=Signer(setting.key))  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+@pytest.mark.parametrize("by", ["options", "recipe"])
+def test_a_certificate_and_its_chain_are_given_on_the_command_line_or_in_the_recipe(
+    setting: Setting, tmp_path: Path, by: str
+) -> None:
+    keys = {name: write_key(tmp_path / f"{name}.key") for name in ("root", "team", "me")}
+    root = certify(tmp_path, keys["root"], "root", None, (-60, 60))
+    team = certify(tmp_path, keys["team"], "team", (keys["root"], root), (-60, 60), authority=True)
+    mine = certify(tmp_path, keys["me"], "me", (keys["team"], team), (-30, 30))
+    run = setting.run.write(run=tmp_path / "run")
+    to = f"folder:{tmp_path / 'b'}"
+    if by == "options":
+        options = ["--to", to, "--key", str(keys["me"]), "--certificate", str(mine), "--chain", str(team)]
+    else:
+        options = []
+        signs = f"{{to: '{to}', sign: '{keys['me']}', certificate: '{mine}', chain: ['{team}']}}"
+        (run / "recipe.yaml").write_text(RECIPE.replace('{to: "oci-layout:dist"}', signs))
+    done = cli("publish", str(run), *options)
+    assert done.exit_code == 0, done.output
+    (tmp_path / "policy.yaml").write_text("policy: 1\nsigners: [{authority: root.pem, subject: me}]\n")
+    checked = cli("check", str(tmp_path / "b"), "--policy", str(tmp_path / "policy.yaml"))
+    assert checked.exit_code == 0 and "me" in checked.output, checked.output
+    stranger = write_key(tmp_path / "stranger.key")
+    certify(tmp_path, stranger, "root", None, (-60, 60))
+    assert cli("check", str(tmp_path / "b"), "--policy", str(tmp_path / "policy.yaml")).exit_code == 3
+
+
+def test_the_policy_that_is_set_for_every_command_is_asked_unless_a_key_is_given(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, policy = str(setting.root / "bundle"), tmp_path / "policy.yaml"
+    policy.write_text(f"policy: 1\nsigners: [{{key: '{setting.other_key.with_suffix('.pub')}'}}]\n")
+    assert cli("check", bundle).exit_code == 2
+    monkeypatch.setenv("PIPELINE_POLICY", str(policy))
+    done = cli("check", bundle)
+    assert done.exit_code == 3 and "another key" in done.output
+    key = ["--key", str(setting.key.with_suffix(".pub"))]
+    assert cli("check", bundle, *key).exit_code == 0
+    assert cli("check", bundle, *key, "--policy", str(policy)).exit_code == 2

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from registry_setting import attest
+from registry_setting import attest, attest_as_others
 
 from artifacts.bundle import Bundle, BundleFile, write_bundle
 from artifacts.errors import StoreError
-from artifacts.manifest import sha256_bytes
-from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHTS
+from artifacts.manifest import canonical_json, sha256_bytes
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, MEDIA_WEIGHTS, Descriptor
 from artifacts.registry.oci_layout import Layout, layout_damage, read_tags
 from artifacts.registry.transfer import attestations_of, pull, push, resolve
 
@@ -187,6 +187,25 @@ def test_what_attests_a_model_lies_beside_it_and_goes_with_it(tmp_path: Path) ->
     assert layout.tags() == ["v1"] and layout_damage(tmp_path / "dist") == []
     push(_bundle(tmp_path / "other", b"other"), layout, "v1")
     assert layout.referrers(manifest.digest) == []
+
+
+def test_what_other_tools_keep_beside_a_model_is_passed_over(tmp_path: Path) -> None:
+    layout, bundle = Layout(tmp_path / "dist"), _bundle(tmp_path / "in")
+    attest(bundle, "provenance.intoto.json", b'{"a": 1}')
+    push(bundle, layout, "v1")
+    attest_as_others(layout, bundle.manifest)
+    nested = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [],
+                             "subject": bundle.manifest.descriptor.to_dict()})  # fmt: skip
+    entry = Descriptor.of_bytes(nested, MEDIA_INDEX)
+    layout.put_blob(entry, nested)
+    index = json.loads((tmp_path / "dist" / "index.json").read_bytes())
+    # Written by a tool that leaves the artifact types out.
+    index["manifests"] = [{k: v for k, v in one.items() if k != "artifactType"} for one in index["manifests"]]
+    index["manifests"].append(entry.to_dict())
+    (tmp_path / "dist" / "index.json").write_text(json.dumps(index))
+    assert len(layout.referrers(bundle.digest)) == 5
+    pulled = pull(layout, resolve(layout, "v1"), tmp_path / "out")
+    assert [path.name for path in pulled.attestations()] == ["provenance.intoto.json"]
 
 
 @settings(max_examples=20, deadline=None)

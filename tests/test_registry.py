@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from itertools import cycle
@@ -15,14 +16,16 @@ from typing import get_args
 
 import bcrypt
 import pytest
-from registry_setting import NEEDS_REGISTRY, RegistryServer, attest, small_bundle
+import requests
+from registry_setting import NEEDS_REGISTRY, RegistryServer, attest, attest_as_others, small_bundle
 from rude_server import BadLine, Fault
+from token_server import TokenServer
 
 from artifacts.artifact import Artifact
 from artifacts.errors import StoreError
-from artifacts.manifest import sha256_bytes
+from artifacts.manifest import canonical_json, sha256_bytes
 from artifacts.registry import remote, transport
-from artifacts.registry.manifest import MEDIA_DOC, Descriptor
+from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, Descriptor
 from artifacts.registry.place import Place, Reference
 from artifacts.registry.remote import Registry
 from artifacts.registry.transfer import attestations_of, pull, push, resolve
@@ -60,6 +63,37 @@ def test_a_bundle_goes_there_and_back_with_what_attests_it(server: RegistryServe
         "provenance.intoto.json": b'{"made": 1}',
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "out"]
+
+
+@NEEDS_REGISTRY
+def test_loopback_is_loopback_in_ip_version_6_too(tmp_path: Path) -> None:
+    if not Path("/proc/net/if_inet6").exists() or not Path("/proc/net/if_inet6").read_text():
+        pytest.skip("no IPv6 here")
+    server = RegistryServer(tmp_path / "registry", address="[::1]")
+    server.start()
+    try:
+        bundle, place = small_bundle(tmp_path / "b"), Reference.parse(f"oci:{server.host}/me/tiny").open()
+        assert push(bundle, place, "v1") == bundle.digest
+        assert pull(place, resolve(place, "v1"), tmp_path / "out").damage() == []
+    finally:
+        server.kill()
+
+
+def test_what_other_tools_keep_beside_a_model_is_passed_over(server: RegistryServer, tmp_path: Path) -> None:
+    bundle, place = small_bundle(tmp_path / "b"), Registry(f"{server.host}/me/signed-by-others")
+    push(bundle, place, "v1")
+    attest_as_others(place, bundle.manifest)
+    nested = canonical_json({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": []})
+    known = json.loads(place.manifest(bundle.digest.replace(":", "-")))
+    known["manifests"].append(Descriptor.of_bytes(nested, MEDIA_INDEX).to_dict())
+    for tag, data in (("nested", nested), (bundle.digest.replace(":", "-"), canonical_json(known))):
+        url, headers = f"http://{server.host}/v2/me/signed-by-others/manifests/{tag}", {"Content-Type": MEDIA_INDEX}
+        assert requests.put(url, data=data, headers=headers).status_code == 201
+    attest(bundle, "provenance.intoto.json", b'{"made": 1}')
+    push(bundle, place, "v2")
+    assert len(place.referrers(bundle.digest)) == 5  # what others put there stays
+    pulled = pull(place, resolve(place, "v1"), tmp_path / "out")
+    assert [path.name for path in pulled.attestations()] == ["provenance.intoto.json"]
 
 
 def test_plain_http_sees_the_same_manifest(server: RegistryServer, tmp_path: Path) -> None:
@@ -211,7 +245,7 @@ def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
     secret = "s3cret-w0rd"
     hashed = bcrypt.hashpw(secret.encode(), bcrypt.gensalt(4)).decode()
     (tmp_path / "htpasswd").write_text(f"me:{hashed}\n")
-    server = RegistryServer(tmp_path / "registry", htpasswd=tmp_path / "htpasswd")
+    server = RegistryServer(tmp_path / "registry", f"htpasswd: {{realm: models, path: {tmp_path / 'htpasswd'}}}")
     server.start()
     caplog.set_level(logging.DEBUG)
     try:
@@ -241,7 +275,59 @@ def test_credentials_come_from_docker_or_the_environment_and_are_never_shown(
     finally:
         server.kill()
     said = caplog.text + "".join(capfd.readouterr())
-    assert secret not in said
+    assert secret not in said and b64encode(f"me:{secret}".encode()).decode() not in said
+
+
+@pytest.fixture
+def tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[TokenServer, RegistryServer]]:
+    """A registry that takes tokens, as Docker Hub and Harbor do; `me` is logged in."""
+    given = TokenServer(tmp_path, "s3cret-w0rd")
+    server = RegistryServer(tmp_path / "registry", given.auth)
+    server.start()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ORAS_USER", "me")
+    monkeypatch.setenv("ORAS_PASS", "s3cret-w0rd")
+    yield given, server
+    server.kill()
+    given.close()
+
+
+@NEEDS_REGISTRY
+def test_a_token_for_reading_gives_way_to_one_for_writing(
+    tokens: tuple[TokenServer, RegistryServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, server = tokens
+    bundle = small_bundle(tmp_path / "b")
+    attest(bundle, "provenance.intoto.json", b'{"made": 1}')
+    assert push(bundle, Registry(f"{server.host}/me/tiny"), "v1") == bundle.digest
+    assert [{*scope.rpartition(":")[2].split(",")} for scope in given.scopes] == [{"pull"}, {"pull", "push"}]
+    monkeypatch.delenv("ORAS_USER")
+    place = Registry(f"{server.host}/me/tiny")
+    assert pull(place, resolve(place, "v1"), tmp_path / "out").damage() == []
+    other = small_bundle(tmp_path / "c", b"GGUF other")
+    with pytest.raises(StoreError, match="does not let us in"):
+        push(other, place, "v1")
+    monkeypatch.setenv("ORAS_USER", "somebody")
+    with pytest.raises(StoreError, match="does not let us in"):
+        push(other, Registry(f"{server.host}/me/tiny"), "v1")
+
+
+@NEEDS_REGISTRY
+def test_a_token_that_ends_in_the_middle_of_a_transfer_is_replaced(
+    tokens: tuple[TokenServer, RegistryServer], tmp_path: Path
+) -> None:
+    given, server = tokens
+    given.seconds = 3.0
+    bundle, place = small_bundle(tmp_path / "b"), Registry(f"{server.host}/me/brief")
+
+    def later(name: str, done: int, total: int) -> None:
+        time.sleep(3.1 if name == "model.gguf" else 0)
+
+    assert push(bundle, place, "v1", later) == bundle.digest
+    assert sum("push" in scope for scope in given.scopes) > 1
+    before = len(given.scopes)
+    assert pull(place, resolve(place, "v1"), tmp_path / "out", later).damage() == []
+    assert len(given.scopes) > before
 
 
 def test_what_was_pulled_is_an_artifact_like_any_other(server: RegistryServer, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from artifacts.registry.transfer import push
 from artifacts.signing import Signer, sign_bundle
 from artifacts.store import Store
 from pipeline.cli import app
-from pipeline.commands.chat import open_chat
+from pipeline.commands.chat import Chat, open_chat
 from pipeline.commands.check import policy_of
 from pipeline.commands.model import Room, find_model, room_for
 from pipeline.commands.serve import application, prepare
@@ -99,7 +99,8 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
             assert [model.id for model in client.models.list()] == ["tiny"]
 
             def ask(image: str, stream: bool = False) -> openai.types.chat.ChatCompletion:
-                content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "What is it?"}]
+                content = [{"type": "text", "text": "What is it?"}]
+                content += [{"type": "image_url", "image_url": {"url": image}}] if image else []  # type: ignore[dict-item]
                 asked = [{"role": "user", "content": content}]
                 return client.chat.completions.create(
                     model="tiny", messages=asked, max_tokens=4, temperature=0, stream=stream
@@ -107,6 +108,8 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
 
             answer = ask(f"data:image/png;base64,{picture}")
             assert answer.usage is not None and answer.usage.completion_tokens > 0
+            blind = ask("").usage
+            assert blind is not None and answer.usage.prompt_tokens - blind.prompt_tokens == 16  # patches
             streamed = list(ask(f"data:image/png;base64,{picture}", stream=True))
             assert len(streamed) > 1
             for elsewhere in ("file:///etc/hostname", f"{url}/health", "http://169.254.169.254/"):
@@ -212,6 +215,15 @@ def test_what_the_server_cannot_put_to_its_model_is_refused(
         assert answer.status_code == 400 and reason in answer.text
 
 
+def test_who_lacks_the_server_is_told_what_has_it(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama-cpp-python comes with `stages`, what it serves with comes with `publish`."""
+    monkeypatch.setitem(sys.modules, "llama_cpp.server", None)
+    with pytest.raises(StoreError, match=r"icet-pipeline\[stages,publish\]"):
+        prepare(str(bundle.folder), tmp_path)
+
+
 def test_the_context_is_what_the_device_has_room_for(bundle: Bundle, tmp_path: Path) -> None:
     _, planned = prepare(str(bundle.folder), tmp_path)
     assert (planned.context, planned.budget) == (512, 1 << 40)
@@ -266,6 +278,24 @@ def test_a_conversation_takes_the_context_and_the_batch_of_the_plan(
             conversation.about(tmp_path / "none.png")
 
 
+def test_another_picture_may_be_shown_in_a_conversation(
+    tiny_verified: dict[str, Artifact], images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path | None, str]] = []
+    answer = Chat.answer
+
+    def noted(self: Chat, prompt: str) -> Iterator[str]:
+        asked.append((self.image, prompt))
+        yield from answer(self, prompt)
+
+    monkeypatch.setattr(Chat, "answer", noted)
+    command = ["chat", str(tiny_verified["gguf"].path / "model.gguf"), "--image", str(images[0])]
+    said = f"What is it?\n\n/image  {images[1]}\nAnd this?\n/image nowhere.png\nAnd this?\n"
+    done = CliRunner().invoke(app, [*command, "--max-new-tokens", "2"], input=said)
+    assert asked == [(images[0], "What is it?"), (images[1], "And this?")]
+    assert done.exit_code == 2 and "there is no image nowhere.png" in done.output, done.output
+
+
 def test_a_checkpoint_that_its_device_has_no_room_for_is_refused(
     tiny_verified: dict[str, Artifact], tmp_path: Path
 ) -> None:
@@ -284,6 +314,14 @@ def test_a_checkpoint_that_its_device_has_no_room_for_is_refused(
                 room_for(found, device, None)
     with pytest.raises(RecipeError, match="is not known"):
         room_for(find_model(str(made.path), tmp_path), "laptop-8gb", None)
+    (tmp_path / "unplanned").mkdir()
+    plan = {"device": "inline", "budget": 1 << 30, "context": 512, "predicted": None, "measured": None}
+    files[-1] = BundleFile("memory.json", json.dumps(plan).encode(), MEDIA_DOC, "memory")
+    bundle = write_bundle(tmp_path / "unplanned", files, {"descriptor": {}, "config": {}}, {})
+    found = find_model(str(bundle.folder), tmp_path)
+    with pytest.raises(RecipeError, match="no figure for a checkpoint"):
+        room_for(found, "laptop-8gb", None)
+    assert room_for(found, None, None) == Room(0)
 
 
 def test_a_policy_may_be_set_for_every_command(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from run_folder import RunFolder
-from trust_setting import Setting, wrong_of
+from trust_setting import Setting, rebuilt, wrong_of
 
 from artifacts import attestation
 from artifacts.attestation_check import Policy, check_bundle
-from artifacts.bundle import ARTIFACT, CONFIG_NAME, MANIFEST_NAME, ROLE, VERDICT, Bundle, BundleFile, write_bundle
+from artifacts.bundle import ARTIFACT, CONFIG_NAME, MANIFEST_NAME, VERDICT, Bundle
 from artifacts.card import Gate
 from artifacts.errors import StoreError
 from artifacts.signing import Signer, Trust, sign_bundle, sign_statement
@@ -159,16 +159,7 @@ def test_a_verdict_report_or_signature_of_another_model_is_refused(setting: Sett
 def test_a_verdict_about_other_files_is_refused_even_if_all_is_signed(setting: Setting, tmp_path: Path) -> None:
     """Who holds the key cannot put another model under an old verdict by mistake."""
     old = setting.copy(tmp_path / "old")
-    files = [
-        BundleFile(name, (old.folder / name).read_bytes(), layer.media_type, layer.annotations[ROLE])
-        for name, layer in old.manifest.files.items()
-    ]
-    swapped = [
-        BundleFile("model.gguf", b"GGUF other weights", one.media_type, one.role) if one.title == "model.gguf" else one
-        for one in files
-    ]
-    config = {key: value for key, value in old.config.items() if key != "modelfs"}
-    bundle = write_bundle(tmp_path / "new", swapped, config, old.manifest.annotations)
+    bundle = rebuilt(old, tmp_path / "new", {"model.gguf": b"GGUF other weights"})
     signer = Signer(setting.key)
     sign_bundle(bundle, signer)
     sign_statement(

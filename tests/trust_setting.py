@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cryptography.x509.oid import NameOID
 from run_folder import RECIPE, RunFolder
 
 from artifacts.attestation_check import Finding, Policy
-from artifacts.bundle import Bundle
+from artifacts.bundle import ATTESTATIONS, ROLE, Bundle, BundleFile, write_bundle
 from artifacts.signing import Signer, Trust
 from pipeline.graph import Graph, build_graph
 from pipeline.publish import publish
@@ -33,8 +34,20 @@ def write_key(path: Path) -> Path:
     return path
 
 
-def certify(folder: Path, key: Path, name: str, issuer: tuple[Path, Path] | None, days: tuple[int, int]) -> Path:
-    """A certificate for a key, valid from and to so many days from now; self-signed without an issuer (key, cert)."""
+def certify(
+    folder: Path,
+    key: Path,
+    name: str,
+    issuer: tuple[Path, Path] | None,
+    days: tuple[int, int],
+    *,
+    authority: bool | None = None,
+) -> Path:
+    """A certificate for a key, valid from and to so many days from now; self-signed without an issuer (key, cert).
+
+    `authority`: whether its holder may issue others; default: of a self-signed one.
+    """
+    ca = issuer is None if authority is None else authority
     own = serialization.load_pem_private_key(key.read_bytes(), None)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     by, signs = subject, own
@@ -43,7 +56,7 @@ def certify(folder: Path, key: Path, name: str, issuer: tuple[Path, Path] | None
         signs = serialization.load_pem_private_key(issuer[0].read_bytes(), None)
     now = datetime.now(UTC)
     assert isinstance(own, ec.EllipticCurvePrivateKey) and isinstance(signs, ec.EllipticCurvePrivateKey)
-    usage = x509.KeyUsage(True, False, False, False, False, issuer is None, issuer is None, False, False)
+    usage = x509.KeyUsage(True, False, False, False, False, ca, ca, False, False)
     made = (
         x509.CertificateBuilder()
         .subject_name(subject)
@@ -52,7 +65,7 @@ def certify(folder: Path, key: Path, name: str, issuer: tuple[Path, Path] | None
         .serial_number(x509.random_serial_number())
         .not_valid_before(now + timedelta(days=days[0]))
         .not_valid_after(now + timedelta(days=days[1]))
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         .add_extension(usage, critical=True)
         .sign(signs, hashes.SHA256())
     )
@@ -81,6 +94,20 @@ class Setting:
     def copy(self, target: Path) -> Bundle:
         shutil.copytree(self.root / "bundle", target)
         return Bundle.open(target)
+
+
+def rebuilt(
+    bundle: Bundle, folder: Path, changes: Mapping[str, bytes], *, attested: bool = False, **notes: str
+) -> Bundle:
+    """A bundle in `folder` as somebody else would make it: other contents of some files, `notes` in the manifest."""
+    files = [
+        BundleFile(name, changes.get(name, bundle.folder / name), layer.media_type, layer.annotations[ROLE])
+        for name, layer in bundle.manifest.files.items()
+    ]
+    made = write_bundle(folder, files, bundle.config, {**bundle.manifest.annotations, **notes})
+    if attested:
+        shutil.copytree(bundle.folder / ATTESTATIONS, folder / ATTESTATIONS)
+    return made
 
 
 def wrong_of(findings: list[Finding]) -> dict[str, str]:

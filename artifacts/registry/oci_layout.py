@@ -5,25 +5,28 @@ Format: OCI image specification v1.1 (image-layout.md, image-index.md).
 - Blobs are named by their digest and written before anything names them; `index.json` is replaced last, in one rename.
   A write killed at any moment leaves the old layout valid.
 - Blobs are copied, never linked: who edits a published file must not damage the store it came from.
+- A stranger's layout is read like a stranger's registry: no link is followed, nothing unbounded is read at once.
 - What refers to a manifest (attestations) stands in `index.json` without a tag, and goes when its subject has gone.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
-from artifacts.registry.manifest import MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, read_object
+from artifacts.registry.manifest import LARGEST_MANIFEST, MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, read_object
 from artifacts.registry.place import LAYOUT, NotFoundError, check_tag
 
 REF_NAME: Final = "org.opencontainers.image.ref.name"
@@ -31,6 +34,7 @@ LAYOUT_NAME: Final = "oci-layout"
 INDEX_NAME: Final = "index.json"
 _LAYOUT_VERSION: Final = "1.0.0"  # imageLayoutVersion; v1.1 of the specification keeps 1.0.0
 _INCOMING: Final = ".incoming-"
+_MOST: Final = f"it has more than {LARGEST_MANIFEST} bytes"
 _CHUNK: Final = 4 << 20  # bytes read at once
 
 
@@ -54,7 +58,13 @@ class Layout:
         if digest is None or not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
             known = ", ".join(self.tags()) or "none"
             raise NotFoundError(f"there is no {reference}", where=self.name, why=f"its tags are: {known}")
-        return b"".join(self.read(Descriptor(MEDIA_MANIFEST, digest, 0)))
+        try:
+            data = _small(_blob(self.folder, digest))
+        except OSError as error:
+            raise self._unreadable(digest, error) from error
+        if len(data) > LARGEST_MANIFEST:
+            raise StoreError("the manifest is too large", where=f"{self.name} {digest}", why=_MOST)
+        return data
 
     def referrers(self, digest: str) -> list[Descriptor]:
         found = []
@@ -65,21 +75,24 @@ class Layout:
         return found
 
     def read(self, blob: Descriptor, offset: int = 0) -> Iterator[bytes]:
-        path = _blob(self.folder, blob.digest)
         try:
-            handle = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+            handle = _open(_blob(self.folder, blob.digest))
         except OSError as error:
-            raise NotFoundError(f"blob {blob.digest} cannot be read", where=self.name, why=error.strerror) from error
+            raise self._unreadable(blob.digest, error) from error
         with handle:
             handle.seek(offset)
             while chunk := handle.read(_CHUNK):
                 yield chunk
 
+    def _unreadable(self, digest: str, error: OSError) -> NotFoundError:
+        return NotFoundError(f"blob {digest} cannot be read", where=self.name, why=error.strerror)
+
     def put_blob(self, blob: Descriptor, source: Path | bytes) -> bool:
         with _writing(self.folder), _locked(self.folder):
             _remove_leftovers(self.folder)
             known = _blob(self.folder, blob.digest)
-            if known.is_file() and known.stat().st_size == blob.size and sha256_file(known) == blob.hex:
+            plain = known.is_file() and not known.is_symlink()
+            if plain and known.stat().st_size == blob.size and sha256_file(known) == blob.hex:
                 return False
             if isinstance(source, bytes):
                 _put_bytes(self.folder, source)
@@ -137,7 +150,7 @@ def layout_damage(target: Path) -> list[str]:
     for entry in index:
         found.extend(_descriptor_damage(target, entry, "index.json"))
         try:
-            manifest = json.loads(_blob(target, str(entry["digest"])).read_bytes())
+            manifest = json.loads(_small(_blob(target, str(entry["digest"]))))
         except (OSError, ValueError, KeyError) as error:
             found.append(f"the manifest {entry.get('digest')} cannot be read: {error}")
             continue
@@ -172,6 +185,29 @@ def _blob(target: Path, digest: str) -> Path:
     return target / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
 
+def _open(path: Path) -> BinaryIO:
+    """A plain file, opened to be read: no link, and nothing that never ends.
+
+    Raises:
+        OSError.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return file
+
+
+def _small(path: Path) -> bytes:
+    """The content of a file that should have at most LARGEST_MANIFEST bytes; of a larger one, one byte more.
+
+    Raises:
+        OSError.
+    """
+    with _open(path) as file:
+        return file.read(LARGEST_MANIFEST + 1)
+
+
 def _ref_name(entry: Mapping[str, object]) -> str | None:
     annotations = entry.get("annotations")
     name = annotations.get(REF_NAME) if isinstance(annotations, Mapping) else None
@@ -179,12 +215,12 @@ def _ref_name(entry: Mapping[str, object]) -> str | None:
 
 
 def _subject(target: Path, entry: Mapping[str, object]) -> str | None:
-    """The digest that an untagged manifest refers to."""
+    """The digest that an untagged manifest refers to; None for what is no manifest."""
     if _ref_name(entry) is not None:
         return None
     try:
-        subject = read_object(_blob(target, str(entry["digest"])).read_bytes(), str(target)).get("subject")
-    except OSError:
+        subject = read_object(_small(_blob(target, str(entry["digest"]))), str(target)).get("subject")
+    except (OSError, StoreError):
         return None
     return str(subject.get("digest")) if isinstance(subject, dict) else None
 
@@ -193,7 +229,10 @@ def _read_index(target: Path) -> list[dict[str, object]]:
     """The manifests that `index.json` names; none when there is no layout yet."""
     path = target / INDEX_NAME
     try:
-        index = json.loads(path.read_bytes())
+        data = _small(path)
+        if len(data) > LARGEST_MANIFEST:
+            raise ValueError(_MOST)
+        index = json.loads(data)
         manifests = index["manifests"]
         if not isinstance(manifests, list) or not all(
             isinstance(entry, dict) and isinstance(entry.get("digest"), str) for entry in manifests
@@ -201,7 +240,7 @@ def _read_index(target: Path) -> list[dict[str, object]]:
             raise ValueError("'manifests' is no list of descriptors")
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
             "the index of this OCI layout cannot be read",
             where=str(path),

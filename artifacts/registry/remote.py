@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _PIECE: Final = 8 << 20  # bytes sent in one request
 _TRIES: Final = 7
 _TIMEOUT: Final = (10.0, 60.0)  # seconds to connect, and without a byte
+_MOST_PAGES: Final = 64  # of referrers
 _WORTH: Final = 1 << 16  # bytes; a try that brought fewer is a failure like any other
 _REFERRERS_TAG: Final = re.compile(r"sha256-[0-9a-f]{64}.*")
 
@@ -75,11 +76,18 @@ class Registry:
         return body
 
     def referrers(self, digest: str) -> list[Descriptor]:
-        url, accept = f"{self._way.base}/referrers/{digest}", {"Accept": MEDIA_INDEX}
-        response, body = self._way.get(url, accept, others=range(400, 500))
-        if response.status_code == 200 and MEDIA_INDEX in response.headers.get("Content-Type", ""):
-            return _entries(body, self.name)
-        return self._tagged_referrers(digest)
+        url = f"{self._way.base}/referrers/{digest}"
+        found: list[Descriptor] = []
+        for _ in range(_MOST_PAGES):
+            response, body = self._way.get(url, {"Accept": MEDIA_INDEX}, others=range(400, 500))
+            if response.status_code != 200 or MEDIA_INDEX not in response.headers.get("Content-Type", ""):
+                return self._tagged_referrers(digest)
+            found += _entries(body, self.name)
+            link = response.links.get("next", {}).get("url")
+            if not link:
+                return found
+            url = self._way.own(urljoin(url, link))
+        raise StoreError("the list of referrers does not end", where=self.name, why=f"{_MOST_PAGES} pages were read")
 
     def _tagged_referrers(self, digest: str) -> list[Descriptor]:
         try:
@@ -212,14 +220,11 @@ class Registry:
 
 
 def _entries(data: bytes, where: str) -> list[Descriptor]:
-    """The manifests of an index of referrers; an index inside it is refused."""
+    """What an index of referrers names."""
     manifests = read_object(data, where).get("manifests")
     if not isinstance(manifests, list):
         raise StoreError("the index of referrers cannot be read", where=where)
-    found = [Descriptor.parse(entry, where) for entry in manifests]
-    if any(entry.media_type != MEDIA_MANIFEST for entry in found):
-        raise StoreError("the index of referrers nests", where=where, why="it names something that is no manifest")
-    return found
+    return [Descriptor.parse(entry, where) for entry in manifests]
 
 
 def _piece(source: Path | bytes, start: int, length: int) -> bytes:

@@ -1,8 +1,9 @@
 """Moving a bundle between its folder and a place: whole or not at all, every byte checked.
 
 push  blobs, then the manifest by its digest, then what attests it, and the tag last: a tag never shows half a model.
-pull  into `TARGET.partial` beside the target, every file hashed while it streams; renamed when all is there. A pull
-      that was cut off goes on where it was. No link is followed, no path leaves the folder, nothing is executed.
+pull  into `TARGET.partial` beside the target, every file hashed while it streams; renamed when all is there and, if
+      there is a policy, it holds. A pull that was cut off goes on where it was. No link is followed, no path leaves the
+      folder, nothing is executed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from artifacts.bundle import ATTESTATIONS, CONFIG_NAME, MANIFEST_NAME, Bundle
-from artifacts.disk import force_remove
+from artifacts.bundle import ATTESTATION_TYPES, ATTESTATIONS, CONFIG_NAME, MANIFEST_NAME, Bundle
+from artifacts.disk import force_remove, give_name, new_folder
 from artifacts.errors import StoreError
 from artifacts.locks import FileLock
 from artifacts.manifest import sha256_bytes
@@ -25,17 +26,20 @@ from artifacts.registry.manifest import (
     EMPTY,
     LARGEST_MANIFEST,
     MEDIA_EMPTY,
+    MEDIA_MANIFEST,
     TITLE,
     Descriptor,
     OciManifest,
     check_title,
+    read_object,
     title,
 )
 from artifacts.registry.place import Place
 
 Moved = Callable[[str, int, int], None]  # name, bytes done, bytes in all
-_MOST_REFERRERS: Final = 64
+_MOST_REFERRERS: Final = 256
 _LARGEST_ATTESTATION: Final = 16 << 20  # bytes
+_LARGEST_ATTESTATIONS: Final = 64 << 20  # bytes, all together
 
 
 class _OtherBytesError(StoreError):
@@ -75,19 +79,18 @@ def push(bundle: Bundle, place: Place, tag: str | None, moved: Moved | None = No
 
 
 def copy(bundle: Bundle, target: Path) -> Bundle:
-    """The same bundle in another folder, which must not exist yet.
+    """The same bundle in another folder, which must not exist yet or be empty.
 
     Raises:
         StoreError: it is damaged, or the folder cannot be written.
     """
     bundle.refuse_damage()
-    if target.exists():
-        raise StoreError(f"{target} is there already", way_out="name a folder that does not exist yet")
-    partial = target.with_name(f"{target.name}.partial")
-    with _writing(target):
+    place = new_folder(target)
+    partial = place.with_name(f"{place.name}.partial")
+    with _writing(place):
         force_remove(partial)
         shutil.copytree(bundle.folder, partial, copy_function=shutil.copyfile)
-        partial.replace(target)
+        give_name(partial, place)
     return Bundle.open(target)
 
 
@@ -107,20 +110,30 @@ def resolve(place: Place, reference: str) -> OciManifest:
     return manifest
 
 
-def pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None = None) -> Bundle:
+def pull(
+    place: Place,
+    manifest: OciManifest,
+    target: Path,
+    moved: Moved | None = None,
+    check: Callable[[Bundle], None] | None = None,
+) -> Bundle:
     """Bring a model from a place into the folder `target`, which must not exist yet or be empty.
+
+    Args:
+        check: looks at what has arrived before it appears; what it refuses by raising is removed.
 
     Raises:
         StoreError: the place or the disk fails, what was sent is not what the manifest says, or another process is
             pulling into it.
     """
-    with _writing(target), _alone(target):
-        return _pull(place, manifest, target, moved)
+    with _writing(target), _alone(new_folder(target)):
+        _pull(place, manifest, new_folder(target), moved, check)  # asked again: another may have been there first
+    return Bundle.open(target)
 
 
-def _pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None) -> Bundle:
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise StoreError(f"{target} is there already", way_out="name a folder that does not exist yet")
+def _pull(
+    place: Place, manifest: OciManifest, target: Path, moved: Moved | None, check: Callable[[Bundle], None] | None
+) -> None:
     partial = target.with_name(f"{target.name}.partial")
     _prepare(partial, manifest, place)
     done, total = 0, manifest.size
@@ -133,33 +146,65 @@ def _pull(place: Place, manifest: OciManifest, target: Path, moved: Moved | None
     _download(place, manifest.config, partial, CONFIG_NAME)
     pull_attestations(place, manifest, partial)
     _remove_others(partial, {*names, CONFIG_NAME, MANIFEST_NAME})
-    if target.exists():
-        target.rmdir()
-    partial.replace(target)
-    return Bundle.open(target)
+    if check is not None:
+        try:
+            check(Bundle.open(partial))
+        except BaseException:
+            force_remove(partial)
+            raise
+    give_name(partial, target)
 
 
 def attestations_of(place: Place, manifest: OciManifest) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of everything that the place keeps about this manifest.
+    """(file name, content) of every attestation that a bundle can hold. What other tools keep beside them (signatures
+    without a file name, indexes) is theirs, and passed over.
 
     Raises:
-        StoreError: a referrer is not what its digest says, is about another manifest, or nests.
+        StoreError: one is not what its digest says, or is about another manifest; or they are too many or too large.
     """
-    for found in place.referrers(manifest.digest)[:_MOST_REFERRERS]:
+    entries = [one for one in place.referrers(manifest.digest) if one.media_type == MEDIA_MANIFEST]
+    ours = [one for one in entries if one.artifact_type in (*ATTESTATION_TYPES, "")]  # "": its manifest will tell
+    if len(ours) > _MOST_REFERRERS:
+        raise _too_much(place, manifest, f"{len(ours)} attestations, at most {_MOST_REFERRERS} are read")
+    total = 0
+    for found in ours:
         where = f"{place.name} {found.digest}"
         if found.size > LARGEST_MANIFEST:
             raise StoreError("an attestation's manifest is too large", where=where, why=f"{found.size} bytes")
         data = place.manifest(found.digest)
         if len(data) != found.size or f"sha256:{sha256_bytes(data)}" != found.digest:
             raise StoreError("an attestation's manifest is not what its entry says", where=where)
-        referrer = OciManifest.parse(data, where)
+        referrer = _referrer(data, where)
+        if referrer is None:
+            continue
         if referrer.subject is None or referrer.subject.digest != manifest.digest:
             raise StoreError("an attestation is about another model", where=where, why="its subject is another digest")
         for layer in referrer.layers:
             if layer.size > _LARGEST_ATTESTATION or "/" in title(layer):
                 raise StoreError("an attestation is refused", where=where, why=f"{layer.size} bytes, {title(layer)!r}")
+            total += layer.size
+            if total > _LARGEST_ATTESTATIONS:
+                raise _too_much(place, manifest, f"attestations of more than {_LARGEST_ATTESTATIONS} bytes")
             content = b"".join(_checked(place, layer, 0, hashlib.sha256()))
             yield title(layer), content
+
+
+def _referrer(data: bytes, where: str) -> OciManifest | None:
+    """An attestation's manifest; None if another tool's: of another type, or with files that have no name."""
+    content = read_object(data, where)
+    layers = content.get("layers")
+    if content.get("artifactType") not in ATTESTATION_TYPES or not isinstance(layers, list):
+        return None
+    return OciManifest.parse(data, where) if all(title(Descriptor.parse(one, where)) for one in layers) else None
+
+
+def _too_much(place: Place, manifest: OciManifest, why: str) -> StoreError:
+    return StoreError(
+        "too much attests this model",
+        where=f"{place.name} {manifest.digest}",
+        why=why,
+        way_out="remove what is no longer needed, with a registry tool, or publish it under another name",
+    )
 
 
 def _prepare(partial: Path, manifest: OciManifest, place: Place) -> None:

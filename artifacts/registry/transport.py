@@ -4,6 +4,7 @@ Credentials, tokens and challenges are the ORAS client's work. Added here:
 
 - every request is tried again for about half a minute when the registry does not answer, answers 5xx or 429;
 - an answer that trickles is given up like one that broke off: a server must not hold us for ever;
+- a token that no longer opens the door (it ended, or was given for reading and we write) is given up for another;
 - an address on another host (where an upload goes on, where a blob lies) gets no credentials.
 
 Credentials come from Docker's config (`docker login`, credential helpers) or from ORAS_USER and ORAS_PASS. They are
@@ -25,6 +26,7 @@ from artifacts.registry.manifest import LARGEST_MANIFEST, read_object
 from artifacts.registry.place import REGISTRY
 
 if TYPE_CHECKING:
+    from oras.provider import Registry as Client
     from requests import Response, Session
 
 _READ: Final = 1 << 20  # bytes taken at once, at most
@@ -33,7 +35,7 @@ _LONGEST_WAIT: Final = 10.0
 _PATIENCE: Final = 60.0  # seconds of waiting after which an answer's speed is looked at
 _SLOWEST: Final = 1024  # bytes per second
 _REASON: Final = 1 << 16  # bytes of a refusal that are read
-_LOOPBACK: Final = ("localhost", "127.0.0.1")
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1")
 
 
 class UnreachableError(Exception):
@@ -52,12 +54,12 @@ class Transport:
         self.host, _, name = repository.partition("/")
         self.name = f"{REGISTRY}{repository}"
         self._timeout, self._tries = timeout, tries
-        plain = self.host.partition(":")[0] in _LOOPBACK
+        plain = urlsplit(f"//{self.host}").hostname in _LOOPBACK
         self.base = f"{'http' if plain else 'https'}://{self.host}/v2/{name}"
         self._client = self._connect(repository, plain)
         self._stranger = self._without_credentials()
 
-    def _connect(self, repository: str, plain: bool) -> object:
+    def _connect(self, repository: str, plain: bool) -> Client:
         """The ORAS client's one request with authentication, without its own retries, which sleep for minutes."""
         try:
             from oras.provider import Registry as Client
@@ -139,7 +141,13 @@ class Transport:
                 method, url, data=data, headers=headers, stream=method == "GET", timeout=self._timeout
             )
         bare = Client.do_request.__wrapped__  # the decorator around it only retries
-        response: Response = bare(self._client, url, method, data=data, headers=headers, stream=method == "GET")
+        held = getattr(self._client.auth, "token", None)
+        # A copy: the client writes its token into the headers.
+        response: Response = bare(self._client, url, method, data=data, headers={**headers}, stream=method == "GET")
+        if response.status_code == 401 and held:
+            response.close()
+            self._client.auth.token = None  # the client sends the same one for ever
+            response = bare(self._client, url, method, data=data, headers={**headers}, stream=method == "GET")
         return response
 
     def wait(self, failures: int, error: UnreachableError) -> None:
@@ -227,7 +235,7 @@ class Transport:
     def own(self, url: str) -> str:
         """A next page must be the registry's own."""
         if urlsplit(url).netloc != self.host:
-            raise StoreError("the registry sends us elsewhere for its tags", where=self.name)
+            raise StoreError("the registry sends us elsewhere for the rest of its list", where=self.name)
         return url
 
     def _content(self, response: Response) -> bytes:

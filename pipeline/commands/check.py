@@ -143,9 +143,9 @@ def check_named(name: str, policy: Policy) -> tuple[Bundle, list[Finding]]:
     return bundle, check_bundle(bundle, policy)
 
 
-def refuse_untrusted(bundle: Bundle, policy: Policy) -> None:
+def refuse_untrusted(bundle: Bundle, policy: Policy, where: str | None = None) -> None:
     """Raises:
-    GateError: something about the bundle does not hold.
+    GateError: something about the bundle does not hold. `where`: it came from, if its folder is not to be named.
     """
     from artifacts.attestation_check import check_bundle
 
@@ -153,7 +153,7 @@ def refuse_untrusted(bundle: Bundle, policy: Policy) -> None:
     if wrong:
         raise GateError(
             "the bundle may not be trusted",
-            where=str(bundle.folder),
+            where=where or str(bundle.folder),
             why="; ".join(f"{finding.name}: {finding.reason}" for finding in wrong),
         )
 

@@ -109,7 +109,7 @@ def room_for(found: FoundModel, device: str | None, context: int | None, own: in
 
     profile = _profile(found, device)
     if found.model is None:
-        return _of_checkpoint(found, profile, context)
+        return _of_checkpoint(found, profile, context, asked=device is not None)
     header = read_model(found.model)
     architecture = header.fields.get("general.architecture")
     trained = header.fields.get(f"{architecture}.context_length")
@@ -120,8 +120,12 @@ def room_for(found: FoundModel, device: str | None, context: int | None, own: in
     return _fitting(found, profile, wanted, own)
 
 
-def _of_checkpoint(found: FoundModel, profile: Device | None, context: int | None) -> Room:
-    """A checkpoint takes what its plan says; transformers cannot be told to take less."""
+def _of_checkpoint(found: FoundModel, profile: Device | None, context: int | None, *, asked: bool) -> Room:
+    """A checkpoint takes what its plan says; transformers cannot be told to take less.
+
+    Args:
+        asked: the device was asked for, and is not only what the bundle was made for.
+    """
     from pipeline.device import show_bytes
 
     if context is not None:
@@ -129,9 +133,11 @@ def _of_checkpoint(found: FoundModel, profile: Device | None, context: int | Non
     plan = _plan(found)
     planned = plan.get("measured") or plan.get("predicted")
     if profile is None or not isinstance(planned, int):
-        if profile is not None and found.bundle is None:
+        if asked:
             raise RecipeError(
-                f"the memory of {found.name} is not known", why="it has no plan", way_out="leave --device out"
+                f"the memory of {found.name} is not known",
+                why="it has no plan" if found.bundle is None else f"its {PLAN} has no figure for a {found.type}",
+                way_out="leave --device out",
             )
         return Room(0)
     if planned > profile.memory:

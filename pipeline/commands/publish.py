@@ -33,7 +33,7 @@ def publish_named(
     from artifacts.bundle import MANIFEST_NAME, Bundle
     from pipeline.commands.runs import find_run
     from pipeline.graph import build_graph
-    from pipeline.publish import PublishResult, publish, publish_bundle
+    from pipeline.publish import publish, publish_bundle
     from pipeline.recipe import load_recipe
     from pipeline.rundir import RECIPE_NAME
 
@@ -46,9 +46,7 @@ def publish_named(
                 why="who signs it says how it was made, and only its run knows that",
                 way_out="publish the run with --key, or leave --key out",
             )
-        bundle = Bundle.open(Path(name))
-        digest = publish_bundle(bundle, to, allow_unverified=allow_unverified, moved=moved)
-        return PublishResult(to, digest, unverified=bundle.unverified)
+        return publish_bundle(Bundle.open(Path(name)), to, allow_unverified=allow_unverified, moved=moved)
     folder = find_run(name, runs_dir)
     graph = build_graph(load_recipe(folder / RECIPE_NAME))
     return publish(

@@ -56,24 +56,21 @@ def show_model(name: str) -> Shown:
 
 
 def pull_bundle(name: str, target: Path, policy: Policy | None = None, moved: Moved | None = None) -> Bundle:
-    """Bring a model into the folder `target`; what the policy refuses does not stay there.
+    """Bring a model into the folder `target`; what the policy refuses never appears there.
 
     Raises:
         RecipeError, StoreError. GateError: the policy refuses it.
     """
-    from artifacts.disk import force_remove
     from artifacts.registry.transfer import pull
     from pipeline.commands.check import refuse_untrusted
 
-    _, place, manifest = _resolve(name)
-    bundle = pull(place, manifest, target, moved)
-    if policy is not None:
-        try:
-            refuse_untrusted(bundle, policy)
-        except BaseException:
-            force_remove(target)
-            raise
-    return bundle
+    reference, place, manifest = _resolve(name)
+
+    def check(bundle: Bundle) -> None:
+        if policy is not None:
+            refuse_untrusted(bundle, policy, str(reference))
+
+    return pull(place, manifest, target, moved, check)
 
 
 def kept_bundle(name: str, moved: Moved | None = None) -> Bundle:

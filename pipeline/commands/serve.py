@@ -75,7 +75,7 @@ def _library() -> ModuleType:
         raise StoreError(
             "serving needs libraries that are not installed",
             why=str(error),
-            way_out="pip install 'icet-pipeline[publish]'",
+            way_out="pip install 'icet-pipeline[stages,publish]'",
         ) from error
     module: ModuleType = app
     return module
