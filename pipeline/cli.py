@@ -186,6 +186,9 @@ def report(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Write the page again from the run's events.")] = False,
     open_page: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     svg: Annotated[Path | None, typer.Option("--svg", help="Write the curve of ASR by exit to this file.")] = None,
+    training_svg: Annotated[
+        Path | None, typer.Option("--training-svg", help="Write the curves of the trainings to this file.")
+    ] = None,
     inspect_log: Annotated[
         Path | None, typer.Option("--inspect-log", help="Write logs for inspect_ai's viewer into this folder.")
     ] = None,
@@ -204,6 +207,8 @@ def report(
     page, machine = find_report(run, runs_dir, rebuild=rebuild)
     if svg is not None:
         draw_curve(machine, svg)
+    if training_svg is not None:
+        draw_curve(machine, training_svg, training=True)
     if inspect_log is not None:
         write_logs(machine, inspect_log)
     if as_json:

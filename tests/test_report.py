@@ -25,9 +25,10 @@ from pipeline.report.charts import LineChart, Point, Series, line_chart, nice_ti
 from pipeline.report.dag import Box, stage_graph
 from pipeline.report.formats import format_rows
 from pipeline.report.model import Report
-from pipeline.report.page import asr_curve_svg, render_page
+from pipeline.report.page import asr_curve_svg, render_page, training_svg
 from pipeline.report.published import published_table
 from pipeline.report.responses import read_responses
+from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
 
 
@@ -245,6 +246,18 @@ def test_the_curve_can_stand_alone(report: Report) -> None:
     titles = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}title")]
     assert sum("its default exit" in title for title in titles) == 4
     assert all(f"n\xa0=\xa0{PROMPTS}" in title for title in titles if title.startswith("Shipped"))
+
+
+def test_the_curves_of_trainings_can_stand_alone(report: Report) -> None:
+    root = ElementTree.fromstring(training_svg(report))
+    assert root.tag.endswith("svg") and "prefers-color-scheme" in "".join(root.itertext())
+    charts = root.findall(".//{http://www.w3.org/2000/svg}svg")
+    heads = [
+        group.findtext("{http://www.w3.org/2000/svg}text") for group in root.findall("{http://www.w3.org/2000/svg}g")
+    ]
+    assert len(charts) == len(heads) == len(curve_figures(report)[0]) > 1 and all(heads)
+    with pytest.raises(ValueError, match="no stage"):
+        training_svg(report.model_copy(update={"curves": ()}))
 
 
 # Runs that did not go well

@@ -23,20 +23,24 @@ def find_report(name: str | None, runs_dir: Path, *, rebuild: bool) -> tuple[Pat
     return page, machine
 
 
-def draw_curve(machine: Path, target: Path) -> None:
-    """Write the curve of ASR by exit of a report.json as an SVG file of its own.
+def draw_curve(machine: Path, target: Path, *, training: bool = False) -> None:
+    """Write the curve of ASR by exit of a report.json, or those of its trainings, as an SVG file of its own.
 
     Raises:
         RecipeError: the run measured none, or the file cannot be written.
     """
     from pipeline.report.model import Report
-    from pipeline.report.page import asr_curve_svg
+    from pipeline.report.page import asr_curve_svg, training_svg
 
+    draw = training_svg if training else asr_curve_svg
     try:
-        target.write_text(asr_curve_svg(Report.model_validate_json(machine.read_bytes())), encoding="utf-8")
+        target.write_text(draw(Report.model_validate_json(machine.read_bytes())), encoding="utf-8")
     except (ValueError, OSError) as error:
         raise RecipeError(
-            f"no curve was written to {target}", where=str(machine), why=str(error), way_out="give a run that verified"
+            f"no curve was written to {target}",
+            where=str(machine),
+            why=str(error),
+            way_out=f"give a run that {'trained' if training else 'verified'}",
         ) from error
 
 

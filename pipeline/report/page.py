@@ -1,4 +1,4 @@
-"""`report.html`: one page that needs nothing beside itself, and the README's picture of the ASR curve.
+"""`report.html`: one page that needs nothing beside itself, and the curves as files of their own.
 
 Everything that comes from a model, a recipe or a file name is escaped by jinja2; the page has no script, and its
 Content-Security-Policy would not run one.
@@ -22,6 +22,7 @@ from artifacts.measures import Measure
 from pipeline.device import show_bytes
 from pipeline.report.charts import line_chart
 from pipeline.report.figures import (
+    HALF,
     Cell,
     Code,
     Table,
@@ -53,6 +54,7 @@ from pipeline.report.numbers import (
 from pipeline.report.paired import paired_tables
 from pipeline.report.published import published_table
 from pipeline.report.responses import Responses
+from pipeline.report.svg import drawing, element, text
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
 
@@ -169,9 +171,37 @@ def asr_curve_svg(report: Report, width: float = 900, height: float = 400) -> st
     chart = asr_chart(report)
     if chart is None:
         raise ValueError("the run measured no attack success rate at any exit")
-    drawing = line_chart(replace(chart, y_label="attack success rate"), width, height)
+    return _alone(line_chart(replace(chart, y_label="attack success rate"), width, height))
+
+
+def training_svg(report: Report) -> str:
+    """What the training stages reported, as a file of its own: two charts beside each other, as on the page.
+
+    Raises:
+        ValueError: no stage of the run reported anything twice.
+    """
+    figures, _ = curve_figures(report)
+    if not figures:
+        raise ValueError("no stage of the run reported how its training went")
+    wide, high, head = HALF + 20, 276.0, 22.0
+    parts = [
+        element(
+            "g",
+            text(0, 14, figure.title),
+            # Its own class would have it fill the whole drawing.
+            element("g", Markup(str(figure.wide).replace('class="chart"', "", 1)), transform=f"translate(0 {head:g})"),
+            transform=f"translate({place % 2 * wide:g} {place // 2 * high:g})",
+        )
+        for place, figure in enumerate(figures)
+    ]
+    told = "; ".join(figure.title for figure in figures)
+    return _alone(drawing(2 * wide, (len(figures) + 1) // 2 * high, f"Training of {report.recipe}", told, *parts))
+
+
+def _alone(drawn: Markup) -> str:
+    """A drawing with its style, which the page has in its head."""
     style = Markup("<style>\n{}\n.chart {{ background: var(--paper); }}\n</style>").format(Markup(_asset("charts.css")))
-    head, tail = drawing.split(">", 1)
+    head, tail = drawn.split(">", 1)
     return f"{head}>{style}{tail}\n"
 
 
