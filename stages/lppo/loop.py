@@ -161,8 +161,7 @@ class Loop:
         since, before = time.monotonic(), self._course.seconds
         reason = self._reason(step)
         while reason is None:
-            # Also where a checkpoint may be taken up, so that going on is the same as never having stopped.
-            if step % params.quantize_every == 0 or step % params.checkpoint_every == 0:
+            if step % params.quantize_every == 0:
                 policy.quantize()
             rising = min(1.0, (step + 1) / (params.warmup + 1))
             scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
@@ -255,6 +254,8 @@ class Loop:
     # --- what is kept ---
 
     def _keep(self, step: int) -> TrainingState:
+        # Here and in `_restore`, so that going on from a checkpoint is the same as never having stopped.
+        self._learner.policy.quantize()
         state = self._state(step)
         if self._workers.rank == 0:
             checkpoint.save(self._scratch, state)
@@ -293,7 +294,7 @@ class Loop:
         return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course)
 
     def _restore(self, state: TrainingState) -> int:
-        """Undo `_state`; the number of steps that are done."""
+        """Undo `_state`, with the weights rounded as they were then; the number of steps that are done."""
         import torch
 
         learner = self._learner
@@ -309,6 +310,7 @@ class Loop:
                 }
                 if found:
                     learner.optimizer.state[parameter] = found
+        learner.policy.quantize()
         learner.optimizer.zero_grad(set_to_none=True)
         learner.sampler.exits.failure.update(state.failure)
         learner.kl_coefficient = state.kl_coefficient
