@@ -75,6 +75,39 @@ def test_a_policy_too_far_from_the_original_is_taken_back(policy: Policy, featur
         setting.run(policy, features, given, tmp_path)
 
 
+def _blow_up(policy: Policy) -> None:
+    """Weights that are finite, and far from where they began."""
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=noise))
+
+
+@pytest.mark.parametrize(
+    ("broken_after", "expected"),
+    [
+        (2, [1, 2, 1, 2, 3, 4]),  # the checkpoint of step 2 holds the broken weights: back to the one before
+        (3, [1, 2, 3, 3, 4]),
+        (4, [1, 2, 3, 4, 3, 4]),  # no step starts from these weights, but they would ship
+    ],
+)
+def test_weights_that_no_step_can_start_from_are_never_gone_back_to_nor_shipped(
+    policy: Policy, features: Features, tmp_path: Path, broken_after: int, expected: list[int]
+) -> None:
+    steps: list[int] = []
+
+    def blow_up_once(report: StepReport) -> None:
+        steps.append(report.step)
+        if len(steps) == broken_after:
+            _blow_up(policy)
+
+    given = setting.params(4, lr=1e-4, max_rollbacks=1, bounds={"max_kl": 2.0})
+    ending = setting.run(policy, features, given, tmp_path, blow_up_once)
+    assert steps == expected
+    assert ending.rollbacks == 1 and ending.steps_done == 4
+    assert max(float(p.detach().abs().max()) for n, p in policy.trained().items() if "lora_B" in n) < 0.1
+
+
 class _Scripted(Validation):
     """The real validation, whose findings are replaced by a script: what is tested is what training makes of them."""
 
@@ -140,6 +173,28 @@ def test_early_stopping_survives_being_interrupted(tiny_llava: Path, features: F
     assert rest.steps == [3, 4] and ending.step == 2 and ending.steps_done == 4
     for name, value in whole.adapter().items():
         assert torch.equal(value, second.adapter()[name]), name
+
+
+def test_a_validation_of_weights_that_were_taken_back_does_not_count(
+    policy: Policy, features: Features, tmp_path: Path
+) -> None:
+    # What step 3 is worth at first is worth nothing: its weights are broken, and no file of them stays.
+    script = [(0.5, 0.1), (0.7, 0.1), (0.9, 0.1), (0.6, 0.1), (0.6, 0.1), (0.75, 0.1)]
+    validation = _Scripted(policy, features, script)
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def blow_up_once(report: StepReport) -> None:
+        if report.step == 3 and 3 not in kept:
+            _blow_up(policy)
+        kept[report.step] = policy.adapter()
+
+    given = setting.params(4, lr=1e-4, validate_every=1, bounds={"max_kl": 2.0})
+    ending = setting.run(policy, features, given, tmp_path, blow_up_once, validation)
+    assert validation.steps == [1, 2, 3, 3, 4] and ending.rollbacks == 1
+    assert ending.step == 2 and ending.standings[1].refusal == 0.75  # asked again at the end
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-2.safetensors"]
+    for name, value in policy.adapter().items():
+        assert torch.equal(value, kept[2][name]), name
 
 
 def test_training_ends_when_its_minutes_have_passed(policy: Policy, features: Features, tmp_path: Path) -> None:

@@ -153,8 +153,7 @@ class PPO(Learner):
         params = self._params
         scenes = self.sampler.scenes(number)
         batches = minibatches(len(scenes), params.minibatches, generator(self._seed, number))
-        mine = [scene for batch in batches for scene in batch[self._workers.rank :: self._workers.size]]
-        found = self.collect(scenes, mine, number)
+        found = self.collect(scenes, self._mine(batches), number)
         metrics = self.update(found, batches, number)
         rows = list(zip(found.numbers, found.judged, _exit_signs(found), strict=True))
         by_scene = sorted(self._workers.everyone(rows), key=lambda row: row[0])
@@ -173,6 +172,15 @@ class PPO(Learner):
         )
         exits = exit_means(scenes, [signs for _, _, signs in by_scene])
         return StepReport(number + 1, scenes, outcomes, metrics, exits)
+
+    def check(self, number: int) -> None:
+        scenes = self.sampler.scenes(number)
+        batches = minibatches(len(scenes), self._params.minibatches, generator(self._seed, number))
+        self.collect(scenes, self._mine(batches), number)
+
+    def _mine(self, batches: Sequence[Sequence[int]]) -> list[int]:
+        """This process's scenes of a step."""
+        return [scene for batch in batches for scene in batch[self._workers.rank :: self._workers.size]]
 
     def collect(self, scenes: Sequence[Scene], mine: list[int], step: int) -> Experience:
         """Responses to some of a step's scenes, what they earn, and their advantages."""

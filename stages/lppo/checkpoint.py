@@ -1,7 +1,7 @@
 """What training must find again after `kill -9`: weights, optimizer, sampler, KL coefficient, step. No pickle.
 
 All randomness of a step follows from (seed, step, scene), so no generator state is kept. One safetensors file, replaced
-atomically: a reader sees the old one or the new one, whole. The best adapter so far lies beside it.
+atomically: a reader sees the old one or the new one, whole. The adapter that it knows as the best lies beside it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TrainingState:
 
 
 def save(folder: Path, state: TrainingState) -> None:
-    """Replace the checkpoint in `folder`; on disk before the old one goes."""
+    """Replace the checkpoint in `folder`, on disk before the old one goes; of the best adapters only its own stays."""
     tensors = {f"weight/{name}": tensor for name, tensor in state.weights.items()}
     tensors |= {f"{kind}/{name}": tensor for name, found in state.moments.items() for kind, tensor in found.items()}
     # repr of a float64 reads back to the same bits, in JSON too.
@@ -77,6 +77,10 @@ def save(folder: Path, state: TrainingState) -> None:
         "course": json.dumps(asdict(state.course)),
     }
     _replace(folder / _NAME, tensors, header)
+    best = state.course.best
+    for path in folder.glob(_best("*")):
+        if best is None or path.name != _best(best.step):
+            path.unlink()
 
 
 def load(folder: Path) -> TrainingState | None:
@@ -112,11 +116,8 @@ def load(folder: Path) -> TrainingState | None:
 
 
 def save_best(folder: Path, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
-    """Keep the adapter of a step; the file of an earlier one goes."""
+    """Keep the adapter of a step, beside that of the checkpoint until the next `save`."""
     _replace(folder / _best(step), dict(adapter), {})
-    for old in folder.glob(_best("*")):
-        if old.name != _best(step):
-            old.unlink()
 
 
 def load_best(folder: Path, step: int) -> dict[str, torch.Tensor] | None:

@@ -3,7 +3,9 @@
 - Killed at any moment and started again, it ends with the same bits: a step is a function of its number and of what
   the checkpoint holds.
 - A step that diverges (a gradient that is not finite, a KL beyond its bound) is never kept: back to the last
-  checkpoint, half the learning rate; after `max_rollbacks` of these, training stops with the reason.
+  checkpoint, half the learning rate; after `max_rollbacks` of these, training stops with the reason. That weights are
+  broken shows in the step that starts from them, so a checkpoint counts once that step has gone well; what ships is
+  looked at, too.
 - Early stopping looks at ASR and over-refusal together, on validation prompts: a model that refuses everything has an
   ASR of zero.
 """
@@ -106,6 +108,15 @@ class Learner(ABC):
             DivergedError: something is not finite or too far away; weights may have changed.
         """
 
+    def check(self, number: int) -> None:
+        """Look at weights as step `number` would, without training them.
+
+        Raises:
+            DivergedError: no step could start from them.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.trained().values()):
+            raise DivergedError("a weight is not finite")
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -158,28 +169,40 @@ class Loop:
             step = self._restore(good)
         else:
             good = self._state(0)
+        untried: TrainingState | None = None  # the newest state to keep, from which no step has started
         since, before = time.monotonic(), self._course.seconds
-        reason = self._reason(step)
-        while reason is None:
-            if step % params.quantize_every == 0:
-                policy.quantize()
-            rising = min(1.0, (step + 1) / (params.warmup + 1))
-            scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
-            for group in self._learner.optimizer.param_groups:
-                group["lr"] = scale * group["initial_lr"]
+        while True:
+            reason = self._reason(step)
             try:
-                shown = self._learner.step(step)
+                if reason is None:
+                    shown = self._step(step)
+                elif untried is not None and self._ships(step):
+                    self._learner.check(step)
             except DivergedError as error:
-                step = self._roll_back(good, step, error)
+                step, untried = self._roll_back(good, step, error), None
                 continue
+            if untried is not None:
+                good, untried = self._keep(untried), None
+            if reason is not None:
+                return self._end(step, reason)
             step += 1
             self._report(shown)
             self._course = replace(self._course, seconds=before + time.monotonic() - since)
-            validated = self._validate(step)
-            reason = self._reason(step)
-            if validated or step % params.checkpoint_every == 0 or reason is not None:
-                good = self._keep(step)
-        return self._end(step, reason)
+            if self._validate(step) or step % params.checkpoint_every == 0 or self._reason(step) is not None:
+                # Here and in `_restore`, so that going on from a checkpoint is the same as never having stopped.
+                policy.quantize()
+                untried = self._state(step)
+
+    def _step(self, step: int) -> StepReport:
+        """The learner's step, at the rates that are due."""
+        params = self._params
+        if step % params.quantize_every == 0:
+            self._learner.policy.quantize()
+        rising = min(1.0, (step + 1) / (params.warmup + 1))
+        scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
+        for group in self._learner.optimizer.param_groups:
+            group["lr"] = scale * group["initial_lr"]
+        return self._learner.step(step)
 
     @property
     def _total(self) -> int:
@@ -195,6 +218,11 @@ class Loop:
         if params.max_minutes is not None and self._minutes() >= params.max_minutes:
             return f"{params.max_minutes:g} minutes have passed"
         return None
+
+    def _ships(self, step: int) -> bool:
+        """Whether the weights of the last step are those that ship, and not better ones of an earlier step."""
+        best = self._course.best
+        return best is None or best.step == step
 
     def _validate(self, step: int) -> bool:
         """Ask validation prompts if it is time; keep the weights if they are the best so far."""
@@ -253,10 +281,7 @@ class Loop:
 
     # --- what is kept ---
 
-    def _keep(self, step: int) -> TrainingState:
-        # Here and in `_restore`, so that going on from a checkpoint is the same as never having stopped.
-        self._learner.policy.quantize()
-        state = self._state(step)
+    def _keep(self, state: TrainingState) -> TrainingState:
         if self._workers.rank == 0:
             checkpoint.save(self._scratch, state)
         return state
@@ -265,7 +290,7 @@ class Loop:
         course = self._course
         if course.rollbacks >= self._params.max_rollbacks:
             raise StageError(
-                f"training diverged at step {step + 1}, after {course.rollbacks} roll-backs",
+                f"training diverged at step {min(step + 1, self._total)}, after {course.rollbacks} roll-backs",
                 why=str(error),
                 way_out="lower lr, raise kl or anchor, or take more prompts_per_step",
             ) from None
@@ -275,10 +300,7 @@ class Loop:
             rollbacks=course.rollbacks + 1,
             seconds=course.seconds,
         )
-        state = replace(good, course=lowered)
-        if self._workers.rank == 0:
-            checkpoint.save(self._scratch, state)
-        return self._restore(state)
+        return self._restore(self._keep(replace(good, course=lowered)))
 
     def _state(self, step: int) -> TrainingState:
         """Everything that the next step depends on, copied."""
@@ -315,6 +337,7 @@ class Loop:
         learner.sampler.exits.failure.update(state.failure)
         learner.kl_coefficient = state.kl_coefficient
         self._course = state.course
+        self._standings = {}  # perhaps of weights that are gone; asked again at the end
         return state.step
 
 
