@@ -50,6 +50,9 @@ def test_the_papers_variant_sets_what_the_paper_says_and_the_recipe_still_wins()
     assert published.rewards == RewardWeights(refusal=0, helpfulness=0, answer=0, reward_model=1)
     assert published.prompts.benign_share == published.prompts.borderline_share == 0
     assert not published.departures()
+    assert not LPPOParams.model_validate(
+        {"variant": "paper", "quantizer": "none", "reward_model": "reward"}
+    ).departures()
     changed = LPPOParams.model_validate(
         {"variant": "paper", "samples": 4, "rewards": {"refusal": 1.0}, "reward_model": "reward"}
     )

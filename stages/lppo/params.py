@@ -305,7 +305,7 @@ class LPPOParams(TrainingParams):
         """Where `variant: paper` is told to do otherwise than the paper."""
         if self.variant != "paper":
             return {}
-        given = self.model_dump(mode="json")
+        given = self.model_dump(mode="json") | {"quantizer": self.rounding()}  # "none" is none
         found = {
             name: given[name]
             for name, value in PAPER.items()
