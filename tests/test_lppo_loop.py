@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lppo_setting as setting
@@ -304,6 +304,43 @@ def test_training_stops_at_a_stated_bound_once_three_steps_agree(
     with pytest.raises(StageError, match="stopped after step 6") as refusal:
         watch.see(6, {name: bad})
     assert f"bounds.{bound}" in str(refusal.value)
+
+
+def test_a_bound_sees_the_same_steps_however_often_training_stops_or_goes_back(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    """Every response is shorter than the bound, so the third step is the first that can stop; not a second look at one
+    that was taken back, and not the third after going on."""
+    given = setting.params(9, checkpoint_every=1, bounds={"min_length": 4.0})
+
+    def trained(scratch: Path, trouble: Callable[[Policy, list[int]], None]) -> list[int]:
+        policy = setting.fresh_policy(tiny_llava)
+        steps: list[int] = []
+
+        def report(step: StepReport) -> None:
+            steps.append(step.step)
+            trouble(policy, steps)
+
+        with pytest.raises(StageError, match=r"stopped after step 3: response length is .*, the bound 4") as refusal:
+            setting.run(policy, features, given, scratch, report)
+        assert "bounds.min_length" in str(refusal.value)
+        return steps
+
+    def nothing(policy: Policy, steps: list[int]) -> None: ...
+
+    def break_once(policy: Policy, steps: list[int]) -> None:
+        if steps == [1, 2]:
+            _poison(policy)
+
+    def stop(policy: Policy, steps: list[int]) -> None:
+        if steps == [1, 2]:
+            raise KeyboardInterrupt
+
+    assert trained(tmp_path / "undisturbed", nothing) == [1, 2, 3]
+    assert trained(tmp_path / "broken", break_once) == [1, 2, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", stop)
+    assert trained(tmp_path / "cut", nothing) == [2, 3]
 
 
 def test_without_a_bound_everything_is_only_watched() -> None:

@@ -60,7 +60,7 @@ from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, samp
 from stages.lppo.sampler import SceneSampler
 from stages.lppo.targets import States, Targets, Unlikely, add_gradient
 from stages.lppo.validation import Validation
-from stages.lppo.watch import repetition
+from stages.lppo.watch import Watch, repetition
 from stages.lppo.workers import Alone, Workers, agree
 
 if TYPE_CHECKING:
@@ -86,11 +86,19 @@ def train(
     `targets` are needed where `params.demonstrations` is not 0.
 
     Raises:
-        StageError: training kept diverging, or `report` refused to go on.
+        StageError: training kept diverging, or broke one of `params.bounds`.
     """
     workers = workers or Alone()
     learner = PPO(policy, sampler, states, rewards, params, seed=seed, workers=workers, targets=targets)
-    loop = Loop(learner, params, scratch=scratch, report=report, workers=workers, validation=validation)
+    loop = Loop(
+        learner,
+        params,
+        scratch=scratch,
+        report=report,
+        workers=workers,
+        validation=validation,
+        watch=Watch(params.bounds),
+    )
     return loop.run()
 
 

@@ -1,4 +1,4 @@
-"""What training must find again after `kill -9`: weights, optimizer, sampler, KL coefficient, step. No pickle.
+"""What training must find again after `kill -9`: weights, optimizer, sampler, KL coefficient, watch, step. No pickle.
 
 All randomness of a step follows from (seed, step, scene), so no generator state is kept. One safetensors file, replaced
 atomically: a reader sees the old one or the new one, whole. The adapter that it knows as the best lies beside it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAME: Final = "training.safetensors"
-_LAYOUT: Final = 2
+_LAYOUT: Final = 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Course:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """`step`: how many steps are done. `failure`: the exit sampler's. Optimizer moments are Adam's."""
+    """`step`: how many steps are done. `failure`: the exit sampler's. `seen`: the watch's. Moments are Adam's."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
@@ -62,6 +62,7 @@ class TrainingState:
     failure: Mapping[int, float]
     kl_coefficient: float
     course: Course = field(default_factory=Course)
+    seen: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def save(folder: Path, state: TrainingState) -> None:
@@ -75,6 +76,7 @@ def save(folder: Path, state: TrainingState) -> None:
         "failure": json.dumps({str(exit): value for exit, value in state.failure.items()}),
         "kl_coefficient": repr(state.kl_coefficient),
         "course": json.dumps(asdict(state.course)),
+        "seen": json.dumps(dict(state.seen)),
     }
     _replace(folder / _NAME, tensors, header)
     best = state.course.best
@@ -110,6 +112,7 @@ def load(folder: Path) -> TrainingState | None:
                 failure,
                 float(header["kl_coefficient"]),
                 Course(**course, best=None if best is None else Standing(**best)),
+                json.loads(header["seen"]),
             )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None

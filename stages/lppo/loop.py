@@ -30,6 +30,7 @@ from stages.lppo.reward import Outcome
 from stages.lppo.rollout import Scene
 from stages.lppo.sampler import SceneSampler
 from stages.lppo.validation import ExitStanding, Validation
+from stages.lppo.watch import Watch
 from stages.lppo.workers import Workers, sum_gradients
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Loop:
 
     Args:
         validation: asks validation prompts; None: never.
+        watch: stops training at a stated bound; None: there is none.
         report: is called after each step.
     """
 
@@ -146,6 +148,7 @@ class Loop:
         report: Callable[[StepReport], None],
         workers: Workers,
         validation: Validation | None = None,
+        watch: Watch | None = None,
     ):
         self._learner = learner
         self._params = params
@@ -153,6 +156,7 @@ class Loop:
         self._report = report
         self._workers = workers
         self._validation = validation
+        self._watch = watch
         self._course = Course()
         self._standings: Mapping[int, ExitStanding] = {}
 
@@ -160,7 +164,7 @@ class Loop:
         """Train, from the checkpoint in `scratch` if there is one.
 
         Raises:
-            StageError: training kept diverging, or the report refused to go on.
+            StageError: training kept diverging, or broke a bound.
         """
         params, policy = self._params, self._learner.policy
         step, good = 0, checkpoint.load(self._scratch)
@@ -187,6 +191,8 @@ class Loop:
                 return self._end(step, reason)
             step += 1
             self._report(shown)
+            if self._watch is not None:
+                self._watch.see(step, shown.metrics)
             self._course = replace(self._course, seconds=before + time.monotonic() - since)
             if self._validate(step) or step % params.checkpoint_every == 0 or self._reason(step) is not None:
                 # Here and in `_restore`, so that going on from a checkpoint is the same as never having stopped.
@@ -313,7 +319,8 @@ class Loop:
         }
         weights = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         failure = dict(learner.sampler.exits.failure)
-        return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course)
+        seen = {} if self._watch is None else self._watch.seen
+        return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course, seen)
 
     def _restore(self, state: TrainingState) -> int:
         """Undo `_state`, with the weights rounded as they were then; the number of steps that are done."""
@@ -336,6 +343,8 @@ class Loop:
         learner.optimizer.zero_grad(set_to_none=True)
         learner.sampler.exits.failure.update(state.failure)
         learner.kl_coefficient = state.kl_coefficient
+        if self._watch is not None:
+            self._watch.restore(state.seen)
         self._course = state.course
         self._standings = {}  # perhaps of weights that are gone; asked again at the end
         return state.step
