@@ -89,6 +89,7 @@ def test_exits_are_trained_one_after_the_other_and_together_as_long_as_said(
             "variant": "paper",
             "exits": [3, 1],
             "steps": 2,
+            "warmup": 1,
             "prompts_per_step": 2,
             "max_new_tokens": 3,
             "reward_model": "reward",
@@ -123,6 +124,8 @@ def test_exits_are_trained_one_after_the_other_and_together_as_long_as_said(
     )
     assert ending.steps_done == 4
     assert [report.scenes[0].exit for report in reports] == [3, 3, 1, 1]
+    # Each exit is a training of its own: its rate rises and falls like the first one's.
+    assert [report.metrics["lr"] for report in reports] == pytest.approx([given.lr / 2, given.lr / 10] * 2)
     assert all(len(row) == 1 for report in reports for row in report.outcomes)  # one response to a prompt
     assert all(report.metrics["kl_coefficient"] == given.kl for report in reports)
 

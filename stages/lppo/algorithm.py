@@ -11,8 +11,10 @@ text; the policy pi is the language backbone; encoder and projector are frozen. 
 
 The differences from the paper that remain: LoRA on the language backbone instead of all its weights, merged at the end;
 the KL is per token, log pi - log pi_SFT of the tokens that were drawn, and r falls on the last token (the paper writes
-one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95, gamma 1, c1 0.1, eta 0.02, 2 epochs of
-2 minibatches) are ours.
+one KL and says no more); r is the reward model's in deviations from the middle of its held-out responses, so that eta
+means the same with any; of several exits each goes on from the one before, with its adapter, value model and Adam's
+moments; Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95, gamma 1, c1 0.1, eta 0.02, 2 epochs of 2 minibatches, a
+learning rate that falls to a tenth at each exit) are ours.
 
 `variant: all-exits`, the default, differs in these, too (each is a parameter):
 - one training covers all exits: each scene draws its exit, the currently worst ones most often (group DRO, a floor);

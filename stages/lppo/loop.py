@@ -204,7 +204,7 @@ class Loop:
         params = self._params
         if step % params.quantize_every == 0:
             self._learner.policy.quantize()
-        rising = min(1.0, (step + 1) / (params.warmup + 1))
+        rising = min(1.0, (step % params.steps + 1) / (params.warmup + 1))
         scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
         for group in self._learner.optimizer.param_groups:
             group["lr"] = scale * group["initial_lr"]
@@ -273,8 +273,8 @@ class Loop:
         return Ending(at, step, reason, self._course.rollbacks, self._standings)
 
     def _through(self, step: int) -> float:
-        """The share of the training that has passed when a step begins."""
-        done = step / max(1, self._total - 1)
+        """The share of the training that has passed when a step begins; each exit in turn is a training of its own."""
+        done = step % self._params.steps / max(1, self._params.steps - 1)
         most = self._params.max_minutes
         return done if most is None else min(1.0, max(done, self._minutes() / most))
 
