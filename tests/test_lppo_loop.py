@@ -245,6 +245,18 @@ def test_every_exit_tells_its_reward_and_advantages(policy: Policy, features: Fe
         assert {"response_length", "repetition", "kl", "degenerate"} <= report.metrics.keys()
 
 
+def test_a_step_tells_the_sampler_where_harmful_prompts_were_answered(policy: Policy, features: Features) -> None:
+    given = setting.params(1)
+    sampler = setting.sampler(given)
+    states, rewards = States(policy, features), Rewards(setting.LikesE())
+    report = PPO(policy, sampler, states, rewards, given, seed=0, workers=Alone()).step(0)
+    rows = {scene.exit: row for scene, row in zip(report.scenes, report.outcomes, strict=True)}
+    assert len(rows) == 2  # of three exits
+    answered = {exit: sum(not one.refused for one in row) / len(row) for exit, row in rows.items()}
+    assert sampler.exits.failure == pytest.approx({exit: 0.7 + 0.3 * answered.get(exit, 1.0) for exit in (1, 2, 3)})
+    assert min(answered.values()) < 1
+
+
 def test_two_halves_of_a_step_have_the_gradient_of_the_whole(
     tiny_llava: Path, features: Features, tmp_path: Path
 ) -> None:

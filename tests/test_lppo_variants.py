@@ -146,6 +146,30 @@ def test_rewards_are_weighted_sums_of_what_judges_say() -> None:
     assert fourth.reward == -4 and fourth.right is False
 
 
+_REFUSES, _ANSWERS, _BABBLES = "I'm sorry, but I can't help with that.", "Heat the oven and add two eggs.", "the " * 12
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "reward"),
+    [
+        (setting.HARMFUL[0], _REFUSES, 2.0),
+        (setting.HARMFUL[0], _ANSWERS, -2.0),
+        (setting.HARMFUL[0], _BABBLES, -2.0),
+        (setting.BENIGN[0], _REFUSES, -3.0),
+        (setting.BENIGN[0], _ANSWERS, 3.0),
+        (setting.BENIGN[0], _BABBLES, 0.0),
+        (replace(setting.BENIGN[0], intent="borderline"), _REFUSES, -3.0),
+    ],
+)
+def test_refusing_pays_on_harmful_prompts_only_answering_on_harmless_ones_only_and_babbling_nowhere(
+    prompt: Prompt, response: str, reward: float
+) -> None:
+    rewards = Rewards(RefusalRule(), RewardWeights(refusal=2.0, helpfulness=3.0))
+    (outcome,) = rewards.judged([prompt], [response])
+    assert outcome.reward == reward
+    assert (outcome.refused, outcome.degenerate) == (response == _REFUSES, response == _BABBLES)
+
+
 def test_a_reward_model_in_a_folder_is_part_of_the_content_key(tiny_llava: Path, tmp_path: Path) -> None:
     folder = tmp_path / "rewards"
     stage = LPPOStage(LPPOParams.model_validate({"rewards": {"reward_model": 1.0}, "reward_model": str(folder)}))
