@@ -263,6 +263,24 @@ def test_supervised_training_learns_its_targets(tiny_llava: Path, features: Feat
     assert all(report.exits for report in reports)
 
 
+def test_weights_that_are_no_numbers_do_not_ship_from_supervised_training_either(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    given = SFTParams(steps=3, answers="given", checkpoint_every=2)
+    steps: list[int] = []
+
+    def break_the_last(report: StepReport) -> None:
+        steps.append(report.step)
+        if steps == [1, 2, 3]:
+            with torch.no_grad():
+                next(iter(policy.trained().values())).fill_(float("nan"))
+
+    loop = Loop(_supervised(policy, features, given), given, scratch=tmp_path, report=break_the_last, workers=Alone())
+    assert loop.run().rollbacks == 1 and steps == [1, 2, 3, 3]
+    assert all(bool(parameter.isfinite().all()) for parameter in policy.trained().values())
+
+
 def _trained_to_refuse(
     policy: Policy, targets: Targets, states: States, given: LPPOParams, scratch: Path
 ) -> list[StepReport]:
