@@ -18,6 +18,7 @@ from stages.lppo.reward import Rewards
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.states import States
 from stages.lppo.validation import Validation
+from stages.lppo.workers import Workers
 from stages.models import checkpoint
 from stages.models.adapter import LoRA
 from stages.models.family import family_of
@@ -68,6 +69,7 @@ def run(
     scratch: Path,
     report: Callable[[StepReport], None] = lambda step: None,
     validation: Validation | None = None,
+    workers: Workers | None = None,
 ) -> Ending:
     """Train on harmful prompts, rewarded for the letter e."""
     return train(
@@ -80,4 +82,5 @@ def run(
         scratch=scratch,
         report=report,
         validation=validation,
+        workers=workers,
     )

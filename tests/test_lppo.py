@@ -213,11 +213,12 @@ def test_training_interrupted_and_continued_ends_with_the_same_bits(
 def test_a_damaged_training_checkpoint_means_beginning_anew(tmp_path: Path) -> None:
     weights = {"adapter.x": torch.ones(3)}
     course = training.Course(0.5, 1, 1 / 3, 0.1, training.Standing(2, 0.3, 0.2, 0.0), 4)
-    state = training.TrainingState(2, weights, {"adapter.x": {"exp_avg": torch.ones(3)}}, {1: 0.1 + 0.2}, 0.1, course)
+    moments, seen = {"adapter.x": {"exp_avg": torch.ones(3)}}, {"degenerate": [1 / 3, 0.0]}
+    state = training.TrainingState(2, weights, moments, {1: 0.1 + 0.2}, 0.1, course, seen)
     training.save(tmp_path, state)
     found = training.load(tmp_path)
     assert found is not None and found.step == 2 and found.failure == {1: 0.1 + 0.2} and found.kl_coefficient == 0.1
-    assert found.course == course
+    assert found.course == course and found.seen == seen
     path = tmp_path / "training.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     assert training.load(tmp_path) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lppo_setting as setting
@@ -75,6 +75,39 @@ def test_a_policy_too_far_from_the_original_is_taken_back(policy: Policy, featur
         setting.run(policy, features, given, tmp_path)
 
 
+def _blow_up(policy: Policy) -> None:
+    """Weights that are finite, and far from where they began."""
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.trained().values():
+            parameter.add_(torch.randn(parameter.shape, generator=noise))
+
+
+@pytest.mark.parametrize(
+    ("broken_after", "expected"),
+    [
+        (2, [1, 2, 1, 2, 3, 4]),  # the checkpoint of step 2 holds the broken weights: back to the one before
+        (3, [1, 2, 3, 3, 4]),
+        (4, [1, 2, 3, 4, 3, 4]),  # no step starts from these weights, but they would ship
+    ],
+)
+def test_weights_that_no_step_can_start_from_are_never_gone_back_to_nor_shipped(
+    policy: Policy, features: Features, tmp_path: Path, broken_after: int, expected: list[int]
+) -> None:
+    steps: list[int] = []
+
+    def blow_up_once(report: StepReport) -> None:
+        steps.append(report.step)
+        if len(steps) == broken_after:
+            _blow_up(policy)
+
+    given = setting.params(4, lr=1e-4, max_rollbacks=1, bounds={"max_kl": 2.0})
+    ending = setting.run(policy, features, given, tmp_path, blow_up_once)
+    assert steps == expected
+    assert ending.rollbacks == 1 and ending.steps_done == 4
+    assert max(float(p.detach().abs().max()) for n, p in policy.trained().items() if "lora_B" in n) < 0.1
+
+
 class _Scripted(Validation):
     """The real validation, whose findings are replaced by a script: what is tested is what training makes of them."""
 
@@ -142,6 +175,28 @@ def test_early_stopping_survives_being_interrupted(tiny_llava: Path, features: F
         assert torch.equal(value, second.adapter()[name]), name
 
 
+def test_a_validation_of_weights_that_were_taken_back_does_not_count(
+    policy: Policy, features: Features, tmp_path: Path
+) -> None:
+    # What step 3 is worth at first is worth nothing: its weights are broken, and no file of them stays.
+    script = [(0.5, 0.1), (0.7, 0.1), (0.9, 0.1), (0.6, 0.1), (0.6, 0.1), (0.75, 0.1)]
+    validation = _Scripted(policy, features, script)
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def blow_up_once(report: StepReport) -> None:
+        if report.step == 3 and 3 not in kept:
+            _blow_up(policy)
+        kept[report.step] = policy.adapter()
+
+    given = setting.params(4, lr=1e-4, validate_every=1, bounds={"max_kl": 2.0})
+    ending = setting.run(policy, features, given, tmp_path, blow_up_once, validation)
+    assert validation.steps == [1, 2, 3, 3, 4] and ending.rollbacks == 1
+    assert ending.step == 2 and ending.standings[1].refusal == 0.75  # asked again at the end
+    assert [path.name for path in tmp_path.glob("best-*")] == ["best-2.safetensors"]
+    for name, value in policy.adapter().items():
+        assert torch.equal(value, kept[2][name]), name
+
+
 def test_training_ends_when_its_minutes_have_passed(policy: Policy, features: Features, tmp_path: Path) -> None:
     ending = setting.run(policy, features, setting.params(1000, max_minutes=0.02), tmp_path)
     assert 1 <= ending.steps_done < 1000 and "minutes" in ending.reason
@@ -188,6 +243,18 @@ def test_every_exit_tells_its_reward_and_advantages(policy: Policy, features: Fe
             assert signs["exit_reward"] == pytest.approx(mean)
             assert signs["exit_advantage_deviation"] > 0
         assert {"response_length", "repetition", "kl", "degenerate"} <= report.metrics.keys()
+
+
+def test_a_step_tells_the_sampler_where_harmful_prompts_were_answered(policy: Policy, features: Features) -> None:
+    given = setting.params(1)
+    sampler = setting.sampler(given)
+    states, rewards = States(policy, features), Rewards(setting.LikesE())
+    report = PPO(policy, sampler, states, rewards, given, seed=0, workers=Alone()).step(0)
+    rows = {scene.exit: row for scene, row in zip(report.scenes, report.outcomes, strict=True)}
+    assert len(rows) == 2  # of three exits
+    answered = {exit: sum(not one.refused for one in row) / len(row) for exit, row in rows.items()}
+    assert sampler.exits.failure == pytest.approx({exit: 0.7 + 0.3 * answered.get(exit, 1.0) for exit in (1, 2, 3)})
+    assert min(answered.values()) < 1
 
 
 def test_two_halves_of_a_step_have_the_gradient_of_the_whole(
@@ -249,6 +316,43 @@ def test_training_stops_at_a_stated_bound_once_three_steps_agree(
     with pytest.raises(StageError, match="stopped after step 6") as refusal:
         watch.see(6, {name: bad})
     assert f"bounds.{bound}" in str(refusal.value)
+
+
+def test_a_bound_sees_the_same_steps_however_often_training_stops_or_goes_back(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    """Every response is shorter than the bound, so the third step is the first that can stop; not a second look at one
+    that was taken back, and not the third after going on."""
+    given = setting.params(9, checkpoint_every=1, bounds={"min_length": 4.0})
+
+    def trained(scratch: Path, trouble: Callable[[Policy, list[int]], None]) -> list[int]:
+        policy = setting.fresh_policy(tiny_llava)
+        steps: list[int] = []
+
+        def report(step: StepReport) -> None:
+            steps.append(step.step)
+            trouble(policy, steps)
+
+        with pytest.raises(StageError, match=r"stopped after step 3: response length is .*, the bound 4") as refusal:
+            setting.run(policy, features, given, scratch, report)
+        assert "bounds.min_length" in str(refusal.value)
+        return steps
+
+    def nothing(policy: Policy, steps: list[int]) -> None: ...
+
+    def break_once(policy: Policy, steps: list[int]) -> None:
+        if steps == [1, 2]:
+            _poison(policy)
+
+    def stop(policy: Policy, steps: list[int]) -> None:
+        if steps == [1, 2]:
+            raise KeyboardInterrupt
+
+    assert trained(tmp_path / "undisturbed", nothing) == [1, 2, 3]
+    assert trained(tmp_path / "broken", break_once) == [1, 2, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", stop)
+    assert trained(tmp_path / "cut", nothing) == [2, 3]
 
 
 def test_without_a_bound_everything_is_only_watched() -> None:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import lppo_setting as setting
 import pytest
@@ -30,9 +31,12 @@ from pipeline.graph import Graph, build_graph
 from pipeline.keys import canonical_params
 from pipeline.recipe import load_recipe
 from pipeline.runner import run
+from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import PPO
+from stages.lppo.loop import StepReport
 from stages.lppo.objective import DivergedError
 from stages.lppo.params import LPPOParams, SFTParams
+from stages.lppo.policy import Policy
 from stages.lppo.reward import Rewards
 from stages.lppo.sft import SFTStage
 from stages.lppo.stage import LPPOStage
@@ -42,6 +46,9 @@ from stages.models.features import ExitFeatures
 from stages.models.tiny import tiny_llava_spec
 from stages.resources import Resources
 from stages.stage import Context, Planned, Stage, StageParams
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -325,3 +332,64 @@ def test_the_number_of_processes_is_no_part_of_what_a_stage_is(tmp_path: Path) -
         keys.add(content_key(node.stage, {"source": "a" * 64}, seed=0, device={}))
         assert canonical_params(node.stage) == canonical_params(cast("Stage[StageParams]", LPPOStage(LPPOParams())))
     assert len(keys) == 1
+
+
+class _Beside:
+    """One of two that train in threads of this process; what they exchange is what processes exchange."""
+
+    size = 2
+
+    def __init__(self, rank: int, barrier: threading.Barrier, said: list[list[object]]):
+        self.rank = rank
+        self._barrier = barrier
+        self._said = said
+
+    def everyone(self, items: Sequence[T]) -> list[T]:
+        self._said[self.rank] = list(items)
+        self.meet()
+        found = [cast("T", item) for some in self._said for item in some]
+        self.meet()  # nobody says the next thing before all have heard this
+        return found
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        first, second = self.everyone([value.detach().clone()])
+        return first + second
+
+    def meet(self) -> None:
+        self._barrier.wait(timeout=120)
+
+
+@pytest.mark.parametrize("began", [1, 2])
+def test_a_training_is_continued_by_more_or_fewer_processes(
+    tiny_llava: Path, images: list[Path], tmp_path: Path, began: int
+) -> None:
+    import torch
+
+    given = setting.params(4, prompts_per_step=8)
+    features = ExitFeatures(tiny_llava).get(images)
+
+    def trained(scratch: Path, by: int, report: Callable[[StepReport], None] = lambda step: None) -> list[Policy]:
+        policies = [setting.fresh_policy(tiny_llava) for _ in range(by)]
+        barrier, said = threading.Barrier(by), cast("list[list[object]]", [[] for _ in range(by)])
+
+        def work(rank: int) -> None:
+            workers = Alone() if by == 1 else _Beside(rank, barrier, said)
+            setting.run(policies[rank], features, given, scratch, report, workers=workers)
+
+        with ThreadPoolExecutor(by) as pool:
+            for done in [pool.submit(work, rank) for rank in range(by)]:
+                done.result()
+        return policies
+
+    def stop(step: StepReport) -> None:
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    (whole,) = trained(tmp_path / "whole", 1)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", began, stop)
+    state = training.load(tmp_path / "cut")
+    assert state is not None and state.step == 2
+    for policy in trained(tmp_path / "cut", 3 - began):
+        for name, parameter in whole.trained().items():
+            assert torch.allclose(parameter, policy.trained()[name], rtol=0, atol=1e-4), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +37,19 @@ def test_the_worst_exit_is_drawn_most_and_none_is_left_out() -> None:
     assert share.sum() == pytest.approx(1)
     assert share.argmax() == 2 and share[3] > share[0]
     assert share.min() >= 0.4 / 4
+
+
+def test_shares_and_failures_are_those_worked_out_by_hand() -> None:
+    # exp(sharpness * failure) = 4^failure.
+    sampler = ExitSampler([1, 2], floor=0.4, sharpness=math.log(4), memory=0.5)
+    assert sampler.probabilities().tolist() == pytest.approx([0.5, 0.5])
+    sampler.update({1: [False, False], 2: []})
+    # Exit 1: 0.5 * 1 + 0.5 * 0; exit 2 was not asked. 0.4 / 2 + 0.6 * (2, 4) / 6.
+    assert sampler.failure == pytest.approx({1: 0.5, 2: 1.0})
+    assert sampler.probabilities().tolist() == pytest.approx([0.4, 0.6])
+    sampler.update({1: [False], 2: [True, False, False, False]})
+    assert sampler.failure == pytest.approx({1: 0.25, 2: 0.5 * 1 + 0.5 * 0.25})
+    assert sampler.probabilities()[1] == pytest.approx(0.2 + 0.6 * 4**0.625 / (4**0.625 + 4**0.25))
 
 
 def test_exits_of_one_step_differ_while_there_are_enough() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from stage_setting import Told, context_of
 
-from artifacts.errors import RecipeError
+from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import sha256_file
 from stages.lppo import checkpoint as training
 from stages.lppo.params import LPPOParams
@@ -103,6 +104,31 @@ def test_a_process_killed_in_the_middle_and_started_again_writes_the_same_weight
     assert start().wait() == 0
     digests = [sha256_file(folder / "model.safetensors") for folder in (hardened.context.output, tmp_path / "output")]
     assert digests[0] == digests[1]
+
+
+def test_a_stated_bound_stops_the_stage_with_what_broke_it_and_a_way_out(tiny_llava: Path, tmp_path: Path) -> None:
+    given = LPPOParams.model_validate({**_SMALL, "bounds": {"min_length": 6}})  # a response has 5 tokens
+    with pytest.raises(StageError, match="stopped after step 3: response length is") as refusal:
+        LPPOStage(given).run(context_of("harden", tmp_path, tiny_llava, Told()))
+    assert "the bound 6" in str(refusal.value) and "bounds.min_length" in str(refusal.value)
+    assert not (tmp_path / "output" / "model.safetensors").exists()
+
+
+def test_in_bfloat16_the_weights_are_trained_and_kept_in_their_own_type(tiny_llava: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    given = LPPOParams.model_validate(
+        {**_SMALL, "steps": 1, "prompts_per_step": 4, "validation": 0, "dtype": "bfloat16"}
+    )
+    told = Told()
+    LPPOStage(given).run(context_of("harden", tmp_path, tiny_llava, told))
+    assert all(math.isfinite(value) for _, value, *_ in told.metrics)
+    before = load_file(tiny_llava / "model.safetensors")
+    after = load_file(tmp_path / "output" / "model.safetensors")
+    changed = [name for name, weight in after.items() if not torch.equal(weight, before[name])]
+    assert changed and all("language_model" in name for name in changed)
+    assert all(weight.dtype == torch.float32 and bool(weight.isfinite().all()) for weight in after.values())
 
 
 def test_exits_that_the_model_does_not_have_are_refused_before_any_work() -> None:

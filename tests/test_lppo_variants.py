@@ -50,6 +50,9 @@ def test_the_papers_variant_sets_what_the_paper_says_and_the_recipe_still_wins()
     assert published.rewards == RewardWeights(refusal=0, helpfulness=0, answer=0, reward_model=1)
     assert published.prompts.benign_share == published.prompts.borderline_share == 0
     assert not published.departures()
+    assert not LPPOParams.model_validate(
+        {"variant": "paper", "quantizer": "none", "reward_model": "reward"}
+    ).departures()
     changed = LPPOParams.model_validate(
         {"variant": "paper", "samples": 4, "rewards": {"refusal": 1.0}, "reward_model": "reward"}
     )
@@ -86,6 +89,7 @@ def test_exits_are_trained_one_after_the_other_and_together_as_long_as_said(
             "variant": "paper",
             "exits": [3, 1],
             "steps": 2,
+            "warmup": 1,
             "prompts_per_step": 2,
             "max_new_tokens": 3,
             "reward_model": "reward",
@@ -120,6 +124,8 @@ def test_exits_are_trained_one_after_the_other_and_together_as_long_as_said(
     )
     assert ending.steps_done == 4
     assert [report.scenes[0].exit for report in reports] == [3, 3, 1, 1]
+    # Each exit is a training of its own: its rate rises and falls like the first one's.
+    assert [report.metrics["lr"] for report in reports] == pytest.approx([given.lr / 2, given.lr / 10] * 2)
     assert all(len(row) == 1 for report in reports for row in report.outcomes)  # one response to a prompt
     assert all(report.metrics["kl_coefficient"] == given.kl for report in reports)
 
@@ -138,6 +144,30 @@ def test_rewards_are_weighted_sums_of_what_judges_say() -> None:
     assert second.reward == 3 + 5 and not second.refused  # harmless and answered
     assert third.reward == 4 and third.right is True
     assert fourth.reward == -4 and fourth.right is False
+
+
+_REFUSES, _ANSWERS, _BABBLES = "I'm sorry, but I can't help with that.", "Heat the oven and add two eggs.", "the " * 12
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "reward"),
+    [
+        (setting.HARMFUL[0], _REFUSES, 2.0),
+        (setting.HARMFUL[0], _ANSWERS, -2.0),
+        (setting.HARMFUL[0], _BABBLES, -2.0),
+        (setting.BENIGN[0], _REFUSES, -3.0),
+        (setting.BENIGN[0], _ANSWERS, 3.0),
+        (setting.BENIGN[0], _BABBLES, 0.0),
+        (replace(setting.BENIGN[0], intent="borderline"), _REFUSES, -3.0),
+    ],
+)
+def test_refusing_pays_on_harmful_prompts_only_answering_on_harmless_ones_only_and_babbling_nowhere(
+    prompt: Prompt, response: str, reward: float
+) -> None:
+    rewards = Rewards(RefusalRule(), RewardWeights(refusal=2.0, helpfulness=3.0))
+    (outcome,) = rewards.judged([prompt], [response])
+    assert outcome.reward == reward
+    assert (outcome.refused, outcome.degenerate) == (response == _REFUSES, response == _BABBLES)
 
 
 def test_a_reward_model_in_a_folder_is_part_of_the_content_key(tiny_llava: Path, tmp_path: Path) -> None:
@@ -231,6 +261,24 @@ def test_supervised_training_learns_its_targets(tiny_llava: Path, features: Feat
     losses = [report.metrics["loss"] for report in reports]
     assert losses[-1] < 0.5 * losses[0]
     assert all(report.exits for report in reports)
+
+
+def test_weights_that_are_no_numbers_do_not_ship_from_supervised_training_either(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    given = SFTParams(steps=3, answers="given", checkpoint_every=2)
+    steps: list[int] = []
+
+    def break_the_last(report: StepReport) -> None:
+        steps.append(report.step)
+        if steps == [1, 2, 3]:
+            with torch.no_grad():
+                next(iter(policy.trained().values())).fill_(float("nan"))
+
+    loop = Loop(_supervised(policy, features, given), given, scratch=tmp_path, report=break_the_last, workers=Alone())
+    assert loop.run().rollbacks == 1 and steps == [1, 2, 3, 3]
+    assert all(bool(parameter.isfinite().all()) for parameter in policy.trained().values())
 
 
 def _trained_to_refuse(

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from artifacts.errors import RecipeError
 from stages.data.prompt_sets import Prompt
 from stages.judges.judge import Judgement
+from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import train
 from stages.lppo.loop import StepReport
 from stages.lppo.params import LPPOParams
@@ -25,6 +26,8 @@ from stages.lppo.reward import Rewards
 from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
+from stages.lppo.validation import Validation
+from stages.lppo.workers import Alone
 from stages.models import checkpoint
 from stages.models.adapter import LoRA
 from stages.models.family import family_of
@@ -140,20 +143,25 @@ def _policy(folder: Path, quantizer: str | None = "Q4_0") -> Policy:
 
 
 def _train(
-    policy: Policy, features: Features, scratch: Path, report: Callable[[StepReport], None] = lambda step: None
+    policy: Policy,
+    features: Features,
+    scratch: Path,
+    report: Callable[[StepReport], None] = lambda step: None,
+    **more: object,
 ) -> None:
     harmful = Prompt("h-0", "how to make a red square", "test", "harmful", "test")
     colour = Prompt("q-0", "what is the colour", "test", "benign", "test")
-    params = LPPOParams(
-        steps=4,
-        max_new_tokens=3,
-        prompts_per_step=4,
-        lr=2e-2,
-        checkpoint_every=2,
-        quantizer="Q4_0",
-        quantize_every=3,
-        question_scenes=1,
-    )
+    given: dict[str, object] = {
+        "steps": 4,
+        "max_new_tokens": 3,
+        "prompts_per_step": 4,
+        "lr": 2e-2,
+        "checkpoint_every": 2,
+        "quantizer": "Q4_0",
+        "quantize_every": 3,
+        "question_scenes": 1,
+    }
+    params = LPPOParams.model_validate(given | more)
     sampler = SceneSampler(
         ExitSampler([1, 2, 3], floor=0.5, sharpness=1.0),
         {"harmful": PromptPool({"h": [harmful]}, 0)},
@@ -164,7 +172,29 @@ def _train(
         questions={1: [(colour, "red"), (colour, "blue")]},
         question_scenes=1,
     )
-    train(policy, sampler, States(policy, features), Rewards(_NoE()), params, seed=0, scratch=scratch, report=report)
+    states, rewards = States(policy, features), Rewards(_NoE())
+    validation = Validation(
+        policy,
+        states,
+        rewards,
+        [harmful],
+        [1, 2, 3],
+        images=2,
+        max_new_tokens=3,
+        workers=Alone(),
+        told=lambda step, found, now, original: None,
+    )
+    train(
+        policy,
+        sampler,
+        states,
+        rewards,
+        params,
+        seed=0,
+        scratch=scratch,
+        report=report,
+        validation=validation if params.validate_every else None,
+    )
 
 
 def _effective(policy: Policy) -> dict[str, NDArray[np.float32]]:
@@ -234,19 +264,65 @@ def test_the_reference_is_the_unrounded_model(tiny_llava: Path) -> None:
         assert not torch.allclose(rounded.trunk(inputs_embeds=x).last_hidden_state, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("interrupted_after", [1, 3])
+def _checkpointed(folder: Path) -> int:
+    state = training.load(folder)
+    assert state is not None
+    return state.step
+
+
+# Checkpoints follow validations, too, also where no rounding is due.
+_VALIDATED = {"steps": 7, "validate_every": 4, "checkpoint_every": 100}
+
+
+@pytest.mark.parametrize(
+    ("interrupted_after", "going_on_from", "more"), [(1, None, {}), (3, 2, {}), (5, 4, _VALIDATED)]
+)
 def test_quantization_aware_training_goes_on_after_a_stop_with_the_same_bits(
-    tiny_llava: Path, features: Features, tmp_path: Path, interrupted_after: int
+    tiny_llava: Path,
+    features: Features,
+    tmp_path: Path,
+    interrupted_after: int,
+    going_on_from: int | None,
+    more: dict[str, object],
 ) -> None:
     def stop(step: StepReport) -> None:
         if step.step == interrupted_after:
             raise KeyboardInterrupt
 
     whole, resumed = _policy(tiny_llava), _policy(tiny_llava)
-    _train(whole, features, tmp_path / "whole")
+    _train(whole, features, tmp_path / "whole", **more)
     with pytest.raises(KeyboardInterrupt):
-        _train(_policy(tiny_llava), features, tmp_path / "cut", stop)
-    _train(resumed, features, tmp_path / "cut")
+        _train(_policy(tiny_llava), features, tmp_path / "cut", stop, **more)
+    assert going_on_from is None or _checkpointed(tmp_path / "cut") == going_on_from
+    _train(resumed, features, tmp_path / "cut", **more)
+    for name, parameter in whole.trained().items():
+        assert torch.equal(parameter, resumed.trained()[name]), name
+
+
+def test_a_step_taken_back_computes_with_the_checkpoint_s_rounding(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    """As one does that goes on from that checkpoint: what the broken step's weights were rounded to is gone."""
+
+    def broken_after_five(policy: Policy, *, stopped: bool) -> Callable[[StepReport], None]:
+        told: list[int] = []
+
+        def report(step: StepReport) -> None:
+            told.append(step.step)
+            if told == [1, 2, 3, 4, 5]:
+                with torch.no_grad():
+                    next(iter(policy.trained().values())).fill_(float("nan"))
+            elif stopped and told[5:] == [5]:
+                raise KeyboardInterrupt
+
+        return report
+
+    whole, cut, resumed = (_policy(tiny_llava) for _ in range(3))
+    _train(whole, features, tmp_path / "whole", broken_after_five(whole, stopped=False), **_VALIDATED)
+    with pytest.raises(KeyboardInterrupt):
+        _train(cut, features, tmp_path / "cut", broken_after_five(cut, stopped=True), **_VALIDATED)
+    assert _checkpointed(tmp_path / "cut") == 4
+    _train(resumed, features, tmp_path / "cut", **_VALIDATED)
     for name, parameter in whole.trained().items():
         assert torch.equal(parameter, resumed.trained()[name]), name
 

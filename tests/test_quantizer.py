@@ -34,7 +34,7 @@ LORA = LoRA(4, 8.0, ("q_proj", "o_proj", "down_proj"), None)
 HEADS, KV_HEADS, BLOCKS = 8, 2, 4
 
 
-def _checkpoint(tokenizer: Path, folder: Path, width: int, inner: int) -> Path:
+def _checkpoint(tokenizer: Path, folder: Path, width: int, inner: int, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -46,7 +46,7 @@ def _checkpoint(tokenizer: Path, folder: Path, width: int, inner: int) -> Path:
         max_position_embeddings=128,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
     for path in tokenizer.glob("token*"):
         shutil.copy(path, folder)
     return folder
@@ -56,6 +56,12 @@ def _checkpoint(tokenizer: Path, folder: Path, width: int, inner: int) -> Path:
 def wide(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows that every type divides."""
     return _checkpoint(tiny_llava, tmp_path_factory.mktemp("wide"), 256, 512)
+
+
+@pytest.fixture(scope="module")
+def wide_bfloat16(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As most models are published."""
+    return _checkpoint(tiny_llava, tmp_path_factory.mktemp("wide-bfloat16"), 256, 512, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +85,9 @@ def imatrix(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "imatrix.gguf"
 
 
-def _adapted(folder: Path, *, trained: bool = True) -> tuple[LlamaForCausalLM, PeftModel]:
+def _adapted(folder: Path, *, trained: bool = True, dtype: str = "float32") -> tuple[LlamaForCausalLM, PeftModel]:
     """A model with an adapter that has learned something."""
-    model = LlamaForCausalLM.from_pretrained(folder).requires_grad_(False)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
     torch.manual_seed(0)
     trunk = with_adapter(model.model, LORA)
     if trained:
@@ -134,6 +140,8 @@ def _ship(model: LlamaForCausalLM, tokenizer: Path, folder: Path, file_type: str
         ("wide", "IQ3_S", True),
         ("wide", "IQ2_XXS", True),
         ("wide", "Q4_0", True),
+        ("wide_bfloat16", "Q4_0", False),
+        ("wide_bfloat16", "Q4_K_M", False),
         ("demo_shaped", "Q4_K_M", False),
         ("demo_shaped", "Q2_K", False),
         ("demo_shaped", "IQ4_XS", False),
@@ -148,7 +156,11 @@ def test_every_layer_is_rounded_to_the_bit_as_in_the_mixture_that_ships(
     quantizer = Quantizer(trunk, file_type, checkpoint=folder, imatrix=used)
     quantizer.refresh()
 
-    whole, to_merge = _adapted(folder)
+    whole, to_merge = _adapted(folder, dtype=checkpoint.dtype_of(checkpoint.read_config(folder)))
+    with torch.no_grad():
+        for part, found in zip(to_merge.parameters(), trunk.parameters(), strict=True):
+            if part.requires_grad:
+                part.copy_(found)
     to_merge.merge_and_unload()
     shipped = stored_layers(_ship(whole, folder, tmp_path, file_type, used), heads=HEADS, kv_heads=KV_HEADS)
     assert quantizer.types == {name: stored_as for name, (stored_as, _) in shipped.items()}

@@ -17,9 +17,15 @@ from typing import Any
 
 import pytest
 from stage_setting import Told, context_of
+from test_family_recipes import ThisProcess
 
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.manifest import sha256_file
+from artifacts.store import Store
+from pipeline.events import Event, StageMetric
+from pipeline.graph import build_graph
+from pipeline.recipe import load_recipe
+from pipeline.runner import run
 from stages.data.prompts import load_prompts
 from stages.judges.reward_model import RewardModel, dialogue, encode
 from stages.models.mllama import Mllama
@@ -373,9 +379,6 @@ def test_every_parameter_is_described() -> None:
 
 
 def test_a_recipe_names_files_from_its_own_folder_and_other_stages_may_refer_to_a_reward_model(tmp_path: Path) -> None:
-    from pipeline.graph import build_graph
-    from pipeline.recipe import load_recipe
-
     rows: list[object] = [_row("what is red", "sorry", "sure")]
     _write(tmp_path / "pairs.jsonl", rows)
     recipe = tmp_path / "r.yaml"
@@ -395,3 +398,61 @@ def test_a_recipe_names_files_from_its_own_folder_and_other_stages_may_refer_to_
     recipe.write_text(recipe.read_text().replace("needs: source", "needs: rewards"))
     with pytest.raises(RecipeError, match="cannot take 'rewards'"):
         build_graph(load_recipe(recipe))
+
+
+def test_l_ppo_learns_from_the_reward_model_of_its_recipe(tiny_llava: Path, toy: str, tmp_path: Path) -> None:
+    harden = {
+        "uses": "l-ppo",
+        "needs": "source",
+        "with": {
+            "reward_model": "rewards",
+            "rewards": {"refusal": 0, "helpfulness": 0, "answer": 0, "reward_model": 1},
+            "exits": [2],
+            "objective": "grpo",  # most of a reward here is the prompt's, which a group has in common
+            "steps": 20,
+            "lr": 2e-2,
+            "schedule": "constant",
+            "samples": 8,
+            "kl": 0,
+            "kl_target": None,
+            "anchor": 0,
+            "prompts_per_step": 4,
+            "max_new_tokens": 4,
+            "images": 2,
+            "validation": 0,
+        },
+    }
+    rewards = {"uses": "reward-model", "needs": "source", "with": {**_SMALL, "data": [toy]}}
+    document = {
+        "recipe": 1,
+        "name": "learned",
+        "source": {"model": str(tiny_llava)},
+        "stages": {"exit": {"uses": "early-exit", "with": {"layer": 2}}, "rewards": rewards, "harden": harden},
+    }
+    path = tmp_path / "learned.yaml"
+    path.write_text(json.dumps(document))
+
+    class Listening:
+        def __init__(self) -> None:
+            self.earned: list[float] = []
+
+        def handle(self, event: Event) -> None:
+            if isinstance(event, StageMetric) and (event.stage, event.name) == ("harden", "reward"):
+                self.earned.append(event.value)
+
+        def close(self) -> None: ...
+
+    heard = Listening()
+    graph = build_graph(load_recipe(path))
+    assert graph.node("harden").inputs == ("source", "rewards")
+    store = Store(tmp_path / "store")
+    result = run(graph, runs=tmp_path / "runs", store=store, executor=ThisProcess(), listeners=(heard,))
+    assert result.status == "passed", result.error
+    assert len(heard.earned) == 20
+    assert sum(heard.earned[-5:]) / 5 > sum(heard.earned[:5]) / 5 + 0.1
+
+    harden["with"]["reward_model"] = "exit"
+    path.write_text(json.dumps(document))
+    with pytest.raises(RecipeError, match="'exit' makes an artifact of type 'checkpoint'") as refused:
+        build_graph(load_recipe(path))
+    assert "name a stage that uses reward-model" in str(refused.value)

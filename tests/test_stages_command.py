@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,17 @@ def test_the_table_for_the_docs_has_a_section_for_every_stage() -> None:
 def test_the_page_in_docs_is_the_one_that_the_code_makes() -> None:
     page = Path(__file__).parent.parent / "docs" / "stages.md"
     assert page.read_text(encoding="utf-8") == _print("--markdown")
+
+
+def test_the_guide_to_l_ppo_says_what_each_parameter_does_and_its_default() -> None:
+    guide = (Path(__file__).parent.parent / "docs" / "lppo.md").read_text(encoding="utf-8")
+    section = _print("--markdown").partition("\n## l-ppo\n")[2].partition("\n## ")[0]
+    quoted = re.compile(r"`([^`]*)`")
+    expected = {name: default for name, default in re.findall(r"^\| `(\S+)` \|.*?\| `(.*?)` \|", section, re.M)}
+    found: dict[str, str] = {}
+    for row in guide.partition("\n## What the parameters do\n")[2].partition("\n## ")[0].splitlines():
+        if row.startswith("| `"):
+            names, defaults, effect = row.strip("| ").split(" | ")
+            assert effect and not found.keys() & quoted.findall(names)
+            found |= dict(zip(quoted.findall(names), quoted.findall(defaults), strict=True))
+    assert found == {name: default for name, default in expected.items() if default != "{}"}

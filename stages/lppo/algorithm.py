@@ -11,8 +11,10 @@ text; the policy pi is the language backbone; encoder and projector are frozen. 
 
 The differences from the paper that remain: LoRA on the language backbone instead of all its weights, merged at the end;
 the KL is per token, log pi - log pi_SFT of the tokens that were drawn, and r falls on the last token (the paper writes
-one KL and says no more); Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95, gamma 1, c1 0.1, eta 0.02, 2 epochs of
-2 minibatches) are ours.
+one KL and says no more); r is the reward model's in deviations from the middle of its held-out responses, so that eta
+means the same with any; of several exits each goes on from the one before, with its adapter, value model and Adam's
+moments; Adam's, LoRA's and PPO's numbers (eps 0.2, lambda 0.95, gamma 1, c1 0.1, eta 0.02, 2 epochs of 2 minibatches, a
+learning rate that falls to a tenth at each exit) are ours.
 
 `variant: all-exits`, the default, differs in these, too (each is a parameter):
 - one training covers all exits: each scene draws its exit, the currently worst ones most often (group DRO, a floor);
@@ -60,7 +62,7 @@ from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, samp
 from stages.lppo.sampler import SceneSampler
 from stages.lppo.targets import States, Targets, Unlikely, add_gradient
 from stages.lppo.validation import Validation
-from stages.lppo.watch import repetition
+from stages.lppo.watch import Watch, repetition
 from stages.lppo.workers import Alone, Workers, agree
 
 if TYPE_CHECKING:
@@ -86,11 +88,19 @@ def train(
     `targets` are needed where `params.demonstrations` is not 0.
 
     Raises:
-        StageError: training kept diverging, or `report` refused to go on.
+        StageError: training kept diverging, or broke one of `params.bounds`.
     """
     workers = workers or Alone()
     learner = PPO(policy, sampler, states, rewards, params, seed=seed, workers=workers, targets=targets)
-    loop = Loop(learner, params, scratch=scratch, report=report, workers=workers, validation=validation)
+    loop = Loop(
+        learner,
+        params,
+        scratch=scratch,
+        report=report,
+        workers=workers,
+        validation=validation,
+        watch=Watch(params.bounds),
+    )
     return loop.run()
 
 
@@ -153,8 +163,7 @@ class PPO(Learner):
         params = self._params
         scenes = self.sampler.scenes(number)
         batches = minibatches(len(scenes), params.minibatches, generator(self._seed, number))
-        mine = [scene for batch in batches for scene in batch[self._workers.rank :: self._workers.size]]
-        found = self.collect(scenes, mine, number)
+        found = self.collect(scenes, self._mine(batches), number)
         metrics = self.update(found, batches, number)
         rows = list(zip(found.numbers, found.judged, _exit_signs(found), strict=True))
         by_scene = sorted(self._workers.everyone(rows), key=lambda row: row[0])
@@ -173,6 +182,15 @@ class PPO(Learner):
         )
         exits = exit_means(scenes, [signs for _, _, signs in by_scene])
         return StepReport(number + 1, scenes, outcomes, metrics, exits)
+
+    def check(self, number: int) -> None:
+        scenes = self.sampler.scenes(number)
+        batches = minibatches(len(scenes), self._params.minibatches, generator(self._seed, number))
+        self.collect(scenes, self._mine(batches), number)
+
+    def _mine(self, batches: Sequence[Sequence[int]]) -> list[int]:
+        """This process's scenes of a step."""
+        return [scene for batch in batches for scene in batch[self._workers.rank :: self._workers.size]]
 
     def collect(self, scenes: Sequence[Scene], mine: list[int], step: int) -> Experience:
         """Responses to some of a step's scenes, what they earn, and their advantages."""

@@ -1,14 +1,14 @@
-"""What training must find again after `kill -9`: weights, optimizer, sampler, KL coefficient, step. No pickle.
+"""What training must find again after `kill -9`: weights, optimizer, sampler, KL coefficient, watch, step. No pickle.
 
 All randomness of a step follows from (seed, step, scene), so no generator state is kept. One safetensors file, replaced
-atomically: a reader sees the old one or the new one, whole. The best adapter so far lies beside it.
+atomically: a reader sees the old one or the new one, whole. The adapter that it knows as the best lies beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAME: Final = "training.safetensors"
-_LAYOUT: Final = 2
+_LAYOUT: Final = 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Course:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """`step`: how many steps are done. `failure`: the exit sampler's. Optimizer moments are Adam's."""
+    """`step`: how many steps are done. `failure`: the exit sampler's. `seen`: the watch's. Moments are Adam's."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
@@ -62,10 +62,11 @@ class TrainingState:
     failure: Mapping[int, float]
     kl_coefficient: float
     course: Course = field(default_factory=Course)
+    seen: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def save(folder: Path, state: TrainingState) -> None:
-    """Replace the checkpoint in `folder`; on disk before the old one goes."""
+    """Replace the checkpoint in `folder`, on disk before the old one goes; of the best adapters only its own stays."""
     tensors = {f"weight/{name}": tensor for name, tensor in state.weights.items()}
     tensors |= {f"{kind}/{name}": tensor for name, found in state.moments.items() for kind, tensor in found.items()}
     # repr of a float64 reads back to the same bits, in JSON too.
@@ -75,8 +76,13 @@ def save(folder: Path, state: TrainingState) -> None:
         "failure": json.dumps({str(exit): value for exit, value in state.failure.items()}),
         "kl_coefficient": repr(state.kl_coefficient),
         "course": json.dumps(asdict(state.course)),
+        "seen": json.dumps(dict(state.seen)),
     }
     _replace(folder / _NAME, tensors, header)
+    best = state.course.best
+    for path in folder.glob(_best("*")):
+        if best is None or path.name != _best(best.step):
+            path.unlink()
 
 
 def load(folder: Path) -> TrainingState | None:
@@ -106,17 +112,15 @@ def load(folder: Path) -> TrainingState | None:
                 failure,
                 float(header["kl_coefficient"]),
                 Course(**course, best=None if best is None else Standing(**best)),
+                json.loads(header["seen"]),
             )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
 
 def save_best(folder: Path, step: int, adapter: Mapping[str, torch.Tensor]) -> None:
-    """Keep the adapter of a step; the file of an earlier one goes."""
+    """Keep the adapter of a step, beside that of the checkpoint until the next `save`."""
     _replace(folder / _best(step), dict(adapter), {})
-    for old in folder.glob(_best("*")):
-        if old.name != _best(step):
-            old.unlink()
 
 
 def load_best(folder: Path, step: int) -> dict[str, torch.Tensor] | None:

@@ -3,7 +3,9 @@
 - Killed at any moment and started again, it ends with the same bits: a step is a function of its number and of what
   the checkpoint holds.
 - A step that diverges (a gradient that is not finite, a KL beyond its bound) is never kept: back to the last
-  checkpoint, half the learning rate; after `max_rollbacks` of these, training stops with the reason.
+  checkpoint, half the learning rate; after `max_rollbacks` of these, training stops with the reason. That weights are
+  broken shows in the step that starts from them, so a checkpoint counts once that step has gone well; what ships is
+  looked at, too.
 - Early stopping looks at ASR and over-refusal together, on validation prompts: a model that refuses everything has an
   ASR of zero.
 """
@@ -28,6 +30,7 @@ from stages.lppo.reward import Outcome
 from stages.lppo.rollout import Scene
 from stages.lppo.sampler import SceneSampler
 from stages.lppo.validation import ExitStanding, Validation
+from stages.lppo.watch import Watch
 from stages.lppo.workers import Workers, sum_gradients
 
 if TYPE_CHECKING:
@@ -106,6 +109,15 @@ class Learner(ABC):
             DivergedError: something is not finite or too far away; weights may have changed.
         """
 
+    def check(self, number: int) -> None:
+        """Look at weights as step `number` would, without training them.
+
+        Raises:
+            DivergedError: no step could start from them.
+        """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.trained().values()):
+            raise DivergedError("a weight is not finite")
+
 
 @dataclass(frozen=True)
 class Ending:
@@ -123,6 +135,7 @@ class Loop:
 
     Args:
         validation: asks validation prompts; None: never.
+        watch: stops training at a stated bound; None: there is none.
         report: is called after each step.
     """
 
@@ -135,6 +148,7 @@ class Loop:
         report: Callable[[StepReport], None],
         workers: Workers,
         validation: Validation | None = None,
+        watch: Watch | None = None,
     ):
         self._learner = learner
         self._params = params
@@ -142,6 +156,7 @@ class Loop:
         self._report = report
         self._workers = workers
         self._validation = validation
+        self._watch = watch
         self._course = Course()
         self._standings: Mapping[int, ExitStanding] = {}
 
@@ -149,7 +164,7 @@ class Loop:
         """Train, from the checkpoint in `scratch` if there is one.
 
         Raises:
-            StageError: training kept diverging, or the report refused to go on.
+            StageError: training kept diverging, or broke a bound.
         """
         params, policy = self._params, self._learner.policy
         step, good = 0, checkpoint.load(self._scratch)
@@ -158,29 +173,42 @@ class Loop:
             step = self._restore(good)
         else:
             good = self._state(0)
+        untried: TrainingState | None = None  # the newest state to keep, from which no step has started
         since, before = time.monotonic(), self._course.seconds
-        reason = self._reason(step)
-        while reason is None:
-            # Also where a checkpoint may be taken up, so that going on is the same as never having stopped.
-            if step % params.quantize_every == 0 or step % params.checkpoint_every == 0:
-                policy.quantize()
-            rising = min(1.0, (step + 1) / (params.warmup + 1))
-            scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
-            for group in self._learner.optimizer.param_groups:
-                group["lr"] = scale * group["initial_lr"]
+        while True:
+            reason = self._reason(step)
             try:
-                shown = self._learner.step(step)
+                if reason is None:
+                    shown = self._step(step)
+                elif untried is not None and self._ships(step):
+                    self._learner.check(step)
             except DivergedError as error:
-                step = self._roll_back(good, step, error)
+                step, untried = self._roll_back(good, step, error), None
                 continue
+            if untried is not None:
+                good, untried = self._keep(untried), None
+            if reason is not None:
+                return self._end(step, reason)
             step += 1
             self._report(shown)
+            if self._watch is not None:
+                self._watch.see(step, shown.metrics)
             self._course = replace(self._course, seconds=before + time.monotonic() - since)
-            validated = self._validate(step)
-            reason = self._reason(step)
-            if validated or step % params.checkpoint_every == 0 or reason is not None:
-                good = self._keep(step)
-        return self._end(step, reason)
+            if self._validate(step) or step % params.checkpoint_every == 0 or self._reason(step) is not None:
+                # Here and in `_restore`, so that going on from a checkpoint is the same as never having stopped.
+                policy.quantize()
+                untried = self._state(step)
+
+    def _step(self, step: int) -> StepReport:
+        """The learner's step, at the rates that are due."""
+        params = self._params
+        if step % params.quantize_every == 0:
+            self._learner.policy.quantize()
+        rising = min(1.0, (step % params.steps + 1) / (params.warmup + 1))
+        scale = self._course.lr_scale * rising * rate(self._through(step), params.schedule)
+        for group in self._learner.optimizer.param_groups:
+            group["lr"] = scale * group["initial_lr"]
+        return self._learner.step(step)
 
     @property
     def _total(self) -> int:
@@ -196,6 +224,11 @@ class Loop:
         if params.max_minutes is not None and self._minutes() >= params.max_minutes:
             return f"{params.max_minutes:g} minutes have passed"
         return None
+
+    def _ships(self, step: int) -> bool:
+        """Whether the weights of the last step are those that ship, and not better ones of an earlier step."""
+        best = self._course.best
+        return best is None or best.step == step
 
     def _validate(self, step: int) -> bool:
         """Ask validation prompts if it is time; keep the weights if they are the best so far."""
@@ -240,8 +273,8 @@ class Loop:
         return Ending(at, step, reason, self._course.rollbacks, self._standings)
 
     def _through(self, step: int) -> float:
-        """The share of the training that has passed when a step begins."""
-        done = step / max(1, self._total - 1)
+        """The share of the training that has passed when a step begins; each exit in turn is a training of its own."""
+        done = step % self._params.steps / max(1, self._params.steps - 1)
         most = self._params.max_minutes
         return done if most is None else min(1.0, max(done, self._minutes() / most))
 
@@ -254,8 +287,7 @@ class Loop:
 
     # --- what is kept ---
 
-    def _keep(self, step: int) -> TrainingState:
-        state = self._state(step)
+    def _keep(self, state: TrainingState) -> TrainingState:
         if self._workers.rank == 0:
             checkpoint.save(self._scratch, state)
         return state
@@ -264,7 +296,7 @@ class Loop:
         course = self._course
         if course.rollbacks >= self._params.max_rollbacks:
             raise StageError(
-                f"training diverged at step {step + 1}, after {course.rollbacks} roll-backs",
+                f"training diverged at step {min(step + 1, self._total)}, after {course.rollbacks} roll-backs",
                 why=str(error),
                 way_out="lower lr, raise kl or anchor, or take more prompts_per_step",
             ) from None
@@ -274,10 +306,7 @@ class Loop:
             rollbacks=course.rollbacks + 1,
             seconds=course.seconds,
         )
-        state = replace(good, course=lowered)
-        if self._workers.rank == 0:
-            checkpoint.save(self._scratch, state)
-        return self._restore(state)
+        return self._restore(self._keep(replace(good, course=lowered)))
 
     def _state(self, step: int) -> TrainingState:
         """Everything that the next step depends on, copied."""
@@ -290,10 +319,11 @@ class Loop:
         }
         weights = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         failure = dict(learner.sampler.exits.failure)
-        return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course)
+        seen = {} if self._watch is None else self._watch.seen
+        return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course, seen)
 
     def _restore(self, state: TrainingState) -> int:
-        """Undo `_state`; the number of steps that are done."""
+        """Undo `_state`, with the weights rounded as they were then; the number of steps that are done."""
         import torch
 
         learner = self._learner
@@ -309,10 +339,14 @@ class Loop:
                 }
                 if found:
                     learner.optimizer.state[parameter] = found
+        learner.policy.quantize()
         learner.optimizer.zero_grad(set_to_none=True)
         learner.sampler.exits.failure.update(state.failure)
         learner.kl_coefficient = state.kl_coefficient
+        if self._watch is not None:
+            self._watch.restore(state.seen)
         self._course = state.course
+        self._standings = {}  # perhaps of weights that are gone; asked again at the end
         return state.step
 
 

@@ -91,7 +91,8 @@ class TrainingParams(StageParams):
     )
     lr: float = Field(default=5e-4, gt=0, description="learning rate of the adapter")
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="how the learning rate falls to a tenth, or not"
+        default="linear",
+        description="how the learning rate falls to a tenth, or not",
     )
     warmup: int = Field(default=0, ge=0, description="iterations in which the learning rate rises from zero")
     max_rollbacks: int = Field(
@@ -115,7 +116,10 @@ class TrainingParams(StageParams):
         "(Q4_0, Q4_K_M, ...), or gptq-4bit. null or none: as they are",
     )
     quantize_every: int = Field(
-        default=1, ge=1, description="steps between roundings; more for slow types such as IQ4_NL"
+        default=1,
+        ge=1,
+        description="steps between roundings; more for slow types such as IQ4_NL, up to checkpoint_every: every "
+        "checkpoint and validation rounds, too",
     )
     imatrix: ImatrixName | None = Field(
         default=None,
@@ -209,7 +213,7 @@ class LPPOParams(TrainingParams):
     variant: Literal["all-exits", "paper"] = Field(
         default="all-exits",
         description="all-exits: one training over all exits, the worst ones most often; paper: one exit after the "
-        "other, `steps` iterations each, objective and reward as published",
+        "other, `steps` iterations and the whole schedule for each, objective and reward as published",
     )
     objective: Literal["ppo", "grpo"] = Field(
         default="ppo",
@@ -305,7 +309,7 @@ class LPPOParams(TrainingParams):
         """Where `variant: paper` is told to do otherwise than the paper."""
         if self.variant != "paper":
             return {}
-        given = self.model_dump(mode="json")
+        given = self.model_dump(mode="json") | {"quantizer": self.rounding()}  # "none" is none
         found = {
             name: given[name]
             for name, value in PAPER.items()

@@ -7,6 +7,7 @@ pass of its own. Between two roundings the residue is kept and the adapter moves
 unrounded model, so the anchor on harmless answers also repairs what rounding has damaged.
 
 Notable:
+- W + sBA is taken through the checkpoint's own dtype first: the adapter is merged in it, whatever training computes in;
 - a file type (Q4_K_M, IQ3_M, Q2_K, ...) gives each layer the type that it has in the file that ships; llama.cpp itself
   is asked which (`runtimes.mixture`). Without a checkpoint to ask about, one type stands for all layers;
 - for GPTQ the grid is met, not the error feedback (`runtimes.gptq_grid` says what that leaves out);
@@ -76,7 +77,8 @@ class Quantizer:
         trunk: with adapters (PEFT) in place.
         type: file type or tensor type of llama.cpp, e.g. "Q4_K_M" or "Q4_0", or a GPTQ grid, e.g. "gptq-4bit-64".
         checkpoint: the folder that the trunk was loaded from. With it a file type gives each layer the type that it
-            will have in the file; without, `type` must be one tensor type, which all layers get.
+            will have in the file, and weights are taken through its dtype; without, `type` must be one tensor type,
+            which all layers get, and what ships is float32.
         imatrix: the importance matrix that the file will be made with; a file, or what `read_imatrix` returns.
 
     Raises:
@@ -95,6 +97,8 @@ class Quantizer:
         import torch
         from peft.tuners.lora import LoraLayer
 
+        from stages.models.checkpoint import dtype_of, read_config
+
         adapters = {name: module for name, module in trunk.named_modules() if isinstance(module, LoraLayer)}
         adapted = {id(module.get_base_layer()) for module in adapters.values()}
         inside = {id(part) for module in adapters.values() for part in module.modules()} - adapted
@@ -110,6 +114,7 @@ class Quantizer:
         self._original = [layer.weight.data for layer in self._layers]
         self._rounded: list[torch.Tensor] = []
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # A and B of each adapter when it was rounded last
+        self._dtype: torch.dtype = getattr(torch, dtype_of({} if checkpoint is None else read_config(checkpoint)))
         self._grid = parse_grid(type) if is_grid(type) else None
         self._importance: list[torch.Tensor | None] = [None] * len(self._layers)
         if self._grid is not None:
@@ -191,7 +196,9 @@ class Quantizer:
             if number >= len(self._adapters):
                 return self._round(weight, number).to(weight)
             delta = cast("torch.Tensor", self._adapters[number].get_delta_weight("default"))
-            return (self._round(weight + delta, number).to(weight.device) - delta.float()).to(weight.dtype)
+            return (self._round((weight + delta).to(self._dtype), number).to(weight.device) - delta.float()).to(
+                weight.dtype
+            )
 
     def _round(self, weight: torch.Tensor, number: int) -> torch.Tensor:
         import torch

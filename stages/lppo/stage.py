@@ -17,7 +17,6 @@ from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.sharding import CROSSING, Shards, workers_of
-from stages.lppo.watch import Watch
 from stages.lppo.workers import Workers
 from stages.models import checkpoint
 from stages.models.family import family_of
@@ -273,12 +272,7 @@ class LPPOStage(Hardening[LPPOParams]):
         from stages.lppo.algorithm import train
         from stages.lppo.targets import Targets
 
-        watch, steps = Watch(self.params.bounds), setting.sampler.steps(self.params.steps)
-
-        def report(step: StepReport) -> None:
-            tell(context, step, steps, setting.sampler.exits.failure)
-            watch.see(step.step, step.metrics)
-
+        steps = setting.sampler.steps(self.params.steps)
         return train(
             setting.policy,
             setting.sampler,
@@ -287,7 +281,7 @@ class LPPOStage(Hardening[LPPOParams]):
             self.params,
             seed=context.seed,
             scratch=context.scratch,
-            report=report,
+            report=lambda step: tell(context, step, steps, setting.sampler.exits.failure),
             targets=Targets(
                 setting.policy,
                 setting.states,

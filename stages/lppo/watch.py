@@ -29,6 +29,17 @@ class Watch:
         self._least = {} if bounds.min_length is None else {"response_length": bounds.min_length}
         self._seen: dict[str, deque[float]] = {name: deque(maxlen=_STEPS) for name in (*self._most, *self._least)}
 
+    @property
+    def seen(self) -> dict[str, list[float]]:
+        """The last steps' signs, copied: what a checkpoint keeps."""
+        return {name: list(values) for name, values in self._seen.items()}
+
+    def restore(self, seen: Mapping[str, Sequence[float]]) -> None:
+        """Undo `seen`."""
+        for name, values in self._seen.items():
+            values.clear()
+            values.extend(seen.get(name, ()))
+
     def see(self, step: int, signs: Mapping[str, float]) -> None:
         """Take in a step's signs.
 
