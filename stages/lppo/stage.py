@@ -221,7 +221,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "7"
+    code_version = "8"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 
