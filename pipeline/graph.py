@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from artifacts.errors import PipelineError, RecipeError
 from pipeline.device import budget_problem, gptq_problem
 from pipeline.explain import explain, nearest
-from pipeline.recipe import SOURCE_ID, Recipe, StageEntry
+from pipeline.recipe import CALIBRATION, SOURCE_ID, Recipe, StageEntry
 from pipeline.yaml_source import Place
+from stages.data.calibration_mix import CalibrationMix
 from stages.stage import Located, Planned, Stage, StageParams, stage_class, stage_names
 
 
@@ -80,6 +81,12 @@ def build_graph(recipe: Recipe, *, within_budget: bool = True) -> Graph:
     """
     entries = {SOURCE_ID: StageEntry.model_validate({"uses": "source", "with": recipe.source}), **recipe.stages}
     stages = {id: _stage(recipe, id, entry) for id, entry in entries.items()}
+    if recipe.calibration is not None and not any(_calibrates(type(stage.params)) for stage in stages.values()):
+        raise RecipeError(
+            "the recipe says what to calibrate on, and no stage calibrates",
+            where=recipe.where(CALIBRATION),
+            way_out="take it out, or add a stage with `uses: imatrix` or `uses: gptq`",
+        )
     needs: dict[str, tuple[str, ...]] = {}
     inputs: dict[str, tuple[str, ...]] = {}
     for id, stage in stages.items():
@@ -126,6 +133,11 @@ def _stage(recipe: Recipe, id: str, entry: StageEntry) -> Stage[StageParams]:
             f"the stage {entry.uses!r} cannot be loaded", where=where, why=str(error), way_out="run `pipeline doctor`"
         ) from error
     values = {key: _located(recipe, cls.Params, key, value, _place(id, key)) for key, value in entry.with_.items()}
+    if recipe.calibration is not None and _calibrates(cls.Params):
+        written = recipe.calibration.model_dump(exclude_unset=True)
+        shared = _located(recipe, cls.Params, CALIBRATION, written, (CALIBRATION,))
+        own = values.get(CALIBRATION, {})
+        values[CALIBRATION] = {**shared, **own} if isinstance(shared, dict) and isinstance(own, dict) else own
     try:
         params = cls.Params.model_validate(values)
     except ValidationError as error:
@@ -133,6 +145,11 @@ def _stage(recipe: Recipe, id: str, entry: StageEntry) -> Stage[StageParams]:
     except PipelineError as error:
         raise _at(error, recipe.where(*_place(id))) from error
     return cls(params)
+
+
+def _calibrates(params: type[StageParams]) -> bool:
+    field = params.model_fields.get(CALIBRATION)
+    return field is not None and field.annotation is CalibrationMix
 
 
 def _located(recipe: Recipe, model: type[StageParams], key: str, value: object, place: Place) -> object:

@@ -18,9 +18,11 @@ from pipeline.explain import explain, nearest
 from pipeline.matrix import expand_matrix
 from pipeline.targets import Target
 from pipeline.yaml_source import Document, Mark, Place, Value, merge, parse_scalar, plain, read_yaml
+from stages.data.calibration_mix import CalibrationMix
 from stages.resources import Resources
 
 SOURCE_ID = "source"  # the implicit first stage
+CALIBRATION = "calibration"  # of the recipe, and of stages that calibrate
 STAGE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -142,6 +144,11 @@ class Recipe(_Part):
     )
     stages: dict[Annotated[str, Field(pattern=STAGE_ID)], StageEntry] = Field(
         min_length=1, description="Stage id -> stage."
+    )
+    calibration: CalibrationMix | None = Field(
+        default=None,
+        description="What quantizers (imatrix, gptq) are calibrated on; what one of them says in its own `calibration` "
+        "wins.",
     )
     gates: Gates = Field(
         default=Gates(),

@@ -64,7 +64,7 @@ def run(folder: Path, text: str = GOOD, *more: str) -> Result:
         ("demo:tiny-llava", "demo:tiny-lava", 3, ("unknown demo model", "demo:tiny-llava")),
         ("demo:tiny-llava", "./no-such-model", 3, ("there is no folder", "no-such-model")),
         ("type: Q4_0", "type: Q4_7", 7, ("unknown GGUF type 'Q4_7'", "did you mean Q4_")),
-        ("1GiB", "10KiB", 7, ("does not fit", "the device allows 10 KiB", "no type fits: the smallest")),
+        ("1GiB", "10KiB", 7, ("does not fit", "the device allows 10 KiB", "no type fits: of F16, Q8_0")),
         ("gates: {}", "gates: {max_asr: 2}", 8, ("max_asr", "less than or equal to 1")),
         ("gates: {}", "gates: {max_asr: 0.1}", 8, ("no stage that measures", "icet-verify")),
     ],

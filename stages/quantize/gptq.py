@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ from stages.models.spec import TextSpec
 from stages.quantize.gptq_checkpoint import put_back, write_language_model
 from stages.quantize.gptq_model import Matrix, Settings, check_installed, quantize_language_model
 from stages.resources import device_of
-from stages.stage import Context, Planned, Stage, StageParams
+from stages.stage import Context, Located, Planned, Stage, StageParams
 
 if TYPE_CHECKING:
     from stages.data.calibration import Batch, Kind
@@ -48,7 +48,7 @@ class GPTQParams(StageParams):
     damp_percent: float = Field(
         default=0.05, gt=0, lt=1, description="share of the mean that is added to the Hessian's diagonal"
     )
-    calibration: CalibrationMix = Field(
+    calibration: Annotated[CalibrationMix, Located()] = Field(
         default=CalibrationMix(), description="sequences whose activations say which errors matter"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute; auto: a GPU if any")
@@ -65,6 +65,7 @@ class GPTQStage(Stage[GPTQParams]):
     Params = GPTQParams
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        self.params.calibration.check()
         planned = super().plan(inputs)
         if planned.spec is None:
             return planned
@@ -157,10 +158,12 @@ class GPTQStage(Stage[GPTQParams]):
             "train",
             length=wanted.length,
             pictures=wanted.pictures,
-            seed=context.seed,
+            seed=context.seed if wanted.seed is None else wanted.seed,
+            texts=wanted.texts,
         )
         counts = wanted.counts(material.kinds())
         passages = [material.passage(kind, number) for kind, count in counts.items() for number in range(count)]
+        wanted.tell(context, material.left_out)
         write_language_model(family, model, context.scratch / "text", source)
         trunk = family.trunk(model)
         name = next(name for name, module in model.named_modules() if module is trunk)

@@ -8,7 +8,7 @@ is in its format, so its tools read it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
@@ -18,13 +18,13 @@ from stages.models import checkpoint
 from stages.models.family import families, family_of
 from stages.resources import device_of
 from stages.runtimes.imatrix import IMATRIX_NAME, Collected, write_imatrix
-from stages.stage import Context, Planned, Stage, StageParams
+from stages.stage import Context, Located, Planned, Stage, StageParams
 
 _TOGETHER: Final = 4  # sequences in one pass
 
 
 class ImatrixParams(StageParams):
-    calibration: CalibrationMix = Field(
+    calibration: Annotated[CalibrationMix, Located()] = Field(
         default=CalibrationMix(), description="sequences whose activations say which columns matter"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute; auto: a GPU if any")
@@ -41,6 +41,7 @@ class ImatrixStage(Stage[ImatrixParams]):
     Params = ImatrixParams
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
+        self.params.calibration.check()
         spec = super().plan(inputs).spec
         family = next((family for family in families() if spec is not None and family.name == spec.family), None)
         if family is not None and "llamacpp" not in family.runtimes:
@@ -79,10 +80,12 @@ class ImatrixStage(Stage[ImatrixParams]):
             "train",
             length=wanted.length,
             pictures=wanted.pictures,
-            seed=context.seed,
+            seed=context.seed if wanted.seed is None else wanted.seed,
+            texts=wanted.texts,
         )
         counts = wanted.counts(material.kinds())
         passages = [material.passage(kind, number) for kind, count in counts.items() for number in range(count)]
+        wanted.tell(context, material.left_out)
         passages.sort(key=lambda passage: passage.order)
         trunk = family.trunk(model)
         collected = collect(

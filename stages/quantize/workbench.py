@@ -129,7 +129,8 @@ class Workbench:
             side,
             length=mix.length,
             pictures=mix.pictures,
-            seed=self._seed,
+            seed=self._seed if mix.seed is None else mix.seed,
+            texts=mix.texts,
         )
         kinds = material.kinds()
         ordinary = [

@@ -1,0 +1,92 @@
+"""A user's own text to calibrate on, cut into pieces; those that repeat what a verdict asks are left out.
+
+A piece repeats a test or validation article if they share 13 words in a row (the criterion of Brown et al. 2020,
+arXiv 2005.14165, appendix C), and a prompt if that stands in it as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Final, Literal
+
+from artifacts.errors import SourceError
+from stages.data import articles, remote_files
+from stages.data.prompt_sets import SETS
+from stages.data.prompts import load_prompts, normalise
+
+_IN_A_ROW: Final = 13  # words
+_WHOLE: Final = 5  # words that a prompt has at least, to be told from ordinary language
+_VALIDATION: Final = 0.15  # of the pieces
+
+
+def pieces(source: str, side: Literal["train", "validation"], letters: int, seed: int = 0) -> tuple[list[str], int]:
+    """Pieces of about so many letters, cut between words, in the order that `seed` gives; and how many were left out.
+
+    Args:
+        source: plain text in UTF-8, as `remote_files` names it.
+
+    Raises:
+        SourceError: it cannot be read, is no text, or nothing is left of it.
+    """
+    try:
+        text = remote_files.read(source).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            "the calibration text is not plain text in UTF-8",
+            where=source,
+            why=f"byte {error.start} is none of its",
+            way_out="give a .txt file; of other files the texts alone, one below the other",
+        ) from error
+    every = list(_cut(text, letters))
+    kept = [piece for piece in every if not _repeats(normalise(piece))]
+    here = [piece for piece in kept if (_place(piece) < _VALIDATION) == (side == "validation")]
+    if not here:
+        raise SourceError(
+            "the calibration text has no passage to calibrate on",
+            where=source,
+            why=f"of {len(every)} pieces {len(every) - len(kept)} repeat what tests ask",
+            way_out="give a longer text, or leave `texts` out for Wikipedia articles",
+        )
+    here.sort(key=lambda piece: _digest(f"{seed}:{piece}"))
+    return here, len(every) - len(kept)
+
+
+def _cut(text: str, letters: int) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = start + letters
+        if end < len(text):
+            space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+            end = space if space > start else end
+        if piece := text[start:end].strip():
+            yield piece
+        start = end
+
+
+def _repeats(piece: str) -> bool:
+    rows, prompts = _asked()
+    return not rows.isdisjoint(_rows(piece.split())) or any(prompt in piece for prompt in prompts)
+
+
+@cache
+def _asked() -> tuple[frozenset[str], tuple[str, ...]]:
+    """Words in a row of the articles, and the prompts, that nothing may be calibrated on."""
+    sides: tuple[Literal["test", "validation"], ...] = ("test", "validation")
+    texts = [article.text for side in sides for article in articles.load_articles(side)]
+    rows = frozenset(row for text in texts for row in _rows(normalise(text).split()))
+    prompts = [normalise(prompt.text) for name in SETS for side in sides for prompt in load_prompts(name, side)]
+    return rows, tuple(dict.fromkeys(prompt for prompt in prompts if len(prompt.split()) >= _WHOLE))
+
+
+def _rows(words: Sequence[str]) -> Iterator[str]:
+    return (" ".join(words[start : start + _IN_A_ROW]) for start in range(len(words) - _IN_A_ROW + 1))
+
+
+def _place(piece: str) -> float:
+    return int(_digest(piece)[:8], 16) / 16**8
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
