@@ -211,7 +211,7 @@ def planned(**types: str) -> dict[str, Planned]:
     [
         ({"harmful": {"advbnech": 3}}, {"gguf": "gguf", "source": "checkpoint"}, "did you mean 'advbench'"),
         ({"over_refusal": {"pears": 3}}, {"gguf": "gguf", "source": "checkpoint"}, "did you mean 'pairs'"),
-        ({"baseline": "gguf"}, {"gguf": "gguf", "other": "gguf"}, "baseline names 'gguf'"),
+        ({"baseline": "icet"}, {"gguf": "gguf", "icet": "verdict"}, "baseline names 'icet'"),
         ({}, {"source": "checkpoint"}, "nothing to verify"),
         ({"hardened": "icet"}, {"gguf": "gguf", "source": "checkpoint", "icet": "verdict"}, "hardened names 'icet'"),
         ({"harmful": {}}, {"gguf": "gguf", "source": "checkpoint"}, "asks no harmful prompt"),

@@ -28,7 +28,7 @@ def test_a_gguf_without_a_recipe_or_a_baseline_is_verified_and_a_gate_that_fails
     runs = ("--runs-dir", str(tmp_path / "runs"))
     result = CliRunner().invoke(app, ["verify", str(model), "--exits", "2", *SMALL, *gates, *runs, "--plain"])
     assert result.exit_code == 3, result.output
-    assert "give a baseline" in result.output  # what could not be measured fails, and says why
+    assert "give one as the baseline" in result.output  # what could not be measured fails, and says why
     (folder,) = (tmp_path / "runs").iterdir()
     report = json.loads((folder / "report.json").read_text())
     assert {gate["name"]: gate["passed"] for gate in report["gates"]} == {
@@ -41,6 +41,23 @@ def test_a_gguf_without_a_recipe_or_a_baseline_is_verified_and_a_gate_that_fails
     (subject,) = report["subjects"]
     assert (subject["kind"], subject["default_exit"]) == ("shipped", 2)
     assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_a_gguf_may_be_the_baseline_of_another(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    model = str(tiny_verified["gguf"].path / "model.gguf")
+    gates = ("--gate", "max_kl=0.001", "--gate", "max_over_refusal_rise=0", "--gate", "max_utility_drop=0")
+    runs = ("--runs-dir", str(tmp_path / "runs"))
+    command = ["verify", model, "--baseline", model, "--exits", "2", *SMALL, *gates, *runs, "--plain"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    measures = json.loads((folder / "report.json").read_text())["measures"]
+    rows = {row["measure"]: row for row in measures if row["artifact"] == "target"}
+    assert rows["kl_text"]["value"] == pytest.approx(0, abs=1e-6)
+    assert rows["kl_text"]["note"] == "llamacpp on 'source' to this, a token; text only"
+    assert rows["unsafe_by_quantization"]["value"] == 0
+    # llama.cpp's encoder is under test itself.
+    assert rows["fidelity_cosine"]["value"] is None and "give one as the baseline" in rows["fidelity_cosine"]["note"]
 
 
 def test_with_a_baseline_the_target_ships_and_the_baseline_is_what_it_is_compared_with(

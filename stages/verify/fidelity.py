@@ -61,7 +61,7 @@ def fidelity_rows(one: Answers, deployed: Embeddings, reference: Embeddings, ref
             known = exit in deployed.by_exit
             why = f"'{reference_id}' has no exit {exit}" if known else f"exit {exit} was not measured"
             if reference_id is None:
-                why = "there is no checkpoint to compare with: give a baseline"
+                why = "there is no checkpoint to compare with: give one as the baseline"
             rows.append(row("fidelity_cosine", None, why))
             continue
         pairs = list(zip(deployed.by_exit[exit], reference.by_exit[exit], deployed.slots, strict=True))

@@ -89,7 +89,10 @@ def language_rows(
     reference: str | None,
     seed: int,
 ) -> list[Measure]:
-    """`kl_text`, `kl_refusal` and `perplexity` of one artifact; rows without a value where there is no reference."""
+    """`kl_text`, `kl_refusal` and `perplexity` of one artifact; rows without a value where there is no reference.
+
+    reference: runtime and artifact of `there`, in words.
+    """
     import numpy as np
 
     if not asked:
@@ -98,14 +101,14 @@ def language_rows(
     for measure in (_TEXT, _REFUSING):
         places = [place for place, passage in enumerate(asked) if passage.measure == measure]
         if not there or not places:
-            why = "no checkpoint to compare with" if reference is None else "no such passages"
+            why = "nothing to compare with" if reference is None else "no such passages"
             rows.append(one.row(measure, None, unit="nats", note=why))
         elif any(here[place].tokens != there[place].tokens for place in places):
-            why = f"the tokenizer cuts text into other tokens than that of '{reference}'"
+            why = f"the tokenizer cuts text into other tokens than {reference}"
             rows.append(one.row(measure, None, unit="nats", note=why))
         else:
             values = np.array([kl(there[place].logprobs, here[place].logprobs) for place in places])
-            note = f"transformers on '{reference}' to this, a token; text only"
+            note = f"{reference} to this, a token; text only"
             rows.append(one.row(measure, mean(values, seed), unit="nats", note=note))
     surprises = np.array([here[place].surprise for place, passage in enumerate(asked) if passage.measure == _TEXT])
     whole = mean(surprises, seed)

@@ -51,7 +51,9 @@ def quantization_rows(
     made_from = one.subject.artifact.manifest.provenance.inputs.values()
     known = next((other for other in measured if other.subject.artifact.digest in made_from), None)
     before = known if made_from else next((other for other in measured if other.subject.id == named), None)
-    if one.subject.artifact.type == "checkpoint" or before is None or before.subject.artifact.type != "checkpoint":
+    if one.subject.artifact.type == "checkpoint" or before is None:
+        return []
+    if known is not None and known.subject.artifact.type != "checkpoint":
         return []
     note = f"against '{before.subject.id}'" + ("" if known else ", if the file was made from that")
     rows: list[Measure] = []

@@ -134,7 +134,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
 
     def _check_reference(self, parameter: str, id: str, inputs: Mapping[str, Planned]) -> None:
         planned = inputs.get(id)
-        wanted = MODEL_TYPES if parameter.startswith("controls") else ("checkpoint",)
+        wanted = ("checkpoint",) if parameter in ("hardened", "fidelity_to") else MODEL_TYPES
         if planned is None or planned.type not in wanted:
             fitting = [name for name, other in inputs.items() if other.type in wanted]
             kind = f"of type {planned.type!r}" if planned else "not a stage"

@@ -182,6 +182,7 @@ class Verification:
         params, layers, seed = self.params, setting.layers, self.params.prompt_seed
         baseline = next((one for one in measured if one.subject.id == params.baseline), None)
         reference = seen.get(self.reference, _Seen()) if self.reference is not None else _Seen()
+        runtime = next((one.subject.runtime for one in measured if one.subject.id == self.reference), "transformers")
         rows: list[Measure] = []
         for one in measured:
             subject = one.subject
@@ -195,10 +196,16 @@ class Verification:
                 rows += vqa_rows(one)
             if subject.gated:
                 here = seen[subject.id]
-                rows += fidelity_rows(one, here.embeddings, reference.embeddings, self.reference)
-                rows += language_rows(
-                    one, setting.passages, here.predictions, reference.predictions, self.reference, seed
+                # What an image encoder should give is for transformers to say; a GGUF's is under test itself.
+                exact = runtime == "transformers"
+                rows += fidelity_rows(
+                    one,
+                    here.embeddings,
+                    reference.embeddings if exact else Embeddings(),
+                    self.reference if exact else None,
                 )
+                named = f"{runtime} on '{self.reference}'" if self.reference is not None else None
+                rows += language_rows(one, setting.passages, here.predictions, reference.predictions, named, seed)
                 rows += memory_rows(one, self.context.device, measure=params.measure_memory)
                 if params.measure_speed:
                     self.context.log(f"{subject.id}: measuring speed")
