@@ -142,7 +142,7 @@ def _verified(folder: Path) -> str:
     path = folder / "ran.yaml"
     path.write_text(HARDENED.format(memory="340MiB", type="Q4_0"))
     graph = load_graph(str(path), within_budget=False)
-    store, inputs = open_store(), dict[str, str]()
+    store, inputs = open_store(), dict[str, Artifact]()
     store.prepare()
     for number, node in enumerate(graph.nodes):
         key = str(number) * 64
@@ -158,11 +158,11 @@ def _verified(folder: Path) -> str:
             writer.close()
             about = {"type": "Q4_0", "default_exit": 11, "base": "demo:smol-llava"}
         origin = provenance(node.stage, key, inputs, seed=graph.recipe.seed_of(node.id))
-        inputs = {node.id: store.add(key, output, node.planned.type, about, origin).digest}
+        inputs = {node.id: store.add(key, output, node.planned.type, about, origin)}
     rows = [
         Measure(
             artifact="q4",
-            digest=inputs["gguf"],
+            digest=inputs["gguf"].digest,
             role="quantized",
             runtime="llamacpp",
             measure=name,
@@ -174,7 +174,7 @@ def _verified(folder: Path) -> str:
     output = store.new_output("b" * 64)
     write_measures(output / MEASURES_NAME, rows)
     store.add("b" * 64, output, "verdict", {}, Provenance(stage="icet-verify"))
-    return inputs["gguf"]
+    return inputs["gguf"].digest
 
 
 def test_a_damaged_note_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
