@@ -3,7 +3,8 @@
 Subjects are the bundle's manifest and every file in it, by digest, so a statement holds for these bytes alone.
 
 - SLSA provenance v1 (slsa.dev/provenance/v1): the recipe, every stage with its parameters, seed and code version, the
-  artifacts that it took by digest, the libraries with their versions; when the run began and its gates were checked
+  artifacts that it took and the data that it read by digest, the libraries with their versions; when the run began and
+  its gates were checked
 - test-result v0.1 (in-toto attestation, spec/predicates/test-result.md): the gates by name, and what they were read
   from
 """
@@ -42,6 +43,15 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Material:
+    """Data that stages or the verification read: a package or repository, and what of it."""
+
+    uri: str  # a package URL
+    digest: Mapping[str, str]  # algorithm -> hex, as in-toto names them (sha256, gitCommit)
+    read: Sequence[str]  # files in it; () is all of it
+
+
+@dataclass(frozen=True)
 class Origin:
     """How a bundle was made. Times are seconds since the epoch, UTC."""
 
@@ -52,6 +62,7 @@ class Origin:
     checked: float  # when the gates were checked
     stages: Sequence[Made]
     verdicts: Mapping[str, str]  # stage id -> digest
+    materials: Sequence[Material]
     versions: Mapping[str, str]  # Python, platform and libraries
     base_models: Sequence[str]
 
@@ -78,6 +89,14 @@ def provenance(bundle: Bundle, origin: Origin) -> dict[str, object]:
         },
         "resolvedDependencies": [
             *({"name": made.id, "digest": {"sha256": made.digest}} for made in origin.stages),
+            *(
+                {
+                    "uri": data.uri,
+                    "digest": dict(data.digest),
+                    **({"annotations": {"read": ", ".join(data.read)}} if data.read else {}),
+                }
+                for data in origin.materials
+            ),
             *({"uri": f"pkg:pypi/{name}@{number}"} for name, number in sorted(libraries.items())),
             *([{"name": _LLAMA_CPP, "annotations": {"build": build}}] if build is not None else []),
         ],

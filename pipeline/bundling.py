@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from artifacts.artifact import Artifact
+from artifacts.attestation import Material
 from artifacts.bundle import ARTIFACT, UNVERIFIED, VERDICT, Bundle, BundleFile, write_bundle
 from artifacts.bundle_bom import BOM_NAME, bill_of_materials
 from artifacts.card import EXIT_MAP, Card, Gate, Step, model_card, notice, spdx
@@ -21,6 +22,7 @@ from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHT_CONFIG, MEDIA_WE
 from pipeline.graph import Graph
 from pipeline.recipe import SOURCE_ID
 from pipeline.report.model import Report
+from stages.data import hub, package
 from stages.models.licence import licence_of
 
 CHAT_TEMPLATE: Final = "chat_template.jinja"
@@ -207,6 +209,35 @@ def tools(run: Run, id: str) -> dict[str, str]:
     for stage in lineage(run, id):
         found.update(run.artifacts[stage].manifest.provenance.libraries)
     return found
+
+
+def materials(run: Run, id: str) -> list[Material]:
+    """What the stages that stand behind `id`, and those that verified it, read from elsewhere."""
+    read: dict[tuple[str, str], list[str]] = {}
+    for stage in (*lineage(run, id), *verdicts_of(run, id)):
+        for reference in run.graph.node(stage).stage.downloads():
+            kind, _, _ = reference.partition(":")
+            if kind == "package":
+                source = package.parse(reference)
+                place = f"pkg:pypi/{source.name}@{source.pin.version}", f"sha256:{source.pin.sha256}"
+            else:
+                place = f"pkg:huggingface/{reference.removeprefix('hub:').partition('!')[0]}", _commit(reference)
+            read.setdefault(place, []).append(reference.partition("!")[2])
+    found = []
+    for (uri, digest), names in sorted(read.items()):
+        algorithm, _, value = digest.partition(":")
+        found.append(Material(uri, {algorithm: value} if value else {}, sorted(filter(None, set(names)))))
+    return found
+
+
+def _commit(reference: str) -> str:
+    """`gitCommit:HEX` of what was read from the hub; of what is in its cache no longer, nothing."""
+    if "!" in reference:
+        commit = hub.DataFile.parse(reference).commit()
+    else:
+        snapshot = hub.cached(*hub.parse(reference))
+        commit = snapshot.name if snapshot is not None else ""
+    return f"gitCommit:{commit}"
 
 
 def _own_version() -> str:

