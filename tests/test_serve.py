@@ -109,7 +109,9 @@ def test_a_model_from_a_registry_is_asked_about_an_image_through_the_openai_clie
             answer = ask(f"data:image/png;base64,{picture}")
             assert answer.usage is not None and answer.usage.completion_tokens > 0
             blind = ask("").usage
-            assert blind is not None and answer.usage.prompt_tokens - blind.prompt_tokens == 16  # patches
+            assert (
+                blind is not None and answer.usage.prompt_tokens - blind.prompt_tokens == 16 + 1
+            )  # patches and the template's newline
             streamed = list(ask(f"data:image/png;base64,{picture}", stream=True))
             assert len(streamed) > 1
             for elsewhere in ("file:///etc/hostname", f"{url}/health", "http://169.254.169.254/"):
