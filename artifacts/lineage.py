@@ -26,6 +26,9 @@ def training_of(artifact: Artifact) -> Training:
     made = artifact.manifest.provenance
     if made.training is not None:
         return made.training
+    model = str(made.params.get("model", ""))
+    if made.stage == "source" and model.startswith("demo:"):
+        return Training(stages=(model,), complete=True)  # whichever it was, it may have been trained on prompts
     before = combined(_of_digest(artifact, digest) for digest in made.inputs.values())
     return before.then(made.stage) if trains_on_prompts(made.params) else before
 

@@ -150,6 +150,8 @@ def test_of_an_older_artifact_the_store_tells_and_what_is_gone_is_not_known(tmp_
     tuned = stored("tuned", Provenance(stage="l-ppo", params=prompts, inputs={"source": source.digest}))
     gguf = stored("gguf", Provenance(stage="gguf", inputs={"tuned": tuned.digest}))
     assert training_of(gguf) == Training(stages=("l-ppo",), complete=True)
+    demo = stored("demo", Provenance(stage="source", params={"model": "demo:smol-llava"}))
+    assert training_of(demo) == Training(stages=("demo:smol-llava",), complete=True)
     shutil.rmtree(source.path)
     assert training_of(gguf) == Training(stages=("l-ppo",))
     shutil.rmtree(tuned.path)
