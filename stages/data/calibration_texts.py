@@ -6,12 +6,12 @@ arXiv 2005.14165, appendix C), and a prompt if that stands in it as a whole.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Final, Literal
 
 from artifacts.errors import SourceError
+from artifacts.manifest import sha256_bytes
 from stages.data import articles, remote_files
 from stages.data.prompt_sets import SETS
 from stages.data.prompts import load_prompts, normalise
@@ -49,7 +49,7 @@ def pieces(source: str, side: Literal["train", "validation"], letters: int, seed
             why=f"of {len(every)} pieces {len(every) - len(kept)} repeat what tests ask",
             way_out="give a longer text, or leave `texts` out for Wikipedia articles",
         )
-    here.sort(key=lambda piece: _digest(f"{seed}:{piece}"))
+    here.sort(key=lambda piece: sha256_bytes(f"{seed}:{piece}".encode()))
     return here, len(every) - len(kept)
 
 
@@ -85,8 +85,4 @@ def _rows(words: Sequence[str]) -> Iterator[str]:
 
 
 def _place(piece: str) -> float:
-    return int(_digest(piece)[:8], 16) / 16**8
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return int(sha256_bytes(piece.encode())[:8], 16) / 16**8
