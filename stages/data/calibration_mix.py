@@ -6,6 +6,7 @@ Written at the top of a recipe it holds for all its quantizers; what a stage wri
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
@@ -14,7 +15,10 @@ from stages.data import articles, easy_vqa, images, prompt_sets, prompts, remote
 from stages.stage import Context, Located, StageParams
 
 if TYPE_CHECKING:
-    from stages.data.calibration import Kind
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stages.data.calibration import Calibration, Kind, Passage, Side
+    from stages.models.family import Family
 
 
 class CalibrationMix(StageParams):
@@ -61,6 +65,35 @@ class CalibrationMix(StageParams):
         """
         if self.texts is not None:
             remote_files.check(self.texts)
+
+    def material(
+        self,
+        family: Family,
+        folder: Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        side: Side,
+        seed: int,
+    ) -> Calibration:
+        """The sequences of one model (`Calibration`). `seed` is the stage's; one that is written here wins."""
+        from stages.data.calibration import Calibration
+
+        return Calibration(
+            family,
+            folder,
+            model,
+            tokenizer,
+            side,
+            length=self.length,
+            pictures=self.pictures,
+            seed=seed if self.seed is None else self.seed,
+            texts=self.texts,
+        )
+
+    def passages(self, material: Calibration) -> list[Passage]:
+        """So many of every kind as `counts` says."""
+        counts = self.counts(material.kinds())
+        return [material.passage(kind, number) for kind, count in counts.items() for number in range(count)]
 
     def tell(self, context: Context, left_out: int) -> None:
         """Say in the run's events what of `texts` was not used."""

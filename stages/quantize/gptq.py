@@ -144,25 +144,13 @@ class GPTQStage(Stage[GPTQParams]):
         of each kind there are, and the name of the blocks in the whole model. That is gone when this returns."""
         from transformers import AutoTokenizer
 
-        from stages.data.calibration import Calibration
         from stages.data.calibration import batches as one_by_one
 
         source, wanted = context.input("checkpoint").path, self.params.calibration
         model = family.load(source, dtype=dtype, device=device)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        material = Calibration(
-            family,
-            source,
-            model,
-            tokenizer,
-            "train",
-            length=wanted.length,
-            pictures=wanted.pictures,
-            seed=context.seed if wanted.seed is None else wanted.seed,
-            texts=wanted.texts,
-        )
-        counts = wanted.counts(material.kinds())
-        passages = [material.passage(kind, number) for kind, count in counts.items() for number in range(count)]
+        material = wanted.material(family, source, model, tokenizer, "train", context.seed)
+        counts, passages = wanted.counts(material.kinds()), wanted.passages(material)
         wanted.tell(context, material.left_out)
         write_language_model(family, model, context.scratch / "text", source)
         trunk = family.trunk(model)

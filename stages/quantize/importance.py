@@ -61,7 +61,7 @@ class ImatrixStage(Stage[ImatrixParams]):
     def run(self, context: Context) -> Mapping[str, object]:
         from transformers import AutoTokenizer
 
-        from stages.data.calibration import Calibration, batches
+        from stages.data.calibration import batches
         from stages.runtimes.activations import collect
 
         wanted = self.params.calibration
@@ -72,19 +72,8 @@ class ImatrixStage(Stage[ImatrixParams]):
         model = family.load(source.path, dtype=checkpoint.dtype_of(config), device=device)
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
         context.progress(0, wanted.samples, "reading calibration data")
-        material = Calibration(
-            family,
-            source.path,
-            model,
-            tokenizer,
-            "train",
-            length=wanted.length,
-            pictures=wanted.pictures,
-            seed=context.seed if wanted.seed is None else wanted.seed,
-            texts=wanted.texts,
-        )
-        counts = wanted.counts(material.kinds())
-        passages = [material.passage(kind, number) for kind, count in counts.items() for number in range(count)]
+        material = wanted.material(family, source.path, model, tokenizer, "train", context.seed)
+        counts, passages = wanted.counts(material.kinds()), wanted.passages(material)
         wanted.tell(context, material.left_out)
         passages.sort(key=lambda passage: passage.order)
         trunk = family.trunk(model)

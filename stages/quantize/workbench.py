@@ -117,25 +117,12 @@ class Workbench:
     def _made(self, side: Side) -> Probe:
         from transformers import AutoTokenizer
 
-        from stages.data.calibration import Calibration, batches
+        from stages.data.calibration import batches
 
         tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
         mix, count = self._params.calibration, self._params.refusals
-        material = Calibration(
-            self._family,
-            self._folder,
-            self._model,
-            tokenizer,
-            side,
-            length=mix.length,
-            pictures=mix.pictures,
-            seed=self._seed if mix.seed is None else mix.seed,
-            texts=mix.texts,
-        )
-        kinds = material.kinds()
-        ordinary = [
-            material.passage(kind, number) for kind, count in mix.counts(kinds).items() for number in range(count)
-        ]
+        material = mix.material(self._family, self._folder, self._model, tokenizer, side, self._seed)
+        kinds, ordinary = material.kinds(), mix.passages(material)
         beside = (True, False) if "question" in kinds else (False,)
         refusals = [
             [material.refusal(number, picture=picture) for number in range(count)]
