@@ -8,6 +8,7 @@ outputs that nobody is at work on, and what was set aside as damaged. Everything
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -73,7 +74,8 @@ def collect(store: Store, runs: Sequence[Path] = (), *, dry_run: bool = False) -
 
 def _referred(store: Store, runs: Sequence[Path]) -> tuple[set[str], set[str]]:
     """Digests and content keys that runs need."""
-    digests: set[str] = set()
+    # Leases before events: of a run that ends meanwhile, the events then tell all.
+    digests = _leased(store)
     keys: set[str] = set()
     folders = {folder.resolve() for folder in runs}
     for record in (store.root / "runs").glob("*"):
@@ -91,13 +93,20 @@ def _referred(store: Store, runs: Sequence[Path]) -> tuple[set[str], set[str]]:
                     keys.add(event.key)
     # A run may have been killed between storing an artifact and saying so.
     digests.update(artifact.digest for key in keys if (artifact := store.peek(key)) is not None)
+    return digests, keys
+
+
+def _leased(store: Store) -> set[str]:
+    """Digests that active runs hold; leases of runs that are gone are cleared away."""
+    digests: set[str] = set()
     for lease in (store.root / "leases").glob("*"):
         lock = FileLock(lease)
         if lock.try_acquire():  # its run is gone
             lock.release(remove=True)
-        else:
+            continue
+        with contextlib.suppress(FileNotFoundError):  # its run has just ended
             digests.update(lease.read_text(encoding="ascii").split())
-    return digests, keys
+    return digests
 
 
 def _candidates(store: Store, digests: set[str], keys: set[str]) -> Iterator[tuple[Kind, Path, FileLock | None]]:

@@ -220,7 +220,7 @@ def made(store: Path, digest_of: str, provenance: Provenance) -> Artifact:
 @pytest.fixture
 def shipped(tmp_path: Path) -> Artifact:
     """source -> l-ppo -> gguf, as they lie in a store."""
-    source = made(tmp_path, "source", Provenance(stage="source", key="0" * 64, params={"model": "demo:x"}))
+    source = made(tmp_path, "source", Provenance(stage="source", key="0" * 64, params={"model": "hub:x/y"}))
     trained = made(
         tmp_path,
         "trained",

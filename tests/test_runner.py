@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -10,6 +11,7 @@ import toy
 import yaml
 
 from artifacts.errors import StoreError
+from artifacts.locks import FileLock
 from artifacts.store import Store
 from pipeline.events import (
     Event,
@@ -267,6 +269,24 @@ def test_collecting_garbage_during_a_run_takes_nothing_from_it(place: Place) -> 
     collect(place.store)
     assert place.store.digests() == []
     assert json.loads(json.dumps(collect(place.store).__dict__))["bytes"] == 0
+
+
+def test_a_run_that_ends_while_garbage_is_collected_is_no_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = place.run(toy.chain_graph())
+    lease = contextlib.ExitStack()
+    lease.enter_context(place.store.lease("other", place.runs))
+
+    class EndsMeanwhile(FileLock):
+        def try_acquire(self) -> bool:
+            taken = super().try_acquire()
+            if self.path.name == "other" and not taken:
+                lease.close()
+            return taken
+
+    monkeypatch.setattr("pipeline.gc.FileLock", EndsMeanwhile)
+    assert collect(place.store).removed == []
+    assert not (place.store.root / "leases" / "other").exists()
+    assert sorted(set(digests(result).values())) == place.store.digests()
 
 
 def test_progress_reaches_the_events(place: Place) -> None:
