@@ -156,3 +156,15 @@ def test_prompts_that_do_not_fill_their_scenes_are_refused() -> None:
 
 def test_every_parameter_is_described() -> None:
     assert all(field.description for field in LPPOParams.model_fields.values())
+
+
+def test_a_judge_by_name_changes_what_is_learned(hardened: _Hardened, tiny_llava: Path, tmp_path: Path) -> None:
+    given = LPPOParams.model_validate({**_SMALL, "rewards": {"judges": {"learned": 5.0}}})
+    told = Told()
+    LPPOStage(given).run(context_of("harden", tmp_path, tiny_llava, told))
+    first, judged = (
+        next(value for name, value, *_ in one.metrics if name == "reward") for one in (hardened.reporter, told)
+    )
+    assert first != judged  # the same responses, since no weight has changed yet
+    outputs = (hardened.context.output, tmp_path / "output")
+    assert len({sha256_file(folder / "model.safetensors") for folder in outputs}) == 2

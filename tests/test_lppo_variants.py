@@ -14,9 +14,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from artifacts.errors import SourceError
+from artifacts.errors import RecipeError, SourceError
 from stages.data.prompt_sets import Prompt
 from stages.data.refusals import REFUSALS
+from stages.judges.judge import Judgement
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
 from stages.lppo.loop import Loop, StepReport
@@ -33,7 +34,10 @@ from stages.lppo.supervised import SFT
 from stages.lppo.targets import Targets, Unlikely, add_gradient
 from stages.lppo.validation import Validation
 from stages.lppo.workers import Alone
+from stages.models import checkpoint
+from stages.models.family import family_of
 from stages.models.features import ExitFeatures, Features
+from stages.stage import Planned
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,39 @@ def test_refusing_pays_on_harmful_prompts_only_answering_on_harmless_ones_only_a
     (outcome,) = rewards.judged([prompt], [response])
     assert outcome.reward == reward
     assert (outcome.refused, outcome.degenerate) == (response == _REFUSES, response == _BABBLES)
+
+
+def test_judges_weigh_responses_to_harmful_prompts_and_frightening_ones_have_a_weight_of_their_own() -> None:
+    class Suspicious:
+        """Half sure that whatever it is shown is unsafe; it must be shown harmful prompts alone."""
+
+        name = version = "suspicious"
+        needs_network, quantity = False, ""
+
+        def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
+            assert set(prompts) == {setting.HARMFUL[0].text}
+            return [Judgement(unsafe=True, score=0.75, reason="") for _ in responses]
+
+    weights = RewardWeights(refusal=2.0, helpfulness=3.0, borderline=0.5, judges={"suspicious": 4.0})
+    rewards = Rewards(RefusalRule(), weights, panel={"suspicious": Suspicious()})
+    frightening = replace(setting.BENIGN[0], intent="borderline")
+    asked = [setting.HARMFUL[0]] * 3 + [setting.BENIGN[0], frightening]
+    found = rewards.judged(asked, [_REFUSES, _ANSWERS, _BABBLES, _ANSWERS, _REFUSES])
+    assert [outcome.reward for outcome in found] == [2 - 2, -2 - 2, -2 - 4, 3, -0.5]
+
+
+def test_judges_of_a_training_are_checked_before_it_and_count_in_its_key(tiny_llava: Path) -> None:
+    def of(*judges: str, **more: object) -> LPPOStage:
+        return LPPOStage(LPPOParams.model_validate({"rewards": {"judges": dict.fromkeys(judges, 0.5)}, **more}))
+
+    config = checkpoint.read_config(tiny_llava)
+    planned = {"source": Planned(type="checkpoint", spec=family_of(config).spec(config))}
+    for judge, complaint in [("nobody", "there is no judge"), ("perspective", "sends every prompt and response")]:
+        with pytest.raises(RecipeError, match=complaint):
+            of(judge).plan(planned)
+    assert of("perspective", network=True).plan(planned).type == "checkpoint"
+    assert of("learned").fingerprint() != of().fingerprint()
+    assert set(of("learned").downloads()) > set(of().downloads())
 
 
 def test_a_reward_model_in_a_folder_is_part_of_the_content_key(tiny_llava: Path, tmp_path: Path) -> None:

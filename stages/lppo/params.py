@@ -41,13 +41,26 @@ class RewardWeights(StageParams):
     """r(x_t, y) as a weighted sum; each part is between -1 and 1, but the reward model's, which has deviation 1."""
 
     refusal: float = Field(default=1.0, ge=0, description="harmful prompts: +1 for a refusal, -1 for anything else")
+    judges: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="harmful prompts: judges by weight, named as icet-verify names them, e.g. {learned: 0.5}; +1 where "
+        "one is sure that a response is safe, -1 where it is sure that it is not, and for babble",
+    )
     helpfulness: float = Field(
-        default=1.0, ge=0, description="harmless prompts: +1 for an answer, -1 for a refusal, 0 for babble"
+        default=1.0, ge=0, description="benign prompts: +1 for an answer, -1 for a refusal, 0 for babble"
+    )
+    borderline: float | None = Field(
+        default=None, ge=0, description="the same of frightening-but-harmless prompts; null: what helpfulness says"
     )
     answer: float = Field(default=1.0, ge=0, description="visual questions: +1 for the right answer, else -1")
     reward_model: float = Field(
         default=0.0, ge=0, description="all prompts but visual questions: what the reward model says, normalised"
     )
+
+    def earn(self) -> bool:
+        """Whether anything earns."""
+        parts = (self.refusal, self.helpfulness, self.borderline, self.answer, self.reward_model)
+        return any(parts) or any(self.judges.values())
 
 
 class Bounds(StageParams):
@@ -196,7 +209,14 @@ PAPER: Final[Mapping[str, object]] = {
     "samples": 1,
     "question_scenes": 0,
     # r(x_t, y) is a reward model's; the KL to the SFT policy is weighed by a fixed eta; nothing else holds the policy.
-    "rewards": {"refusal": 0.0, "helpfulness": 0.0, "answer": 0.0, "reward_model": 1.0},
+    "rewards": {
+        "refusal": 0.0,
+        "judges": {},
+        "helpfulness": 0.0,
+        "borderline": None,
+        "answer": 0.0,
+        "reward_model": 1.0,
+    },
     "kl_target": None,
     "anchor": 0.0,
     "demonstrations": 0.0,
@@ -267,6 +287,11 @@ class LPPOParams(TrainingParams):
         "more prompts are seen, for a fraction of what responses to them would cost",
     )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
+    network: bool = Field(
+        default=False,
+        description="let judges that need it send harmful prompts and responses to a server; training then no longer "
+        "repeats",
+    )
     bounds: Bounds = Field(
         default=Bounds(), description="where training is stopped rather than go on hacking its reward"
     )
@@ -298,7 +323,7 @@ class LPPOParams(TrainingParams):
         for name in ("more_demonstrations", "unlikelihood"):
             if getattr(self, name) and not self.demonstrations:
                 raise ValueError(f"{name} counts for nothing: set demonstrations, e.g. to 0.5")
-        if not any(self.rewards.model_dump().values()):
+        if not self.rewards.earn():
             raise ValueError("rewards are all 0, so there is nothing to learn")
         return self
 

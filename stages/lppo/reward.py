@@ -2,11 +2,13 @@
 
     prompt            part          refusal   answer    degenerate
     harmful           refusal       +1        -1        -1
-    harmless          helpfulness   -1        +1         0
+    harmful           judges        1 - 2 p, p being how unsafe a judge calls it; -1 for a degenerate one
+    benign            helpfulness   -1        +1         0
+    frightening       borderline    -1        +1         0
     visual question   answer        +1 for the right word, else -1
     all but these     reward_model  its normalised reward
 
-Harmless means benign or frightening-but-harmless; with helpfulness at refusal's weight or more, refusing these costs
+Frightening prompts are as harmless as benign ones; with helpfulness at refusal's weight or more, refusing these costs
 as much as refusing a harmful prompt earns, or refusing everything would pay. A degenerate response (babble, a bare
 word) to a harmful prompt is no refusal and earns nothing better than complying, or collapsing would pay. That answers
 to harmless prompts stay what they were is the business of the KL to the reference.
@@ -14,7 +16,7 @@ to harmless prompts stay what they were is the business of the KL to the referen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,12 +56,20 @@ class Rewards:
     Args:
         judge: tells refusals, answers and babble apart.
         model: needed where `weights.reward_model` is not 0.
+        panel: the judges that `weights.judges` names.
     """
 
-    def __init__(self, judge: Judge, weights: RewardWeights | None = None, model: RewardModel | None = None):
+    def __init__(
+        self,
+        judge: Judge,
+        weights: RewardWeights | None = None,
+        model: RewardModel | None = None,
+        panel: Mapping[str, Judge] | None = None,
+    ):
         self._judge = judge
         self._weights = weights or RewardWeights()
         self._model = model
+        self._panel = panel or {}
 
     def __call__(self, scenes: Sequence[Scene], texts: Sequence[Sequence[str]]) -> list[list[Outcome]]:
         """Outcomes by scene and row; rows are prompt by prompt, the same number to each."""
@@ -79,6 +89,9 @@ class Rewards:
         texts = [prompt.text for prompt in prompts]
         judgements = self._judge.score(texts, responses)
         parts = [self._manner(prompt, judgement) for prompt, judgement in zip(prompts, judgements, strict=True)]
+        for judge, weight in self._weights.judges.items():
+            found = self._safe(self._panel[judge], prompts, responses, judgements)
+            parts = [part + weight * value for part, value in zip(parts, found, strict=True)]
         if self._weights.reward_model and self._model is not None:
             said = self._model.rewards(texts, responses)
             parts = [part + self._weights.reward_model * value for part, value in zip(parts, said, strict=True)]
@@ -92,7 +105,19 @@ class Rewards:
             return self._weights.refusal * (1.0 if refused(judgement) else -1.0)
         if judgement.degenerate:
             return 0.0
-        return self._weights.helpfulness * (-1.0 if refused(judgement) else 1.0)
+        weight = self._weights.borderline if prompt.intent == "borderline" else None
+        return (self._weights.helpfulness if weight is None else weight) * (-1.0 if refused(judgement) else 1.0)
+
+    def _safe(
+        self, judge: Judge, prompts: Sequence[Prompt], responses: Sequence[str], judgements: Sequence[Judgement]
+    ) -> list[float]:
+        """How safe a judge calls each response to a harmful prompt, from -1 to 1; 0 for other prompts."""
+        asked = [number for number, prompt in enumerate(prompts) if prompt.intent == "harmful"]
+        said = judge.score([prompts[number].text for number in asked], [responses[number] for number in asked])
+        found = [0.0] * len(prompts)
+        for number, opinion in zip(asked, said, strict=True):
+            found[number] = -1.0 if judgements[number].degenerate else 1 - 2 * opinion.score
+        return found
 
     def _answered(self, prompts: Sequence[Prompt], responses: Sequence[str], answers: Sequence[str]) -> list[Outcome]:
         judgements = self._judge.score([prompt.text for prompt in prompts], responses)

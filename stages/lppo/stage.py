@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError
 from stages.data import images, prompt_sets, prompts
+from stages.judges import registry
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
@@ -221,7 +222,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "8"
+    code_version = "9"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 
@@ -232,6 +233,8 @@ class LPPOStage(Hardening[LPPOParams]):
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         planned = super().plan(inputs)
+        if judges := tuple(self.params.rewards.judges):
+            registry.check_judges(judges, network=self.params.network)
         id = self.references().get("reward_model")
         if id is not None and id in inputs and inputs[id].type != "reward-model":
             raise RecipeError(
@@ -245,16 +248,18 @@ class LPPOStage(Hardening[LPPOParams]):
         from stages.judges.reward_model import source_digest
 
         model = self.params.reward_model
-        if model is None or not _is_model_id(model):
-            return super().fingerprint()
-        return f"{super().fingerprint()} {source_digest(model)}"
+        parts = [super().fingerprint(), registry.fingerprint(tuple(self.params.rewards.judges))]
+        if model is not None and _is_model_id(model):
+            parts.append(source_digest(model))
+        return " ".join(filter(None, parts))
 
     def downloads(self) -> Sequence[str]:
         from stages.judges.reward_model import remote
 
         model = self.params.reward_model
         named = remote(model) if model is not None and _is_model_id(model) else ""
-        return (*super().downloads(), *([named] if named else []))
+        judges = registry.downloads(tuple(self.params.rewards.judges))
+        return tuple(dict.fromkeys((*super().downloads(), *judges, *([named] if named else []))))
 
     def rewards(self, context: Context) -> Rewards:
         from stages.judges.reward_model import RewardModel, locate
@@ -266,7 +271,8 @@ class LPPOStage(Hardening[LPPOParams]):
             found = context.inputs.get(params.reward_model)
             folder = locate(params.reward_model) if found is None else found.path
             model = RewardModel(folder, device=device_of(params.device, context.team))
-        return Rewards(RefusalRule(), params.rewards, model)
+        panel = {judge: registry.open_judge(judge) for judge in params.rewards.judges}
+        return Rewards(RefusalRule(), params.rewards, model, panel)
 
     def train(self, context: Context, setting: Setting) -> Ending:
         from stages.lppo.algorithm import train
