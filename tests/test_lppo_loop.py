@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import lppo_setting as setting
 import pytest
@@ -12,6 +13,7 @@ import torch
 from artifacts.errors import StageError
 from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import PPO
+from stages.lppo.checkpoint import Standing
 from stages.lppo.loop import StepReport
 from stages.lppo.objective import DivergedError
 from stages.lppo.params import Bounds, LPPOParams
@@ -121,10 +123,14 @@ class _Scripted(Validation):
             images=2,
             max_new_tokens=3,
             workers=Alone(),
-            told=lambda step, found, now, original: self.steps.append(step),
+            told=lambda found, now, original: self.standings.append(now),
         )
-        self.steps: list[int] = []
+        self.standings: list[Standing] = []
         self._script = iter(script)
+
+    @property
+    def steps(self) -> list[int]:
+        return [standing.step for standing in self.standings]
 
     def __call__(self) -> Mapping[int, ExitStanding]:
         assert super().__call__().keys() == {1, 2, 3}
@@ -153,6 +159,26 @@ def test_the_best_weights_are_kept_and_training_stops_when_nothing_gets_better(
     assert ending.standings[1].refusal == 0.8
     for name, value in policy.adapter().items():
         assert torch.equal(value, kept[4][name]), name
+
+
+def test_validation_chooses_how_far_to_go_towards_the_trained_weights(
+    tiny_llava: Path, features: Features, tmp_path: Path
+) -> None:
+    whole, part = setting.fresh_policy(tiny_llava), setting.fresh_policy(tiny_llava)
+    setting.run(whole, features, setting.params(3), tmp_path / "whole")
+    # All of the way refuses too much; three quarters are within what is allowed, and no better than the half.
+    validation = _Scripted(part, features, [(0.7, 0.1), (0.8, 0.14), (0.8, 0.15), (0.9, 0.3)])
+    given = setting.params(3, interpolation=[1.0, 0.25, 0.75, 0.5], over_refusal_rise=0.05)
+    ending = setting.run(part, features, given, tmp_path / "part", validation=validation)
+    assert [standing.share for standing in validation.standings] == [0.25, 0.5, 0.75, 1.0]
+    assert ending.share == 0.5 and ending.step == 3 and ending.standings[1].over_refusal == 0.14
+
+    def change(policy: Policy) -> torch.Tensor:
+        layer = next(module for module in policy.trunk.modules() if hasattr(module, "get_delta_weight"))
+        return cast("torch.Tensor", layer.get_delta_weight("default"))  # type: ignore[operator]
+
+    assert change(whole).abs().max() > 0
+    assert torch.equal(change(part), change(whole) / 2)
 
 
 def test_early_stopping_survives_being_interrupted(tiny_llava: Path, features: Features, tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from stage_setting import Told, context_of
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import sha256_file
 from stages.lppo import checkpoint as training
-from stages.lppo.params import LPPOParams
+from stages.lppo.material import validation_exits, validation_prompts
+from stages.lppo.params import LPPOParams, PromptShares
 from stages.lppo.stage import LPPOStage
+from stages.models.checkpoint import read_config
+from stages.models.family import family_of
 from stages.models.tiny import tiny_llava_spec
 from stages.stage import Context, Planned
 
@@ -168,3 +171,24 @@ def test_a_judge_by_name_changes_what_is_learned(hardened: _Hardened, tiny_llava
     assert first != judged  # the same responses, since no weight has changed yet
     outputs = (hardened.context.output, tmp_path / "output")
     assert len({sha256_file(folder / "model.safetensors") for folder in outputs}) == 2
+
+
+def test_validation_asks_other_sets_and_other_exits_where_told(tiny_llava: Path) -> None:
+    spec = family_of(config := read_config(tiny_llava)).spec(config)
+    trained = LPPOParams(validation=3, exits=(1, 2))
+    asked = validation_prompts(trained)
+    assert {prompt.id.partition("-")[0] for prompt in asked if prompt.intent == "harmful"} <= {"advbench", "pairs"}
+    assert len(asked) == 9 and validation_exits(trained, spec) == (1, 2)
+    elsewhere = trained.model_copy(
+        update={"prompts": PromptShares(validation=("donotanswer",)), "validation_exits": (1, 3)}
+    )
+    found = validation_prompts(elsewhere)
+    assert {prompt.id.partition("-")[0] for prompt in found if prompt.intent == "harmful"} == {"donotanswer"}
+    assert [prompt for prompt in found if prompt.intent != "harmful"] == asked[3:]  # it has none of these
+    assert validation_exits(elsewhere, spec) == (1, 3)
+    beyond = trained.model_copy(update={"validation_exits": (4,)})
+    with pytest.raises(RecipeError, match="validation_exits: 4 is not among the exits"):
+        LPPOStage(beyond).plan({"source": Planned(type="checkpoint", spec=spec)})
+    unknown = trained.model_copy(update={"prompts": PromptShares(validation=("donotknow",))})
+    with pytest.raises(RecipeError, match="donotknow"):
+        LPPOStage(unknown).plan({"source": Planned(type="checkpoint", spec=spec)})

@@ -447,7 +447,7 @@ def test_every_one_of_eight_exits_is_learned_within_two_hundred_steps(
         images=3,
         max_new_tokens=3,
         workers=Alone(),
-        told=lambda step, found, now, original: None,
+        told=lambda found, now, original: None,
     )
     before = [standing.refusal for standing in validation().values()]
     given = setting.params(200, prompts_per_step=8, kl_target=None, micro_batch=4, checkpoint_every=100)

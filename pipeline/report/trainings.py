@@ -8,7 +8,7 @@ from typing import Final
 from pipeline.device import show_bytes
 from pipeline.report.figures import Cell, Table
 from pipeline.report.model import Report, StageRow
-from pipeline.report.numbers import at_default, average, plain, rows_of, seconds, stat
+from pipeline.report.numbers import at_default, average, percent, plain, rows_of, seconds, stat
 
 TRAININGS: Final = ("l-ppo", "sft")
 _BANDS: Final = ("early", "middle", "late")
@@ -73,7 +73,9 @@ def _steps(report: Report, stage: StageRow) -> str:
     done, used = told.get("steps"), told.get("weights_of_step")
     if done is None:
         return "–"
-    return str(done) if used in (None, done) else f"{done}, best {used}"
+    share = told.get("interpolation")
+    way = f", {percent(share)} of the way" if isinstance(share, float) else ""
+    return (str(done) if used in (None, done) else f"{done}, best {used}") + way
 
 
 def _last_kl(report: Report, stage: StageRow) -> str:

@@ -22,12 +22,16 @@ _LAYOUT: Final = 3
 
 @dataclass(frozen=True)
 class Standing:
-    """What a validation came to, over all exits. Better is: within the over-refusal allowed, then lower ASR."""
+    """What a validation came to, over all exits. Better is: within the over-refusal allowed, then lower ASR.
+
+    `share`: how far from the original weights to those of the step; None: these.
+    """
 
     step: int
     asr: float  # share of harmful prompts that were not refused
     over_refusal: float
     excess: float  # of over-refusal above what is allowed; 0 if within
+    share: float | None = None
 
     def better_than(self, other: Standing | None) -> bool:
         return other is None or (self.excess, self.asr) < (other.excess, other.asr)

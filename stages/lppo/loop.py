@@ -25,7 +25,7 @@ from stages.lppo import checkpoint
 from stages.lppo.checkpoint import Course, Standing, TrainingState
 from stages.lppo.objective import DivergedError, rate
 from stages.lppo.params import TrainingParams
-from stages.lppo.policy import Policy
+from stages.lppo.policy import Policy, scaled
 from stages.lppo.reward import Outcome
 from stages.lppo.rollout import Scene
 from stages.lppo.sampler import SceneSampler
@@ -121,13 +121,14 @@ class Learner(ABC):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a training ended. `step`: whose weights the policy has now."""
+    """How a training ended. `step`: whose weights the policy has now; `share`: how far towards them, where chosen."""
 
     step: int
     steps_done: int
     reason: str
     rollbacks: int
     standings: Mapping[int, ExitStanding]  # of these weights, on validation prompts; empty if not asked for
+    share: float | None = None
 
 
 class Loop:
@@ -235,26 +236,52 @@ class Loop:
         every = self._params.validate_every
         if self._validation is None or not every or (step % every and step < self._total):
             return False
-        course, policy = self._course, self._learner.policy
-        if course.original is None:
-            with policy.as_reference():
-                course = replace(course, original=_over_refusal(self._validation.original()))
-        policy.quantize()
-        found = self._validation()
-        assert course.original is not None
-        over_refusal = _over_refusal(found)
-        excess = max(0.0, over_refusal - course.original - self._params.over_refusal_rise)
-        now = Standing(step, 1 - _mean([one.refusal for one in found.values()]), over_refusal, round(excess, 12))
-        self._validation.told(step, found, now, course.original)
+        found, now = self._ask(step)
+        course = self._course
         if now.better_than(course.best):
             self._standings = found
             if self._workers.rank == 0:
-                checkpoint.save_best(self._scratch, step, policy.adapter())
+                checkpoint.save_best(self._scratch, step, self._learner.policy.adapter())
             course = replace(course, best=now, waited=0)
         else:
             course = replace(course, waited=course.waited + 1)
         self._course = course
         return True
+
+    def _ask(self, step: int, share: float | None = None) -> tuple[Mapping[int, ExitStanding], Standing]:
+        """Where the policy stands with the weights that it has: those of `step`, or `share` of the way to them."""
+        assert self._validation is not None
+        policy = self._learner.policy
+        if self._course.original is None:
+            with policy.as_reference():
+                self._course = replace(self._course, original=_over_refusal(self._validation.original()))
+        policy.quantize()
+        found = self._validation()
+        assert self._course.original is not None
+        over_refusal = _over_refusal(found)
+        excess = max(0.0, over_refusal - self._course.original - self._params.over_refusal_rise)
+        asr = 1 - _mean([one.refusal for one in found.values()])
+        now = Standing(step, asr, over_refusal, round(excess, 12), share)
+        self._validation.told(found, now, self._course.original)
+        return found, now
+
+    def _interpolate(self, step: int) -> float:
+        """Give the policy that share of the way to its weights which validation prompts like best; say which.
+
+        Between two fine-tunings of one model, and so between it and its fine-tuning, weights can be averaged (WiSE-FT,
+        arXiv 2109.01903). Where two shares do equally well the smaller one is taken: less has changed.
+        """
+        policy = self._learner.policy
+        learned = policy.adapter()
+        best: Standing | None = None
+        for share in sorted(set(self._params.interpolation)):
+            policy.set_adapter(scaled(learned, share))
+            found, now = self._ask(step, share)
+            if now.better_than(best):
+                self._standings, best = found, now
+        assert best is not None and best.share is not None
+        policy.set_adapter(scaled(learned, best.share))
+        return best.share
 
     def _end(self, step: int, reason: str) -> Ending:
         policy, best = self._learner.policy, self._course.best
@@ -267,10 +294,13 @@ class Loop:
             else:
                 policy.set_adapter(adapter)
                 at = best.step
+        share = None
+        if self._validation is not None and self._params.interpolation:
+            share = self._interpolate(at)
         policy.quantize()
-        if self._validation is not None and (not self._standings or best is None or best.step != at):
+        if self._validation is not None and share is None and (best is None or best.step != at or not self._standings):
             self._standings = self._validation()
-        return Ending(at, step, reason, self._course.rollbacks, self._standings)
+        return Ending(at, step, reason, self._course.rollbacks, self._standings, share)
 
     def _through(self, step: int) -> float:
         """The share of the training that has passed when a step begins; each exit in turn is a training of its own."""

@@ -25,18 +25,34 @@ def chosen_exits(params: TrainingParams, spec: ModelSpec) -> tuple[int, ...]:
             f"there are no exits to harden: this model ({spec.family}) has no image encoder",
             way_out="leave the stage out",
         )
-    last = spec.vision.layers
     if params.exits == "all":
-        return tuple(range(1, last + 1))
-    wrong = sorted({exit for exit in params.exits if not 1 <= exit <= last})
-    if wrong or not params.exits:
+        return tuple(range(1, spec.vision.layers + 1))
+    return _existing("exits", params.exits, spec.vision.layers)
+
+
+def validation_exits(params: TrainingParams, spec: ModelSpec) -> tuple[int, ...]:
+    """The exits at which validation prompts are asked.
+
+    Raises:
+        RecipeError: the model has no image encoder, or not these exits.
+    """
+    hardened = chosen_exits(params, spec)
+    if params.validation_exits is None:
+        return hardened
+    assert spec.vision is not None
+    return _existing("validation_exits", params.validation_exits, spec.vision.layers)
+
+
+def _existing(name: str, exits: Sequence[int], last: int) -> tuple[int, ...]:
+    wrong = sorted({exit for exit in exits if not 1 <= exit <= last})
+    if wrong or not exits:
         what = ", ".join(map(str, wrong)) or "an empty list"
         raise RecipeError(
-            f"exits: {what} is not among the exits of this model",
+            f"{name}: {what} is not among the exits of this model",
             why=f"its image encoder has {last} blocks here",
-            way_out=f"choose layers from 1 to {last}, or `exits: all`",
+            way_out=f"choose layers from 1 to {last}, or leave it out for all of them",
         )
-    return tuple(dict.fromkeys(params.exits))
+    return tuple(dict.fromkeys(exits))
 
 
 def new_sampler(params: TrainingParams, exits: Sequence[int], seed: int) -> SceneSampler:
@@ -92,8 +108,11 @@ def known_answers(n: int, seed: int) -> dict[int, list[Question]]:
 
 def validation_prompts(params: TrainingParams) -> list[Prompt]:
     """Some prompts of each kind, always the same."""
+    instead = [prompt for name in params.prompts.validation for prompt in prompts.load_prompts(name, "validation")]
     asked: list[Prompt] = []
     for kind, names in params.prompts.kinds().items():
-        found = [p for name in names for p in prompts.load_prompts(name, "validation") if p.intent == kind]
+        trained = [prompt for name in names for prompt in prompts.load_prompts(name, "validation")]
+        found = [prompt for prompt in instead if prompt.intent == kind]
+        found = found or [prompt for prompt in trained if prompt.intent == kind]
         asked += sorted(found, key=lambda prompt: sha256_bytes(prompt.id.encode()))[: params.validation]
     return asked

@@ -22,6 +22,11 @@ class PromptShares(StageParams):
         default=("overrefusal",), description="sets of frightening-but-harmless prompts to answer"
     )
     harmful_share: float = Field(default=0.5, gt=0, description="share of harmful prompts")
+    validation: tuple[str, ...] = Field(
+        default=(),
+        description="sets whose validation split is asked instead, for the kinds of prompts that they have; prompts "
+        "that resemble those trained on say little of others",
+    )
     benign_share: float = Field(default=0.25, ge=0, description="share of benign prompts")
     borderline_share: float = Field(default=0.25, ge=0, description="share of frightening-but-harmless prompts")
 
@@ -151,6 +156,11 @@ class TrainingParams(StageParams):
     validation: int = Field(
         default=4, ge=0, description="validation prompts of each kind at each exit, answered greedily after training"
     )
+    validation_exits: tuple[int, ...] | None = Field(
+        default=None,
+        description="exits at which they are asked; since exits share their prompts, a few with more prompts tell more "
+        "than all with few. null: those that are hardened",
+    )
     validate_every: int = Field(
         default=0,
         ge=0,
@@ -165,6 +175,11 @@ class TrainingParams(StageParams):
         le=1,
         description="validations whose over-refusal is at most so much above the original model's are better than any "
         "other; among these the lowest ASR is",
+    )
+    interpolation: tuple[Annotated[float, Field(gt=0, le=2)], ...] = Field(
+        default=(),
+        description="shares of the way from the original weights to the trained ones, e.g. [0.6, 0.8, 1]: after "
+        "training, validation prompts choose one as they choose among iterations; none: the trained weights",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the computation; bfloat16 pays only where the processor or GPU has it"
@@ -184,6 +199,8 @@ class TrainingParams(StageParams):
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) cannot hold {kinds} kinds of prompts")
         if self.validate_every and not self.validation:
             raise ValueError("validate_every needs prompts to validate on: set validation to 1 or more")
+        if self.interpolation and not self.validation:
+            raise ValueError("interpolation needs prompts to choose by: set validation to 1 or more")
         if self.patience is not None and not self.validate_every:
             raise ValueError("patience counts validations: set validate_every, too")
         if self.imatrix is not None and self.rounding() is None:
@@ -223,8 +240,9 @@ PAPER: Final[Mapping[str, object]] = {
     # The value model is fitted by plain squared error; advantages are as GAE gives them.
     "value_clip": None,
     "normalize_advantages": False,
-    # What ships is not looked at.
+    # What ships is not looked at, and all that was learned is kept.
     "quantizer": None,
+    "interpolation": [],
 }
 """What `variant: paper` sets where the recipe says nothing (arXiv 2411.04291, section 3.2)."""
 

@@ -246,3 +246,8 @@ class Policy:
     def rounded_types(self) -> Mapping[str, str]:
         """What each layer's weights are rounded to; empty without a quantizer."""
         return {} if self._quantizer is None else self._quantizer.types
+
+
+def scaled(adapter: Mapping[str, torch.Tensor], share: float) -> dict[str, torch.Tensor]:
+    """An adapter that changes the weights `share` times as much: s B A is linear in B."""
+    return {name: tensor * share if ".lora_B." in name else tensor for name, tensor in adapter.items()}

@@ -15,7 +15,7 @@ from artifacts.errors import RecipeError
 from stages.data import images, prompt_sets, prompts
 from stages.judges import registry
 from stages.judges.refusal import RefusalRule
-from stages.lppo.material import chosen_exits, new_sampler, validation_prompts
+from stages.lppo.material import chosen_exits, new_sampler, validation_exits, validation_prompts
 from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.sharding import CROSSING, Shards, workers_of
 from stages.lppo.workers import Workers
@@ -69,14 +69,15 @@ class Hardening(Stage[P]):
 
         planned = super().plan(inputs)
         imatrix.check_named(self.params.imatrix, inputs)
-        for names in self.params.prompts.kinds().values():
+        asked = self.params.prompts
+        for names in (*asked.kinds().values(), asked.validation):
             for name in names:
                 prompt_sets.check_set(name)
         rounding = self.params.rounding()
         if rounding is not None:
             check_quantizer(rounding, imatrix=self.params.imatrix is not None)
         if planned.spec is not None:
-            chosen_exits(self.params, planned.spec)
+            validation_exits(self.params, planned.spec)
         return planned
 
     def check_resources(self, resources: Resources, planned: Planned) -> None:
@@ -183,7 +184,7 @@ class Hardening(Stage[P]):
                 States(policy, shown),
                 rewards,
                 validation_prompts(params),
-                exits,
+                validation_exits(params, spec),
                 images=VALIDATION_IMAGES,
                 max_new_tokens=params.max_new_tokens,
                 workers=workers,
@@ -193,9 +194,10 @@ class Hardening(Stage[P]):
         setting = Setting(policy, sampler, States(policy, features), rewards, validation, workers, default)
         ending = self.train(context, setting)
         if not params.validate_every:
-            tell_validation(context, ending.step, ending.standings)
+            tell_exits(context, ending.step, ending.standings)
+        way = "" if ending.share is None else f"{ending.share:.0%} of the way to "
         context.log(
-            f"training ended after {ending.steps_done} steps: {ending.reason}; weights are those of {ending.step}"
+            f"training ended after {ending.steps_done} steps: {ending.reason}; weights are {way}those of {ending.step}"
         )
 
         steps = sampler.steps(params.steps)
@@ -215,6 +217,7 @@ class Hardening(Stage[P]):
             "rounded_to": sorted(set(rounded.values())),
             "steps": ending.steps_done,
             "weights_of_step": ending.step,
+            "interpolation": ending.share,
             "ended": ending.reason,
             "rollbacks": ending.rollbacks,
         }
@@ -339,22 +342,24 @@ def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int,
     context.progress(report.step, steps, ", ".join(words))
 
 
-def tell_validation(
-    context: Context,
-    step: int,
-    found: Mapping[int, ExitStanding],
-    now: Standing | None = None,
-    original: float = 0.0,
-) -> None:
-    """Every exit on validation prompts, as events; `original`: over-refusal of the original model."""
+def tell_exits(context: Context, step: int, found: Mapping[int, ExitStanding]) -> None:
+    """Every exit on validation prompts, as events."""
     for exit, standing in found.items():
         context.metric("validation_refusal", standing.refusal, step=step, exit=exit)
         context.metric("validation_over_refusal", standing.over_refusal, step=step, exit=exit)
         context.metric("validation_degenerate", standing.degenerate, step=step, exit=exit)
         context.metric("validation_kl", standing.kl, step=step, exit=exit)
-    if now is not None:
-        context.metric("validation_asr", now.asr, step=step)
-        context.log(
-            f"validation after step {step}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}, "
-            f"the original model's {original:.1%}"
-        )
+
+
+def tell_validation(context: Context, found: Mapping[int, ExitStanding], now: Standing, original: float) -> None:
+    """A validation by which weights are chosen; `original`: over-refusal of the original model."""
+    weights = f"step {now.step}"
+    if now.share is None:
+        tell_exits(context, now.step, found)
+        context.metric("validation_asr", now.asr, step=now.step)
+    else:
+        weights = f"{now.share:.0%} of the way to {weights}"
+    context.log(
+        f"validation of {weights}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}, "
+        f"the original model's {original:.1%}"
+    )

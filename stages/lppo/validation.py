@@ -48,7 +48,7 @@ class Validation:
         images: int,
         max_new_tokens: int,
         workers: Workers,
-        told: Callable[[int, Mapping[int, ExitStanding], Standing, float], None],
+        told: Callable[[Mapping[int, ExitStanding], Standing, float], None],
     ):
         self._policy = policy
         self._states = states
