@@ -98,7 +98,7 @@ def _model_files(artifact: Artifact) -> list[BundleFile]:
 
 
 def _papers(run: Run, id: str, card: Card) -> list[BundleFile]:
-    from pipeline.report.page import asr_curve_svg
+    from pipeline.report.drawings import asr_curve_svg
 
     artifact = run.artifacts[id]
     found = [BundleFile(MANIFEST_NAME, artifact.path / MANIFEST_NAME, MEDIA_WEIGHT_CONFIG, "manifest")]

@@ -178,7 +178,12 @@ class RunFolder:
             }
             for id in self.asr
         ]
-        (output / "verdict.json").write_text(json.dumps({"schema_version": 1, "subjects": subjects}))
+        sets = [
+            {"set": "advbench", "intent": "harmful", "n": 24, "licence": "MIT", "source": "package:pyrit==1.1.0"},
+            {"set": NASTY, "intent": "borderline", "n": 5, "licence": "", "source": "mine.csv", "digest": "a" * 64},
+        ]
+        verdict = {"schema_version": 1, "subjects": subjects, "prompt_sets": sets}
+        (output / "verdict.json").write_text(json.dumps(verdict))
         return self.store.add(
             key, output, "verdict", {"judge": "refusal-rule 1"}, Provenance(stage="icet-verify", key=key)
         )

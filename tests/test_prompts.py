@@ -55,6 +55,13 @@ def test_every_set_is_read_and_has_its_expected_size() -> None:
         assert all(len(load_prompts(name, split)) >= 15 for split in SPLITS), name
 
 
+def test_every_prompt_says_where_it_comes_from_and_under_which_licence() -> None:
+    for name in SETS:
+        for split in SPLITS:
+            for prompt in load_prompts(name, split):
+                assert prompt.licence in ("MIT", "Apache-2.0") and prompt.origin and prompt.category, prompt.id
+
+
 def test_no_prompt_and_no_id_stands_on_two_sides() -> None:
     found = everything()
     assert len({prompt.id for _, _, prompt in found}) == len(found)

@@ -23,9 +23,10 @@ from pipeline.report import write_report
 from pipeline.report.build import build_report
 from pipeline.report.charts import LineChart, Point, Series, line_chart, nice_ticks
 from pipeline.report.dag import Box, stage_graph
+from pipeline.report.drawings import asr_curve_svg, training_svg
 from pipeline.report.formats import format_rows
 from pipeline.report.model import Report
-from pipeline.report.page import asr_curve_svg, render_page, training_svg
+from pipeline.report.page import render_page
 from pipeline.report.published import published_table
 from pipeline.report.responses import read_responses
 from pipeline.report.training import curve_figures
@@ -462,6 +463,14 @@ def test_requests_put_in_another_way_do_not_count_among_the_plain_ones(tmp_path:
         "Harmful requests (4 of 6)",
         "Harmful requests, typographic (4 of 6)",
     ]
+
+
+def test_the_sets_that_were_asked_stand_there_with_their_licences(report: Report, page: str) -> None:
+    ours, theirs = report.prompt_sets
+    assert (ours.set, ours.n, ours.licence, theirs.licence) == ("advbench", 24, "MIT", "")
+    asked = _Page(page).text.partition("Prompt sets that were asked")[2].partition("The recipe as it was run")[0]
+    for words in ("harmful: to be refused", "package:pyrit==1.1.0", "not said", NASTY):
+        assert words in asked
 
 
 def test_responses_on_which_judges_differ_are_listed_folded_with_what_each_says(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ def draw_curve(machine: Path, target: Path, *, training: bool = False) -> None:
     Raises:
         RecipeError: the run measured none, or the file cannot be written.
     """
+    from pipeline.report.drawings import asr_curve_svg, training_svg
     from pipeline.report.model import Report
-    from pipeline.report.page import asr_curve_svg, training_svg
 
     draw = training_svg if training else asr_curve_svg
     try:

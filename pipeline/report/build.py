@@ -41,6 +41,7 @@ from pipeline.report.model import (
     Curve,
     GateRow,
     Kind,
+    PromptSet,
     Report,
     ResponsesRow,
     StageRow,
@@ -92,6 +93,7 @@ def build_report(run_dir: Path) -> Report:
         stages=stages,
         curves=story.curves(earlier_points(run_dir, _done_elsewhere(stages))),
         subjects=_subjects(measures, stages, verdicts),
+        prompt_sets=tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.prompt_sets)),
         responses=tuple(row for artifact in artifacts.values() for row in _responses(artifact)),
         published=tuple(story.published),
         device=_device(recipe),
@@ -252,6 +254,13 @@ class _Verdict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="ignore", frozen=True)
 
     subjects: tuple[_Subject, ...] = ()
+    prompt_sets: tuple[PromptSet, ...] = ()
+
+    @pydantic.field_validator("prompt_sets", mode="before")
+    @classmethod
+    def _as_rows(cls, told: object) -> object:
+        """Verdicts of earlier versions told less, and in another form."""
+        return told if isinstance(told, list) else ()
 
 
 def _verdict(artifact: Artifact) -> _Verdict:

@@ -89,6 +89,17 @@ class Subject(_Row):
     )
 
 
+class PromptSet(_Row):
+    """A set of prompts that was asked at every exit."""
+
+    set: str
+    intent: str = Field(description="harmful, benign or borderline (sounds harmful and is not).")
+    n: int = Field(description="How many of it were asked.")
+    licence: str = Field(default="", description="Of where it comes from.")
+    source: str = ""
+    digest: str = Field(default="", description="SHA-256 of the file, of a set of the user's own.")
+
+
 class FormatRow(_Row):
     """One file format of weights that were measured in several; null: not measured. Intervals are in `measures`."""
 
@@ -137,6 +148,7 @@ class Report(_Row):
     published: tuple[str, ...] = Field(default=(), description="TARGET@DIGEST of everything published.")
     device: dict[str, int | str] = Field(default_factory=dict, description="name, memory (bytes), context (tokens).")
     subjects: tuple[Subject, ...] = Field(default=(), description="The models that `measures` speaks of, in order.")
+    prompt_sets: tuple[PromptSet, ...] = ()
     versions: dict[str, str] = Field(default_factory=dict, description="Python, platform and main libraries.")
     store: str = Field(default="", description="Root folder of the store that holds the artifacts.")
     recipe_yaml: str = Field(default="", description="The recipe as it was run.")

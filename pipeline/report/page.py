@@ -1,4 +1,4 @@
-"""`report.html`: one page that needs nothing beside itself, and the curves as files of their own.
+"""`report.html`: one page that needs nothing beside itself.
 
 Everything that comes from a model, a recipe or a file name is escaped by jinja2; the page has no script, and its
 Content-Security-Policy would not run one.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,13 +19,12 @@ from markupsafe import Markup
 
 from artifacts.measures import Measure
 from pipeline.device import show_bytes
-from pipeline.report.charts import line_chart
+from pipeline.report.asked import asked_table
+from pipeline.report.assets import asset
 from pipeline.report.figures import (
-    HALF,
     Cell,
     Code,
     Table,
-    asr_chart,
     asr_figure,
     dag_figure,
     exit_figures,
@@ -54,7 +52,6 @@ from pipeline.report.numbers import (
 from pipeline.report.paired import paired_tables
 from pipeline.report.published import published_table
 from pipeline.report.responses import Responses
-from pipeline.report.svg import drawing, element, text
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
 
@@ -114,7 +111,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         "commands": ("run", "Run it"),
         "responses": ("responses", "Answers"),
     }
-    template = _environment().from_string(_asset("report.html.jinja"))
+    template = _environment().from_string(asset("report.html.jinja"))
     return template.render(
         report=report,
         status_word=_STATUS_WORDS[report.status],
@@ -130,13 +127,14 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         measures=_measures(report),
         versions=Table(["what", "version"], sorted(report.versions.items())) if report.versions else None,
         judge=_judge(report),
+        asked=asked_table(report),
         untold=[s.label for s in report.subjects if s.training is not None and not s.training.complete],
         more_curves=more_curves,
         trainings=trainings_table(report),
         legend=legend_figure(report),
         contents=[names[key] for key, content in sections.items() if content],
-        page_css=Markup(_asset("page.css")),
-        charts_css=Markup(_asset("charts.css")),
+        page_css=Markup(asset("page.css")),
+        charts_css=Markup(asset("charts.css")),
         **sections,
     )
 
@@ -149,9 +147,9 @@ def render_comparison(
     hits: Mapping[str, tuple[str, str]],
 ) -> str:
     """The page of `pipeline compare`."""
-    template = _environment().from_string(_asset("comparison.html.jinja"))
+    template = _environment().from_string(asset("comparison.html.jinja"))
     return template.render(
-        comparison=comparison, heads=heads, rows=rows, words=words, hits=hits, page_css=Markup(_asset("page.css"))
+        comparison=comparison, heads=heads, rows=rows, words=words, hits=hits, page_css=Markup(asset("page.css"))
     )
 
 
@@ -162,57 +160,9 @@ def _sentence(headline: str) -> tuple[str, str, str]:
     return headline[:cut], headline[cut : cut + 1], headline[cut + 1 :].lstrip()
 
 
-def asr_curve_svg(report: Report, width: float = 900, height: float = 400) -> str:
-    """The ASR curve as a file of its own, for a README: it brings its style and follows light and dark.
-
-    Raises:
-        ValueError: the run measured no ASR at any exit.
-    """
-    chart = asr_chart(report)
-    if chart is None:
-        raise ValueError("the run measured no attack success rate at any exit")
-    return _alone(line_chart(replace(chart, y_label="attack success rate"), width, height))
-
-
-def training_svg(report: Report) -> str:
-    """What the training stages reported, as a file of its own: two charts beside each other, as on the page.
-
-    Raises:
-        ValueError: no stage of the run reported anything twice.
-    """
-    figures, _ = curve_figures(report)
-    if not figures:
-        raise ValueError("no stage of the run reported how its training went")
-    wide, high, head = HALF + 20, 276.0, 22.0
-    parts = [
-        element(
-            "g",
-            text(0, 14, figure.title),
-            # Its own class would have it fill the whole drawing.
-            element("g", Markup(str(figure.wide).replace('class="chart"', "", 1)), transform=f"translate(0 {head:g})"),
-            transform=f"translate({place % 2 * wide:g} {place // 2 * high:g})",
-        )
-        for place, figure in enumerate(figures)
-    ]
-    told = "; ".join(figure.title for figure in figures)
-    return _alone(drawing(2 * wide, (len(figures) + 1) // 2 * high, f"Training of {report.recipe}", told, *parts))
-
-
-def _alone(drawn: Markup) -> str:
-    """A drawing with its style, which the page has in its head."""
-    style = Markup("<style>\n{}\n.chart {{ background: var(--paper); }}\n</style>").format(Markup(_asset("charts.css")))
-    head, tail = drawn.split(">", 1)
-    return f"{head}>{style}{tail}\n"
-
-
 @cache
 def _environment() -> Environment:
     return Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
-@cache
-def _asset(name: str) -> str:
-    return (Path(str(files("pipeline.report"))) / "templates" / name).read_text(encoding="utf-8")
 
 
 def _shipped(report: Report) -> list[Subject]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -10,7 +11,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal
 
 from artifacts.manifest import canonical_json, sha256_bytes
-from stages.data.prompt_files import PromptFile, load_file
+from stages.data import remote_files
+from stages.data.prompt_files import PromptFile, file_digest, load_file
 from stages.data.prompt_sets import Intent, Prompt
 from stages.data.prompts import Split, load_prompts, normalise
 from stages.data.vqa import VqaFile, load_vqa
@@ -69,6 +71,29 @@ class Questions:
         """Part -> how many were asked and the SHA-256 of what was asked, for the verdict."""
         parts = {"harmful": self.harmful, "benign": self.benign, "vqa": self.vqa}
         return {name: {"n": len(asks), "digest": digest(asks)} for name, asks in parts.items()}
+
+    def sets(self, files: Mapping[str, PromptFile], split: Split) -> list[dict[str, object]]:
+        """The prompt sets, for the verdict: how many were asked, meant as what, from where and under which licence."""
+        asked = Counter((ask.set, ask.intent) for ask in (*self.harmful, *self.benign) if not ask.sample)
+        found: list[dict[str, object]] = []
+        for (name, intent), n in asked.items():
+            if name in files:
+                said = _file_said(files[name])
+            else:
+                prompts = [prompt for prompt in load_prompts(name, split) if prompt.intent == intent]
+                origins = {prompt.origin.partition("!")[0] for prompt in prompts}
+                said = {
+                    "source": ", ".join(sorted(origins)),
+                    "licence": ", ".join(sorted({prompt.licence for prompt in prompts})),
+                }
+            found.append({"set": name, "intent": intent, "n": n, **said})
+        return found
+
+
+def _file_said(file: PromptFile) -> dict[str, object]:
+    """Where a prompt set came from; of a path only the name, since it says where something lay and not what it is."""
+    source = file.place if remote_files.is_remote(file.place) else file.place.rpartition("/")[2]
+    return {"source": source, "licence": file.meaning.licence, "digest": file_digest(file)}
 
 
 def digest(asks: Sequence[Ask]) -> str:

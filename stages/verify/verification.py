@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 from artifacts.lineage import training_of
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, write_measures
-from stages.data import remote_files
-from stages.data.prompt_files import PromptFile, file_digest
 from stages.judges.registry import RULE
 from stages.runtimes.runtime import Progress, Runtime
 from stages.stage import Context
@@ -240,7 +238,7 @@ class Verification:
             "prompts": setting.questions.digests(),
             "split": self.params.split,
             "prompts_dropped": setting.dropped,
-            "prompt_sets": {name: _described(file) for name, file in self.params.sets.items()},
+            "prompt_sets": setting.questions.sets(self.params.sets, self.params.split),
             "images": [name for _, name in setting.pictures],
             "fidelity_to": self.reference,
             "judge": {key: panel[0][key] for key in ("name", "version", "needs_network")},
@@ -253,13 +251,6 @@ class Verification:
             "prompt_seed": self.params.prompt_seed,
             "seed": self.context.seed,
         }
-
-
-def _described(file: PromptFile) -> dict[str, object]:
-    """Where a prompt set came from; of a path only the name, since it says where something lay and not what it is."""
-    source = file.place if remote_files.is_remote(file.place) else file.place.rpartition("/")[2]
-    meaning = file.meaning
-    return {"source": source, "intent": meaning.intent, "licence": meaning.licence, "digest": file_digest(file)}
 
 
 def _silent(done: int, total: int, judge: str) -> None:
