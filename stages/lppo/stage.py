@@ -359,6 +359,7 @@ def tell_validation(context: Context, found: Mapping[int, ExitStanding], now: St
         context.metric("validation_asr", now.asr, step=now.step)
     else:
         weights = f"{now.share:.0%} of the way to {weights}"
+        context.progress(now.step, now.step, f"validated {weights}")
     context.log(
         f"validation of {weights}: ASR {now.asr:.1%}, over-refusal {now.over_refusal:.1%}, "
         f"the original model's {original:.1%}"
