@@ -182,7 +182,7 @@ def _train(
         images=2,
         max_new_tokens=3,
         workers=Alone(),
-        told=lambda step, found, now, original: None,
+        told=lambda found, now, original: None,
     )
     train(
         policy,
