@@ -261,7 +261,7 @@ class Loop:
         over_refusal = _over_refusal(found)
         excess = max(0.0, over_refusal - self._course.original - self._params.over_refusal_rise)
         asr = 1 - _mean([one.refusal for one in found.values()])
-        now = Standing(step, asr, over_refusal, round(excess, 12), share)
+        now = Standing(step, round(asr, 12), over_refusal, round(excess, 12), share)  # or the last bits break ties
         self._validation.told(found, now, self._course.original)
         return found, now
 
