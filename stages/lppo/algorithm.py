@@ -24,12 +24,14 @@ learning rate that falls to a tenth at each exit) are ours.
 - answers to harmless prompts are also held at the SFT policy's by KL(pi_SFT || pi), exact over the vocabulary
   (`anchor`): where a policy refuses every sample, rewards alone cannot bring an answer back;
 - eta grows while the KL lies above `kl_target`, and falls back to its first value;
-- the reward comes from a refusal rule, not from a GPT-2 reward model (`rewards`, `reward_model`);
+- the reward comes from a refusal rule, and from other judges where asked, not from a GPT-2 reward model (`rewards`,
+  `reward_model`);
 - the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
 - what should have been said may be shown beside what was (`demonstrations`, as InstructGPT mixes in supervised
   gradients), where rewards are too rare to learn from in few steps; of more prompts than are asked, too
   (`more_demonstrations`), and with unlikelihood of a refusal's beginning after harmless ones (`unlikelihood`);
-- visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward.
+- visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward;
+- how much of what was learned is kept may be chosen on validation prompts (`interpolation`).
 
 `objective: grpo` puts group-relative advantages in place of GAE and the KL into the loss; there is no value model then.
 """
