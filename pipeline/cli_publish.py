@@ -30,6 +30,7 @@ PolicyPath = Annotated[
     Path | None,
     typer.Option("--policy", help="Use it only if this policy holds.", metavar="FILE", envvar="PIPELINE_POLICY"),
 ]
+SignerKey = Annotated[Path | None, typer.Option("--key", help="Public key (PEM) of who signed.", metavar="FILE")]
 MmprojPath = Annotated[
     Path | None, typer.Option("--mmproj", help="Image encoder of a GGUF file; default: beside it.", metavar="FILE")
 ]
@@ -109,8 +110,10 @@ def publish(
 
 
 def pull(
+    context: typer.Context,
     reference: Reference,
     folder: Annotated[Path, typer.Argument(help="Where to; it must not exist yet.", metavar="FOLDER")],
+    key: SignerKey = None,
     policy: PolicyPath = None,
     as_json: AsJson = False,
 ) -> None:
@@ -118,12 +121,14 @@ def pull(
 
     \b
     Example: pipeline pull oci:localhost:5000/me/smol:v1 smol
+             pipeline pull oci:localhost:5000/me/smol:v1 smol --key signer.pub
     """
-    from pipeline.commands.check import read_policy
+    from pipeline.commands.check import policy_of
     from pipeline.commands.pull import pull_bundle
     from pipeline.console import progress_line
 
-    wanted = read_policy(policy) if policy is not None else None
+    policy = _unless_key(context, key, policy)
+    wanted = policy_of(key, policy) if key is not None or policy is not None else None
     with progress_line(quiet=as_json) as moved:
         bundle = pull_bundle(reference, folder, wanted, moved)
     if as_json:
@@ -135,7 +140,7 @@ def pull(
 def check(
     context: typer.Context,
     bundle: Annotated[str, typer.Argument(help="A bundle's folder, or a reference.", metavar="REF|DIR")],
-    key: Annotated[Path | None, typer.Option("--key", help="Public key (PEM) of who signed.", metavar="FILE")] = None,
+    key: SignerKey = None,
     policy: Annotated[
         Path | None,
         typer.Option(
@@ -155,10 +160,7 @@ def check(
     """
     from pipeline.commands.check import check_named, policy_of, show_findings
 
-    source = context.get_parameter_source("policy")
-    if key is not None and source is not None and source.name == "ENVIRONMENT":
-        policy = None  # what is asked for by hand goes before what is always asked for
-    found, findings = check_named(bundle, policy_of(key, policy))
+    found, findings = check_named(bundle, policy_of(key, _unless_key(context, key, policy)))
     if as_json:
         _print_json(
             {"folder": str(found.folder), "digest": found.digest, "findings": [one.__dict__ for one in findings]}
@@ -167,6 +169,12 @@ def check(
         print(show_findings(found, findings))
     if not all(one.holds for one in findings):
         raise typer.Exit(3)
+
+
+def _unless_key(context: typer.Context, key: Path | None, policy: Path | None) -> Path | None:
+    """The policy, but for one of the environment beside a key: what is asked for by hand goes before it."""
+    source = context.get_parameter_source("policy")
+    return None if key is not None and source is not None and source.name == "ENVIRONMENT" else policy
 
 
 @registry.command("list")

@@ -171,14 +171,14 @@ def _fidelity(one: _Shipped) -> tuple[float, str]:
 def _over_refusal_rise(one: _Shipped) -> tuple[float, str]:
     if not any(row.exit is not None for row in one.of("over_refusal")):  # a model that sees no images has no exits
         now, before = (_value(_whole(one, "over_refusal", role)) for role in ("quantized", "source"))
-        return now - before, f"over-refusal went from {_fraction(before)} to {_fraction(now)}, up by"
+        return now - before, f"over-refusal went from {_fraction(before)} to {_fraction(now)}, a rise of"
     after = {row.exit: _value(row) for row in _per_exit(one, "over_refusal")}
     source = {row.exit: row for row in one.of("over_refusal", "source")}
     if missing := [str(exit) for exit in after if exit not in source]:
         raise _UnmeasuredError(f"the verdict has no over_refusal of the source at exit {', '.join(missing)}")
     before = sum(_value(source[exit]) for exit in after) / len(after)
     now = sum(after.values()) / len(after)
-    words = f"over-refusal over {len(after)} exits went from {_fraction(before)} to {_fraction(now)}, up by"
+    words = f"over-refusal over {len(after)} exits went from {_fraction(before)} to {_fraction(now)}, a rise of"
     return now - before, words
 
 
@@ -186,7 +186,7 @@ def _utility_drop(one: _Shipped) -> tuple[float, str]:
     before = _at_default(one.of("vqa_accuracy", "source"), one.source_exit, "source")
     after = _at_default(one.of("vqa_accuracy"), one.default_exit, one.id)
     drop = _value(before) - _value(after)
-    return drop, f"VQA accuracy fell from {_fraction(_value(before))} to {_fraction(_value(after))}, by"
+    return drop, f"VQA accuracy went from {_fraction(_value(before))} to {_fraction(_value(after))}, a fall of"
 
 
 def _at_default(rows: Sequence[Measure], default: int | None, id: str) -> Measure:

@@ -253,3 +253,9 @@ def test_the_policy_that_is_set_for_every_command_is_asked_unless_a_key_is_given
     key = ["--key", str(setting.key.with_suffix(".pub"))]
     assert cli("check", bundle, *key).exit_code == 0
     assert cli("check", bundle, *key, "--policy", str(policy)).exit_code == 2
+    layout = f"oci-layout:{tmp_path / 'layout'}:v1"
+    assert cli("publish", bundle, "--to", layout).exit_code == 0
+    refused = cli("pull", layout, str(tmp_path / "pulled"))
+    assert refused.exit_code == 3 and not (tmp_path / "pulled").exists()
+    assert cli("pull", layout, str(tmp_path / "pulled"), *key).exit_code == 0
+    assert Bundle.open(tmp_path / "pulled").damage() == []

@@ -86,7 +86,7 @@ def test_utility_is_compared_at_each_models_default_exit(tmp_path: Path) -> None
     ]
     (result,) = check(tmp_path, graph_of(tmp_path, "{max_utility_drop: 0.03}"), rows)
     assert not result.passed and result.value == pytest.approx(0.04)
-    assert "fell from 0.8 to 0.76" in result.reason
+    assert "went from 0.8 to 0.76, a fall of 0.04" in result.reason
 
 
 def test_over_refusal_is_compared_at_the_exits_that_ship(tmp_path: Path) -> None:
