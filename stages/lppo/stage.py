@@ -47,7 +47,6 @@ class Setting:
     policy: Policy
     sampler: SceneSampler
     states: States
-    rewards: Rewards
     validation: Validation | None
     workers: Workers
     default_exit: int
@@ -115,17 +114,12 @@ class Hardening(Stage[P]):
     def train(self, context: Context, setting: Setting) -> Ending:
         """Train `setting.policy` in place."""
 
-    def rewards(self, context: Context) -> Rewards:
-        """What judges responses."""
-        from stages.lppo.reward import Rewards
-
-        return Rewards(RefusalRule())
-
     def run(self, context: Context) -> Mapping[str, object]:
         import torch
         from transformers import AutoTokenizer
 
         from stages.lppo.policy import Policy, merged
+        from stages.lppo.reward import Rewards
         from stages.lppo.states import States
         from stages.lppo.validation import Validation
         from stages.models.features import ExitFeatures
@@ -176,13 +170,12 @@ class Hardening(Stage[P]):
         for line in fallbacks(params.rounding(), rounded):
             context.log(line)
 
-        rewards = self.rewards(context)
         validation = None
         if params.validation:
             validation = Validation(
                 policy,
                 States(policy, shown),
-                rewards,
+                Rewards(RefusalRule()),  # what a response would earn is not asked here
                 validation_prompts(params),
                 validation_exits(params, spec),
                 images=VALIDATION_IMAGES,
@@ -191,7 +184,7 @@ class Hardening(Stage[P]):
                 told=partial(tell_validation, context),
             )
         default = spec.vision.default_exit
-        setting = Setting(policy, sampler, States(policy, features), rewards, validation, workers, default)
+        setting = Setting(policy, sampler, States(policy, features), validation, workers, default)
         ending = self.train(context, setting)
         if not params.validate_every:
             tell_exits(context, ending.step, ending.standings)
@@ -264,7 +257,8 @@ class LPPOStage(Hardening[LPPOParams]):
         judges = registry.downloads(tuple(self.params.rewards.judges))
         return tuple(dict.fromkeys((*super().downloads(), *judges, *([named] if named else []))))
 
-    def rewards(self, context: Context) -> Rewards:
+    def _rewards(self, context: Context) -> Rewards:
+        """What a response earns, with the models that this takes."""
         from stages.judges.reward_model import RewardModel, locate
         from stages.lppo.reward import Rewards
 
@@ -286,7 +280,7 @@ class LPPOStage(Hardening[LPPOParams]):
             setting.policy,
             setting.sampler,
             setting.states,
-            setting.rewards,
+            self._rewards(context),
             self.params,
             seed=context.seed,
             scratch=context.scratch,

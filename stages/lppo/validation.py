@@ -33,7 +33,7 @@ class Validation:
 
     Args:
         states: of the validation images. images: how many there are.
-        told: is called with what each validation in the course of training has found, and the over-refusal of the
+        told: is called with what each validation by which weights are chosen has found, and the over-refusal of the
             original model.
     """
 
