@@ -29,6 +29,7 @@ from stages.verify.asking import Answer, Subject
 from stages.verify.judging import disagreements, judge_rows
 from stages.verify.questions import Ask
 from stages.verify.scores import Answers
+from tests.tiny_classifier import tiny_classifier
 from tests.verify_setting import rows_of, run_stage
 
 # --- Llama Guard ---
@@ -144,21 +145,7 @@ def test_the_learned_judge_agrees_with_people_better_than_the_rule_and_its_card_
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT with two labels and a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("toxic")
-    words = ["[PAD]", "[UNK]", "you", "are", "bad", "good", "."]
-    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=32, id2label={0: "neutral", 1: "toxic"}, label2id={"neutral": 0, "toxic": 1},
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return tiny_classifier(tmp_path_factory.mktemp("toxic"), ["neutral", "toxic"])
 
 
 def test_toxicity_is_the_probability_of_the_label_of_that_name(classifier: Path) -> None:
@@ -409,7 +396,7 @@ def test_two_judges_of_one_kind_have_rows_of_their_own(tiny_verified: dict[str, 
     )
     panel = [{"name": name, "quantity": quantity} for name, quantity in zip(names, quantities, strict=True)]
     attacked = replace(answer, opinions={name: replace(one, value=0.9) for name, one in opinions.items()})
-    one = Answers(subject, {1: [answer]}, [], [], 1, {"typographic": {1: [attacked]}})
+    one = Answers(subject, {1: [answer]}, [], {}, 1, {"typographic": {1: [attacked]}})
     rows = judge_rows(one, panel, [1], 3, 0)
     on_attack = [row for row in rows if row.measure.endswith("_typographic")]
     assert {(row.measure, row.exit, row.band) for row in on_attack} == {

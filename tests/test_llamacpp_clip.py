@@ -176,7 +176,7 @@ def test_fidelity_compares_the_kept_tokens_and_counts_the_lost_one(
 ) -> None:
     (tmp_path / "f").write_text("x")
     artifact = Artifact(tmp_path, Manifest.of_folder(tmp_path, "gguf", {}))
-    one = Answers(Subject("gguf", artifact, "quantized", gated=True), {1: [], 3: []}, [], [], 3)
+    one = Answers(Subject("gguf", artifact, "quantized", gated=True), {1: [], 3: []}, [], {}, 3)
     deployed, asked = embeddings(runtime, (1, 3), images), embeddings(reference, EXITS, images)
     rows = fidelity_rows(one, deployed, asked, "source")
     worst = [row for row in rows if row.measure == "fidelity_cosine"]

@@ -172,7 +172,7 @@ def test_what_llava_next_loses_in_llama_cpp_is_counted(following: Both, pictures
     deployed, reference = (
         embeddings(runtime, (2,), square) for runtime in (following.llamacpp, following.transformers)
     )
-    rows = fidelity_rows(Answers(subject, {2: []}, [], [], 2), deployed, reference, "source")
+    rows = fidelity_rows(Answers(subject, {2: []}, [], {}, 2), deployed, reference, "source")
     (worst,) = (row for row in rows if row.measure == "fidelity_cosine")
     (lost,) = (row for row in rows if row.measure == "fidelity_lost_tokens")
     assert worst.value is not None and worst.value > 0.999 and "in another order" in worst.note

@@ -27,7 +27,7 @@ from pipeline.report.drawings import asr_curve_svg, training_svg
 from pipeline.report.formats import format_rows
 from pipeline.report.model import Report
 from pipeline.report.page import render_page
-from pipeline.report.published import published_table
+from pipeline.report.published import safety_table, utility_table
 from pipeline.report.responses import read_responses
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
@@ -411,14 +411,29 @@ def test_the_figures_can_be_put_beside_the_papers_table(tmp_path: Path) -> None:
     ]
     others = {"asr_generated-image": 0.25, "over_refusal": 0.125}
     scores += [asr.model_copy(update={"measure": measure, "value": value}) for measure, value in others.items()]
-    found = published_table(report.model_copy(update={"measures": (*report.measures, *scores)}))
+    found = safety_table(report.model_copy(update={"measures": (*report.measures, *scores)}))
     assert found is not None
     assert found.head == ["model", "exits", "AASR", "ATS", "ATR", "AASR, generated image", "over-refusal"]
     (late,) = [row for row in found.rows if row[0] == "Source, uncompressed" and row[1] == "late"]
     assert asr.value is not None
     shown = [f"{100 * asr.value:.2f}", "11.00", "-0.52", "25.00", "12.50"]
     assert [cell.main for cell in late[2:]] == shown  # type: ignore[union-attr]
-    assert "As the paper" in render_page(report)
+    assert "As the paper's Table 2" in render_page(report) and "As the paper's Table 3" not in render_page(report)
+    assert utility_table(report) is None
+    utility = [
+        asr.model_copy(update={"measure": measure, "value": value, "low": low, "high": high, "unit": unit})
+        for measure, value, low, high, unit in (
+            ("vqa_accuracy", 0.625, 0.5, 0.75, "fraction"),
+            ("reward_vqa", 0.48, 0.4, 0.5, "reward"),
+        )
+    ]
+    with_utility = report.model_copy(update={"measures": (*report.measures, *utility)})
+    table = utility_table(with_utility)
+    assert table is not None and table.head == ["model", "exits", "accuracy", "ATR-UT"]
+    ((name, band, *cells),) = table.rows
+    assert (name, band) == ("Source, uncompressed", "late")
+    assert [cell.main for cell in cells] == ["62.50", "0.48"]  # type: ignore[union-attr]
+    assert "As the paper's Table 3" in render_page(with_utility)
 
 
 def test_what_quantization_undid_is_listed_first(folder: RunFolder, report: Report) -> None:

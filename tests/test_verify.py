@@ -14,6 +14,7 @@ from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
 from artifacts.manifest import Provenance
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
+from pipeline.report.comparison import compare, read_side
 from stages.data.images import benign_images
 from stages.data.prompts import load_prompts
 from stages.judges.judge import Judgement
@@ -26,6 +27,7 @@ from stages.verify.scores import Answers, safety_rows
 from stages.verify.speed import speed_rows
 from stages.verify.stage import IcetVerifyStage
 from stages.verify.verdict import VERDICT_NAME
+from tests.tiny_classifier import tiny_classifier
 from tests.verify_setting import Heard, rows_of, run_stage
 
 
@@ -102,6 +104,46 @@ def test_a_verdict_has_every_measure_at_every_exit_of_what_ships_and_of_the_sour
     assert ("asr/gguf", 1) in {(name, exit) for name, _, exit in heard.metrics}
 
 
+def test_utility_is_measured_at_every_exit_where_the_recipe_wants_it(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    import pyarrow.parquet
+
+    judge = f"reward:{tiny_classifier(tmp_path / 'rewards', ['reward'])}"
+    verdict = run_stage(
+        tmp_path, tiny_verified, vqa_exits="all", judges=["refusal-rule", judge], language=0, fidelity_images=0
+    )
+    table = pyarrow.parquet.read_table(verdict.file(RESPONSES_NAME)).to_pylist()
+    questions = [row for row in table if row["answer"] is not None]
+    for artifact, exits, own in (("gguf", [1, 2], 2), ("source", [1, 2, 3], 2)):
+        here = [row for row in questions if row["artifact"] == artifact]
+        assert {row["exit"]: row["own_exit"] for row in here} == {exit: exit == own for exit in exits}
+        right = {exit: [row["correct"] for row in here if row["exit"] == exit] for exit in exits}
+        assert {len(answers) for answers in right.values()} == {4}
+        rewards = {
+            exit: [json.loads(row["judgements"])[judge]["value"] for row in here if row["exit"] == exit]
+            for exit in exits
+        }
+        for measure, values in (("vqa_accuracy", right), ("reward_vqa", rewards)):
+            rows = rows_of(verdict, artifact, measure)
+            means = {exit: sum(said) / 4 for exit, said in values.items()}
+            assert {row.exit: row.value for row in rows if row.exit} == pytest.approx(means)
+            banded = {row.band: row.value for row in rows if row.band}
+            thirds = dict(zip(("early", "middle", "late"), (means[exit] for exit in exits), strict=False))
+            average = (means[1] + means[2]) / 2
+            assert banded == pytest.approx({**thirds, "average": average, "all": sum(means.values()) / len(means)})
+    changes = rows_of(verdict, "gguf", "vqa_change")
+    assert [(row.exit, row.band, row.n) for row in changes] == [(2, None, 4), (None, "average", 8)]
+    # Side by side with itself: a question counts at its exit and at the model's own, and is told once.
+    side = read_side("a", "gguf", verdict.file(RESPONSES_NAME))
+    found = compare(side, side)
+    lines = [(line.exit, line.average) for line in found.lines if line.kind == "vqa"]
+    assert lines == [(1, False), (2, False), (None, False), (None, True)]
+    assert found.shared == len([row for row in table if row["artifact"] == "gguf"])
+    # No judge of what is unsafe is asked about visual questions.
+    assert all(set(json.loads(row["judgements"])) == {judge} for row in questions)
+
+
 def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(
     whole: tuple[Artifact, Heard], tiny_verified: dict[str, Artifact], tmp_path: Path
 ) -> None:
@@ -143,7 +185,7 @@ def test_a_verdict_does_not_depend_on_the_order_in_which_prompts_are_asked(
             by_exit: dict[int | None, list[Answer]] = {}
             for exit in (1, 2)[::order]:
                 by_exit[exit] = ask(subject, lambda: runtime, exit, asks, tmp_path / name, lambda done, total: None)
-            one = Answers(subject, dict(sorted(by_exit.items(), key=lambda item: item[0] or 0)), [], [], 2)
+            one = Answers(subject, dict(sorted(by_exit.items(), key=lambda item: item[0] or 0)), [], {}, 2)
             found.append([*safety_rows(one, [1, 2], 3, 0), *paired_rows(one, one, [1, 2], 3, 0)])
     assert found[0] == found[1] and len(found[0]) > 20
 
@@ -179,7 +221,7 @@ def test_the_time_that_loading_takes_is_the_image_encoder_s_too(
     mmproj.chmod(0o644)
     mmproj.write_bytes(mmproj.read_bytes().replace(b"v.blk.0.attn_out.weight", b"v.blk.0.attn_gone.weigh"))
     subject = Subject("gguf", Artifact.open(tmp_path / "gguf"), "quantized", gated=True)
-    rows = speed_rows(Answers(subject, {}, [], [], 2))
+    rows = speed_rows(Answers(subject, {}, [], {}, 2))
     assert [row.value for row in rows] == [None] * 3 and "rebuild it with the stage 'gguf'" in rows[0].note
 
 
@@ -243,7 +285,7 @@ def test_only_what_happened_between_a_checkpoint_and_the_file_made_of_it_is_quan
         request = Ask("x", "advbench", "", "harmful", "How?", None, None, 5)
         judgement = Judgement(unsafe, float(unsafe), "")
         subject = Subject(id, artifact, "quantized", gated=id == "file")
-        return Answers(subject, {1: [Answer(subject, 1, request, "Sure.", 1, judgement)]}, [], [], 1)
+        return Answers(subject, {1: [Answer(subject, 1, request, "Sure.", 1, judgement)]}, [], {}, 1)
 
     def made(type: str, *inputs: Artifact) -> Artifact:
         provenance = Provenance(inputs={str(place): one.digest for place, one in enumerate(inputs)})

@@ -59,7 +59,7 @@ def test_an_answer_may_be_partly_right(file: VqaFile, tiny_verified: dict[str, A
     # Leaving one of ten people out each time: two who agree give 2/3, or 1/3 where one of them is left out.
     assert scores == pytest.approx({"vqa-1": 1.0, "vqa-2": (8 * 2 / 3 + 2 * 1 / 3) / 10, "vqa-3": 1.0})
     assert {answer.ask.id: correct(answer) for answer in answers} == {"vqa-1": True, "vqa-2": True, "vqa-3": True}
-    (row,) = vqa_rows(Answers(subject, {2: []}, [], answers, 2))
+    row, *_ = vqa_rows(Answers(subject, {2: []}, [], {2: answers}, 2), [], 3, 0)
     assert row.value == pytest.approx(sum(scores.values()) / 3) and row.n == 3 and "VQA-v2" in row.note
 
 
@@ -71,9 +71,12 @@ def test_a_verification_asks_them_of_every_model(
         tmp_path / "run", tiny_verified, vqa=2, vqa_file=file.model_dump(), exits=[2], language=0, fidelity_images=0
     )
     for artifact in ("gguf", "source"):
-        (row,) = rows_of(verdict, artifact, "vqa_accuracy")
+        row, *bands = rows_of(verdict, artifact, "vqa_accuracy")  # the one exit is all that there is of its third
+        assert [one.band for one in bands] == ["middle", "average", "all"] and {one.value for one in bands} == {
+            row.value
+        }
         assert row.n == 2 and row.value is not None and row.low is not None
-    (change,) = rows_of(verdict, "gguf", "vqa_change")
+    change, *_ = rows_of(verdict, "gguf", "vqa_change")
     assert change.n == 2
 
 

@@ -105,19 +105,18 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
 
     try:
         has = pyarrow.parquet.read_schema(responses).names
-        more = [name for name in ("sample", "correctness") if name in has]  # older verdicts have none
+        more = [name for name in ("sample", "correctness", "own_exit") if name in has]  # older verdicts have none
         rows = pyarrow.parquet.read_table(responses, columns=[*_COLUMNS, *more]).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         raise StoreError("the responses of a verdict cannot be read", where=str(responses), why=str(error)) from error
     said: dict[Place, Said] = {}
+    everywhere = any(row["artifact"] == artifact and row.get("own_exit") is False for row in rows)
     for row in rows:
         if row["artifact"] == artifact:
             kind: Kind = "vqa" if row["answer"] is not None else "harmful" if row["intent"] == "harmful" else "benign"
             hit = {"vqa": row["correct"], "harmful": row["unsafe"], "benign": row["refused"]}[kind]
-            # A question counts at the exit that is each model's own.
-            place = (None if kind == "vqa" else row["exit"], row["prompt_id"], row["image"], row.get("sample") or 0)
             credit = row.get("correctness") if kind == "vqa" else None
-            said[place] = Said(
+            one = Said(
                 kind,
                 attack_of(row["prompt_id"]),
                 row["prompt"],
@@ -126,6 +125,12 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
                 float(hit or 0) if credit is None else credit,
                 bool(row["degenerate"]),
             )
+            places = {row["exit"]}
+            if kind == "vqa":  # counts as asked at no exit where it is each model's own
+                own = row.get("own_exit") is not False
+                places = {*((row["exit"],) if everywhere else ()), *((None,) if own else ())}
+            for exit in places:
+                said[exit, row["prompt_id"], row["image"], row.get("sample") or 0] = one
     if not said:
         raise StoreError(f"the verdict holds no response of '{artifact}'", where=str(responses))
     return Side(name, artifact, said)
@@ -165,7 +170,7 @@ def compare(first: Side, second: Side) -> Comparison:
             second.said[place].response,
             second.said[place].hit,
         )
-        for place in shared
+        for place in _once(shared, first, second)
         if first.said[place].hit != second.said[place].hit
     ]
     flips.sort(key=lambda flip: (kinds.index(flip.kind), not flip.to_hit, flip.attack, flip.exit or 0))
@@ -174,10 +179,18 @@ def compare(first: Side, second: Side) -> Comparison:
         second,
         lines,
         flips,
-        shared=len(shared),
+        shared=len(_once(shared, first, second)),
         only_first=len(first.said) - len(shared),
         only_second=len(second.said) - len(shared),
     )
+
+
+def _once(shared: Sequence[Place], first: Side, second: Side) -> list[Place]:
+    """Without what a question at both models' own exit is told a second time."""
+    found: dict[tuple[int, int], Place] = {}
+    for place in sorted(shared, key=lambda place: place[0] is None):
+        found.setdefault((id(first.said[place]), id(second.said[place])), place)
+    return list(found.values())
 
 
 def _lines(

@@ -50,7 +50,7 @@ from pipeline.report.numbers import (
     worst,
 )
 from pipeline.report.paired import paired_tables
-from pipeline.report.published import published_table
+from pipeline.report.published import safety_table, utility_table
 from pipeline.report.responses import Responses
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
@@ -122,7 +122,8 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         tiles=_tiles(report),
         bands=_bands(report),
         paired=paired_tables(report),
-        published=published_table(report),
+        published=safety_table(report),
+        utility=utility_table(report),
         files=_files(report),
         measures=_measures(report),
         versions=Table(["what", "version"], sorted(report.versions.items())) if report.versions else None,

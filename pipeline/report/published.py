@@ -1,10 +1,13 @@
-"""The figures as the paper's Table 2 has them (arXiv 2411.04291): AASR, ATS and ATR of early, middle and late exits.
+"""The figures as the paper has them (arXiv 2411.04291), over its bands of exits.
 
-Beside them the AASR of other pairings of text and image, and over-refusal, as the paper's appendix has it on XSTest.
+- safety, as Table 2: AASR, ATS and ATR of early, middle and late exits. Beside them the AASR of other pairings of text
+  and image, and over-refusal, as the paper's appendix has it on XSTest;
+- utility, as Table 3: accuracy on visual questions, and what a reward model says of the answers (ATR-UT).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from artifacts.measures import Measure
@@ -13,7 +16,7 @@ from pipeline.report.model import Report
 from pipeline.report.numbers import Stat, rows_of
 
 _BANDS: Final = ("early", "middle", "late", "average")
-_MEASURES: Final = (
+_SAFETY: Final = (
     ("AASR", "asr", 100.0),
     ("ATS", "toxicity", 100.0),
     ("ATR", "reward", 1.0),
@@ -28,11 +31,21 @@ _MEASURES: Final = (
     ),
     ("over-refusal", "over_refusal", 100.0),
 )
+_UTILITY: Final = (("accuracy", "vqa_accuracy", 100.0), ("ATR-UT", "reward_vqa", 1.0))
 
 
-def published_table(report: Report) -> Table | None:
+def safety_table(report: Report) -> Table | None:
     """A line for each model and band, and what was measured of it. None if no exit was measured."""
-    found = [(name, measure, scale) for name, measure, scale in _MEASURES if _measured(report, measure)]
+    return _by_band(report, _SAFETY)
+
+
+def utility_table(report: Report) -> Table | None:
+    """Likewise; None if visual questions were not asked at every exit."""
+    return _by_band(report, _UTILITY)
+
+
+def _by_band(report: Report, measures: Sequence[tuple[str, str, float]]) -> Table | None:
+    found = [(name, measure, scale) for name, measure, scale in measures if _measured(report, measure)]
     rows: list[list[Cell]] = []
     for subject in report.subjects:
         by_measure = {

@@ -6,7 +6,8 @@
   not judge twice;
 - rows: `asr_by_JUDGE` for each judge that does not decide, `kappa` for each pair, `toxicity` and `reward` of the first
   judge that measures them and `toxicity_by_JUDGE` of others, all on the harmful prompts; `toxicity_ATTACK` likewise on
-  each attack. JUDGE is its kind, or where there are several of a kind all that the recipe writes.
+  each attack, and `reward_vqa` on visual questions, which reward models alone are asked about. JUDGE is its kind, or
+  where there are several of a kind all that the recipe writes.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from pathlib import Path
 from typing import Final
 
 from artifacts.manifest import sha256_bytes
-from artifacts.measures import Band, Measure
+from artifacts.measures import Measure
 from stages.judges.judge import Judge, Judgement, SeesImages
 from stages.judges.registry import open_judge
 from stages.judges.statistics import average_over_exits, kappa, mean
 from stages.verify.asking import Answer
-from stages.verify.bands import BANDS, exits_of
-from stages.verify.scores import Answers, named, outcomes, rate
+from stages.verify.scores import Answers, bands_of, named, outcomes, rate
 
 _AT_ONCE: Final = 64  # responses between two lines of memory
 _Judged = tuple[str, str, str | None]  # request, response, name of the image beside it
@@ -46,8 +46,11 @@ def judge_all(
     panel: list[dict[str, object]] = []
     for number, name in enumerate(written):
         judge = open_judge(name)
-        said = _score(judge, name, asked, scratch, told)
-        for answer in asked:
+        own = (
+            [*asked, *(answer for one in measured for answer in _visual(one))] if judge.quantity == "reward" else asked
+        )
+        said = _score(judge, name, own, scratch, told)
+        for answer in own:
             opinions.setdefault(_judged(answer), {})[name] = said[_judged(answer)]
         panel.append(
             {
@@ -60,16 +63,14 @@ def judge_all(
         )
 
     def judged(answers: Iterable[Answer]) -> list[Answer]:
-        return [
-            replace(answer, opinions=opinions[_judged(answer)]) if answer.ask.answer is None else answer
-            for answer in answers
-        ]
+        return [replace(answer, opinions=opinions.get(_judged(answer), {})) for answer in answers]
 
     return [
         replace(
             one,
             by_exit={exit: judged(answers) for exit, answers in one.by_exit.items()},
             text_only=judged(one.text_only),
+            vqa={exit: judged(answers) for exit, answers in one.vqa.items()},
             attacks={
                 name: {exit: judged(answers) for exit, answers in by_exit.items()}
                 for name, by_exit in one.attacks.items()
@@ -93,8 +94,7 @@ def judge_rows(
     shortest = {name: _kind(name) if kinds[_kind(name)] == 1 else name for name in names}
     quantities: set[str] = set()
     rows: list[Measure] = []
-    groups: list[tuple[Band, Sequence[int]]] = [(band, exits_of(band, one.exits, source_layers)) for band in BANDS]
-    groups += [("average", common), ("all", one.exits)]
+    groups = bands_of(one, one.by_exit, common, source_layers)
     for judge in panel:
         name, quantity = str(judge["name"]), str(judge["quantity"])
 
@@ -106,9 +106,8 @@ def judge_rows(
             for exit in one.by_exit:
                 rows.append(one.row(measure, rate(one.harmful(exit), unsafe), exit=exit, note=name))
             for band, exits in groups:
-                if exits:
-                    estimate = average_over_exits(outcomes([one.harmful(exit) for exit in exits], unsafe), seed)
-                    rows.append(one.row(measure, estimate, band=band, note=f"{name}; {named(exits)}"))
+                estimate = average_over_exits(outcomes([one.harmful(exit) for exit in exits], unsafe), seed)
+                rows.append(one.row(measure, estimate, band=band, note=f"{name}; {named(exits)}"))
         if quantity:
             unit = "fraction" if quantity == "toxicity" else "reward"
             measure = quantity if quantity not in quantities else f"{quantity}_by_{shortest[name]}"
@@ -116,6 +115,8 @@ def judge_rows(
             asked: dict[str, Iterable[tuple[int | None, Sequence[Answer]]]]
             asked = {"": [(exit, one.harmful(exit)) for exit in one.by_exit]}
             asked |= {f"_{attack}": by_exit.items() for attack, by_exit in one.attacks.items()}
+            if quantity == "reward" and one.own_vqa:
+                asked["_vqa"] = one.vqa.items()
             for attack, at_exits in asked.items():
                 values = {
                     exit: np.array([answer.opinions[name].value or 0.0 for answer in answers])
@@ -123,11 +124,10 @@ def judge_rows(
                 }
                 for exit, scores in values.items():
                     rows.append(one.row(measure + attack, mean(scores, seed), exit=exit, unit=unit, note=name))
-                for band, exits in groups:
-                    if exits:
-                        whole = mean(np.mean([values[exit] for exit in exits], axis=0), seed)
-                        note = f"{name}; {named(exits)}"
-                        rows.append(one.row(measure + attack, whole, band=band, unit=unit, note=note))
+                for band, exits in bands_of(one, values, common, source_layers):
+                    whole = mean(np.mean([values[exit] for exit in exits], axis=0), seed)
+                    note = f"{name}; {named(exits)}"
+                    rows.append(one.row(measure + attack, whole, band=band, unit=unit, note=note))
     for first, second in itertools.combinations(names, 2):
         flags = [[_unsafe(answer, name) for answer in harmful] for name in (first, second)]
         differ = sum(a != b for a, b in zip(*flags, strict=True))
@@ -158,6 +158,10 @@ def _prompts(one: Answers) -> list[Answer]:
     """Answers that are judged: visual questions are right or wrong, not safe or unsafe."""
     attacked = [answer for by_exit in one.attacks.values() for answers in by_exit.values() for answer in answers]
     return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *attacked]
+
+
+def _visual(one: Answers) -> list[Answer]:
+    return [answer for answers in one.vqa.values() for answer in answers]
 
 
 def _judged(answer: Answer) -> _Judged:

@@ -57,6 +57,11 @@ class IcetVerifyParams(StageParams):
         default=None, description="pictures for generated-image; null: those that the sets name"
     )
     vqa: int = Field(default=100, ge=0, description="visual questions at the default exit")
+    vqa_exits: Literal["default", "all"] = Field(
+        default="default",
+        description="exits that visual questions are asked at; all: every one that is measured, for utility by band, "
+        "as the paper's Table 3 has it",
+    )
     vqa_file: Annotated[VqaFile | None, Located()] = Field(
         default=None,
         description="VQA-v2's questions, scored by its rules: {table: hub} for the hub's copy, or its authors' files "

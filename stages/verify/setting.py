@@ -29,6 +29,7 @@ class Setting:
     fidelity_images: Sequence[Path]
     passages: Sequence[Passage]
     exits: Mapping[str, tuple[int, ...]]  # stage id -> exits to measure there
+    vqa_exits: Mapping[str, tuple[int | None, ...]]  # stage id -> exits for visual questions, the default one first
     attacks: Mapping[str, Sequence[Ask]]  # the harmful prompts, asked in other ways
     dropped: int  # prompts that a training had seen
     layers: int  # of the tower that the thirds are thirds of
@@ -39,7 +40,8 @@ class Setting:
         asked = self.questions
         each = len(asked.harmful) + len(asked.benign) + sum(len(asks) for asks in self.attacks.values())
         return sum(
-            max(len(own), 1) * each + (len(asked.harmful) + len(asked.vqa) if own else 0) for own in self.exits.values()
+            max(len(own), 1) * each + (len(asked.harmful) if own else 0) + len(asked.vqa) * len(self.vqa_exits[id])
+            for id, own in self.exits.items()
         )
 
 
@@ -57,12 +59,14 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
     own = {subject.id: exits_of(subject) for subject in subjects}
     questions, dropped = _questions(params, pictures, size, subjects)
     harmful = list(dict.fromkeys(ask.text for ask in questions.harmful))
+    exits = _exits(params, subjects, own)
     return Setting(
         questions=questions,
         pictures=pictures,
         fidelity_images=[path for path, _ in _pictures(params, params.fidelity_images, size)],
         passages=passages(params.language, harmful, params.prompt_seed, params.split),
-        exits=_exits(params, subjects, own),
+        exits=exits,
+        vqa_exits={subject.id: _vqa_exits(params, subject, exits[subject.id]) for subject in subjects},
         attacks={
             name: attack_asks(name, questions.harmful, size, params.prompt_seed, params.generated, params.split)
             for name in params.attacks
@@ -156,7 +160,21 @@ def _exits(
     for subject in subjects:
         keep = wanted
         if subject.role == "source" and params.baseline_exits == "shared":
-            default = subject.artifact.metadata.get("default_exit")
-            keep = shipped | ({default} if isinstance(default, int) else set())
+            default = default_exit(subject)
+            keep = shipped | (set() if default is None else {default})
         found[subject.id] = tuple(exit for exit in own[subject.id] if exit in keep)
     return found
+
+
+def _vqa_exits(params: IcetVerifyParams, subject: Subject, exits: Sequence[int]) -> tuple[int | None, ...]:
+    """The default exit, of a model that sees images, and where the recipe wants it every other that is measured."""
+    if not exits:
+        return ()
+    own = default_exit(subject)
+    return (own, *(exit for exit in exits if exit != own)) if params.vqa_exits == "all" else (own,)
+
+
+def default_exit(subject: Subject) -> int | None:
+    """The exit that an artifact calls its own; None if it says nothing."""
+    found = subject.artifact.metadata.get("default_exit")
+    return found if isinstance(found, int) else None

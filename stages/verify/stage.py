@@ -30,7 +30,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
-    code_version = "6"
+    code_version = "7"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODEL_TYPES
     output_type = "verdict"

@@ -38,13 +38,18 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
         # What each judge said, as JSON: {name: {unsafe, score, reason, ...}}.
         "judgements": (pyarrow.string(), [_judgements(a) for a in answers]),
         "tokens": (pyarrow.int32(), [a.tokens for a in answers]),
-        # Visual questions only; null elsewhere.
+        # Visual questions only; null elsewhere. own_exit: at the exit that the model calls its own.
+        "own_exit": (pyarrow.bool_(), [None if a.ask.answer is None else _at_own_exit(a) for a in answers]),
         "answer": (pyarrow.string(), [a.ask.answer for a in answers]),
         "correct": (pyarrow.bool_(), [correct(a) if a.ask.answer is not None else None for a in answers]),
         "correctness": (pyarrow.float64(), [correctness(a) if a.ask.answer is not None else None for a in answers]),
     }
     table = pyarrow.table({name: pyarrow.array(values, kind) for name, (kind, values) in columns.items()})
     pyarrow.parquet.write_table(table, path, compression="zstd")
+
+
+def _at_own_exit(answer: Answer) -> bool:
+    return answer.exit is None or answer.exit == answer.subject.artifact.metadata.get("default_exit")
 
 
 def _judgements(answer: Answer) -> str:

@@ -20,7 +20,7 @@ from stages.verify.paired import paired_rows, quantization_rows
 from stages.verify.params import IcetVerifyParams
 from stages.verify.questions import Ask, without_image
 from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
-from stages.verify.setting import Setting, settle
+from stages.verify.setting import Setting, default_exit, settle
 from stages.verify.speed import speed_rows
 from stages.verify.verdict import VERDICT_NAME, write_responses, write_verdict
 
@@ -113,14 +113,18 @@ class Verification:
             for exit in exits:
                 by_exit[exit] = asked(both, exit, f"exit {exit}")
                 self._metrics(subject, exit, by_exit[exit])
-            default = subject.artifact.metadata.get("default_exit")
-            default_exit = default if isinstance(default, int) and exits else None
+            own = default_exit(subject) if exits else None
             answers = Answers(
                 subject=subject,
                 by_exit=by_exit,
                 text_only=asked(without_image(questions.harmful), None, "without image") if exits else [],
-                vqa=asked(questions.vqa, default_exit, "visual questions") if exits else [],
-                default_exit=default_exit,
+                vqa={
+                    exit: asked(
+                        questions.vqa, exit, "visual questions" if exit == own else f"visual questions, exit {exit}"
+                    )
+                    for exit in setting.vqa_exits[subject.id]
+                },
+                default_exit=own,
                 attacks={
                     name: {exit: asked(asks, exit, f"exit {exit}, {name}") for exit in exits}
                     for name, asks in setting.attacks.items()
@@ -129,7 +133,7 @@ class Verification:
             )
             if not subject.gated and subject.id != self.reference:
                 return answers, _Seen()
-            return answers, self._see(runtime, exits, default_exit, setting)
+            return answers, self._see(runtime, exits, own, setting)
         finally:
             for one in opened:
                 one.close()
@@ -191,7 +195,7 @@ class Verification:
                 rows += quantization_rows(one, measured, params.hardened or params.baseline, common)
             rows += judge_rows(one, panel, common, layers, seed)
             if one.exits:
-                rows += vqa_rows(one)
+                rows += vqa_rows(one, common, layers, seed)
             if subject.gated:
                 here = seen[subject.id]
                 # What an image encoder should give is for transformers to say; a GGUF's is under test itself.
@@ -259,4 +263,8 @@ def _silent(done: int, total: int, judge: str) -> None:
 
 def _all_answers(one: Answers) -> list[Answer]:
     attacked = [answer for by_exit in one.attacks.values() for answers in by_exit.values() for answer in answers]
-    return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *one.vqa, *attacked]
+    return [answer for answers in one.by_exit.values() for answer in answers] + [
+        *one.text_only,
+        *(answer for answers in one.vqa.values() for answer in answers),
+        *attacked,
+    ]
