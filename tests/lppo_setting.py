@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from stages.data.prompt_sets import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo.algorithm import train
-from stages.lppo.loop import Ending, StepReport
+from stages.lppo.learner import StepReport
+from stages.lppo.loop import Ending
 from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Rewards

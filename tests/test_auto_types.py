@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -24,6 +25,7 @@ from stages.data.calibration import Batch, Calibration
 from stages.data.refusals import REFUSALS
 from stages.models.checkpoint import read_config
 from stages.models.family import family_of
+from stages.models.spec import ModelSpec, TextSpec
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.choice import Weighing, solve
 from stages.quantize.convert import convert_language_model
@@ -34,7 +36,7 @@ from stages.quantize.workbench import AutoParams, ProbeMix
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.memory import STEP
 from stages.runtimes.mixture import outline_of
-from stages.runtimes.prediction import predict_outline, room_in
+from stages.runtimes.prediction import least_memory, most_memory, predict_memory, predict_outline, room_in
 from stages.runtimes.rounding import round_weights
 from stages.stage import Context, Planned
 
@@ -252,6 +254,23 @@ def test_without_a_target_the_device_s_memory_decides_pictures_counted(tiny_llav
 def test_a_prediction_that_fills_the_room_still_holds_the_gate_on_that_budget(memory: int) -> None:
     measured = int(room_in(memory) / 0.993)  # 0.7% over the prediction, the most there was
     assert -(-measured // STEP) * STEP <= memory
+
+
+def test_before_types_are_chosen_it_is_known_what_they_may_come_to() -> None:
+    text = TextSpec(
+        layers=2, hidden_size=576, intermediate_size=1536, heads=9, kv_heads=3, head_dim=64, vocab_size=49152,
+        tied_embeddings=True,
+    )  # fmt: skip
+    spec = ModelSpec(family="llama", text=text)
+    floats = predict_memory(replace(spec, quantization="F16"), 256)
+    least = least_memory(spec, 256)
+    assert most_memory(spec, 256) is None
+    assert most_memory(spec, 256, 2 * floats.total) == replace(least, weights=floats.weights, by_type={})
+    tight = most_memory(spec, 256, floats.total)
+    assert tight is not None and tight.total == room_in(floats.total) and least.weights < tight.weights < floats.weights
+    targeted = most_memory(replace(spec, file_bytes=30_000_000), 256, floats.total)
+    assert targeted is not None and targeted.weights == 30_000_000
+    assert targeted.total == least.total - least.weights + 30_000_000
 
 
 def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:

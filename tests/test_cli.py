@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -159,10 +160,21 @@ def test_a_plan_says_what_the_memory_of_the_result_is_for_and_draws_it_against_t
     assert len(memory["fallbacks"]) == 2
 
 
-def test_a_plan_says_what_there_is_beside_weights_whose_types_are_chosen_while_running(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(CUT + "  gguf: {uses: gguf, needs: exit, with: {type: auto}}\n")
-    text = cli("plan", str(tmp_path / "r.yaml")).output
-    assert re.search(r"^memory   gguf: types are chosen while running: beside the weights \d+ MiB", text, re.MULTILINE)
+def test_a_plan_says_what_weights_may_come_to_whose_types_are_chosen_while_running(tmp_path: Path) -> None:
+    def planned(gguf: str, memory: str = "1GiB") -> dict[str, Any]:
+        recipe = CUT.replace("1GiB", memory) + f"  gguf: {{uses: gguf, needs: exit, with: {gguf}}}\n"
+        (tmp_path / "r.yaml").write_text(recipe)
+        found: dict[str, Any] = json.loads(cli("plan", str(tmp_path / "r.yaml"), "--json").output)["stages"][-1]
+        return found
+
+    floats, auto = planned("{type: F16}")["memory"], planned("{type: auto}")
+    parts = ("weights", "kv_cache", "compute", "vision", "overhead")
+    assert auto["memory"]["type"] == "auto" and auto["memory"]["weights"] == floats["weights"]  # there is room for all
+    assert auto["memory"]["total"] == sum(auto["memory"][part] for part in parts)
+    assert "at most: types are chosen while running, and the smallest come to" in auto["memory_note"]
+    target = (floats["weights"] // 2) // 1000
+    assert planned(f"{{type: auto, target: {target}kB}}")["memory"]["weights"] == 1000 * target
+    assert re.search(r"^memory   gguf: auto, context 512$", cli("plan", str(tmp_path / "r.yaml")).output, re.MULTILINE)
 
 
 def test_a_plan_says_what_is_not_predicted_of_a_gptq_checkpoint(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from artifacts.errors import StageError
 from stages.lppo import checkpoint as training
 from stages.lppo.batches import generator
-from stages.lppo.loop import StepReport
+from stages.lppo.learner import StepReport
 from stages.lppo.objective import chosen
 from stages.lppo.policy import Policy, merged
 from stages.lppo.rollout import Prefixes, Responses, Scene, generate, greedy, sample_with

@@ -14,7 +14,7 @@ from artifacts.errors import StageError
 from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import PPO
 from stages.lppo.checkpoint import Standing
-from stages.lppo.loop import StepReport
+from stages.lppo.learner import StepReport
 from stages.lppo.objective import DivergedError
 from stages.lppo.params import Bounds, LPPOParams
 from stages.lppo.policy import Policy

@@ -33,7 +33,7 @@ from pipeline.recipe import load_recipe
 from pipeline.runner import run
 from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import PPO
-from stages.lppo.loop import StepReport
+from stages.lppo.learner import StepReport
 from stages.lppo.objective import DivergedError
 from stages.lppo.params import LPPOParams, SFTParams
 from stages.lppo.policy import Policy

@@ -20,7 +20,8 @@ from stages.data.refusals import REFUSALS
 from stages.judges.judge import Judgement
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
-from stages.lppo.loop import Loop, StepReport
+from stages.lppo.learner import StepReport
+from stages.lppo.loop import Loop
 from stages.lppo.material import new_sampler
 from stages.lppo.objective import chosen
 from stages.lppo.params import LPPOParams, RewardWeights, SFTParams

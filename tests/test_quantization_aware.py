@@ -19,7 +19,7 @@ from stages.data.prompt_sets import Prompt
 from stages.judges.judge import Judgement
 from stages.lppo import checkpoint as training
 from stages.lppo.algorithm import train
-from stages.lppo.loop import StepReport
+from stages.lppo.learner import StepReport
 from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy, merged
 from stages.lppo.reward import Rewards

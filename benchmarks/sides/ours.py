@@ -28,7 +28,7 @@ from stages.data.images import benign_images
 from stages.data.prompt_sets import Prompt
 from stages.judges.refusal import RefusalRule
 from stages.lppo import algorithm
-from stages.lppo.loop import StepReport
+from stages.lppo.learner import StepReport
 from stages.lppo.material import chosen_exits, new_sampler
 from stages.lppo.params import LPPOParams
 from stages.lppo.policy import Policy

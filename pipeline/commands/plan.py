@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pipeline.device import Device
     from pipeline.graph import Graph
     from stages.models.spec import ModelSpec
+    from stages.runtimes.llamacpp_library import CacheType
+    from stages.runtimes.prediction import MemoryPlan
 
 _BAR: Final = 40  # characters
 _CONTEXT: Final = 2048  # tokens, where the recipe names no device
@@ -123,25 +125,25 @@ def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[
         from stages.models.memory import gptq_bytes
 
         return PlannedMemory(spec.quantization, context, gptq_bytes(spec)), _GPTQ
-    from stages.runtimes.prediction import least_memory, planned_fallbacks, predict_memory
+    from stages.runtimes.prediction import planned_fallbacks, predict_memory
 
+    notes = []
     try:
         if spec.quantization is None:
-            least = least_memory(spec, context, cache_type=kept)
-            beside = show_bytes(least.total - least.weights)
-            return None, (
-                f"types are chosen while running: beside the weights {beside}, with the smallest types "
-                f"{show_bytes(least.total)}, context {context}"
-            )
-        found = predict_memory(spec, context, cache_type=kept)
-        other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
+            found, words = _chosen(spec, device, context, kept)
+            if found is None:
+                return None, words
+            notes.append(words)
+            other_types: tuple[str, ...] = ()
+        else:
+            found = predict_memory(spec, context, cache_type=kept)
+            other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
     except StageError as error:
         return None, f"unknown: {error.what}"
-    note = ""
     if spec.vision is not None and spec.vision.at_most:
-        note = f"at most: the exit is chosen while running, counted here as {spec.vision.default_exit}"
+        notes.append(f"at most: the exit is chosen while running, counted here as {spec.vision.default_exit}")
     planned = PlannedMemory(
-        type=spec.quantization,
+        type=spec.quantization or "auto",
         context=context,
         weights=found.weights,
         kv_cache=found.kv_cache,
@@ -152,7 +154,18 @@ def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[
         by_type=dict(found.by_type),
         fallbacks=other_types,
     )
-    return planned, note
+    return planned, "; ".join(notes)
+
+
+def _chosen(spec: ModelSpec, device: Device | None, context: int, kept: CacheType) -> tuple[MemoryPlan | None, str]:
+    """What a model may come to whose types are chosen while running, and what it would with the smallest."""
+    from stages.runtimes.prediction import least_memory, most_memory
+
+    most = most_memory(spec, context, device.memory if device is not None else None, cache_type=kept)
+    least = show_bytes(least_memory(spec, context, cache_type=kept).total)
+    if most is None:
+        return None, f"types are chosen while running, for a device that the recipe does not name; at least {least}"
+    return most, f"at most: types are chosen while running, and the smallest come to {least}"
 
 
 def show_plan(plan: Plan) -> str:

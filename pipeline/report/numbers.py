@@ -44,6 +44,7 @@ MEASURE_WORDS: Final = {
     "clip_fraction": "clip fraction",
     "refusal": "refusal of harmful requests",
     "reward": "reward",
+    "reward_vqa": "reward of answers to visual questions",
     "asr_worst": "attack success rate at the worst exit",
     "asr_text_only": "attack success rate without an image",
     "fidelity_cosine_mean": "fidelity to transformers, mean over images",

@@ -44,7 +44,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stages.lppo.batches import generator, minibatches, of_scenes, parts, scatter
-from stages.lppo.loop import Ending, Learner, Loop, StepReport, exit_means
+from stages.lppo.learner import Learner, StepReport, exit_means
+from stages.lppo.loop import Ending, Loop
 from stages.lppo.objective import (
     DivergedError,
     anchor_loss,

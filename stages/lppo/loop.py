@@ -12,111 +12,21 @@
 
 from __future__ import annotations
 
-import math
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from artifacts.errors import StageError
 from stages.lppo import checkpoint
 from stages.lppo.checkpoint import Course, Standing, TrainingState
+from stages.lppo.learner import Learner, StepReport, mean
 from stages.lppo.objective import DivergedError, rate
 from stages.lppo.params import TrainingParams
-from stages.lppo.policy import Policy, scaled
-from stages.lppo.reward import Outcome
-from stages.lppo.rollout import Scene
-from stages.lppo.sampler import SceneSampler
+from stages.lppo.policy import scaled
 from stages.lppo.validation import ExitStanding, Validation
 from stages.lppo.watch import Watch
-from stages.lppo.workers import Workers, sum_gradients
-
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one step has shown.
-
-    Attributes:
-        step: counted from 1.
-        outcomes: by scene and response; empty where nothing was sampled.
-        metrics: of the step. exits: exit -> metrics of its scenes.
-    """
-
-    step: int
-    scenes: list[Scene]
-    outcomes: list[list[Outcome]]
-    metrics: Mapping[str, float]
-    exits: Mapping[int, Mapping[str, float]]
-
-
-class Learner(ABC):
-    """A method of training: what one step does.
-
-    Args:
-        value_lr: learning rate of the value head; 0 where there is nothing to fit.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        sampler: SceneSampler,
-        params: TrainingParams,
-        *,
-        seed: int,
-        workers: Workers,
-        value_lr: float = 0.0,
-        kl_coefficient: float = 0.0,
-    ):
-        self.policy = policy
-        self.sampler = sampler
-        self.kl_coefficient = kl_coefficient
-        self.optimizer = _new_optimizer(policy, params.lr, value_lr)
-        self._max_grad_norm = params.max_grad_norm
-        self._seed = seed
-        self._workers = workers
-
-    def descend(self) -> None:
-        """One optimizer step along the gradients of all processes, which are gone then.
-
-        Raises:
-            DivergedError: the gradient is not finite; the weights are as they were.
-        """
-        import torch
-
-        parameters = self.policy.trained().values()
-        sum_gradients(self._workers, parameters)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-        if not math.isfinite(norm):
-            raise DivergedError(f"the gradient is {norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    @property
-    def lr(self) -> float:
-        """The adapter's learning rate at present."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    @abstractmethod
-    def step(self, number: int) -> StepReport:
-        """One iteration, counted from 0, at the optimizer's present rates.
-
-        Raises:
-            DivergedError: something is not finite or too far away; weights may have changed.
-        """
-
-    def check(self, number: int) -> None:
-        """Look at weights as step `number` would, without training them.
-
-        Raises:
-            DivergedError: no step could start from them.
-        """
-        if not all(bool(parameter.isfinite().all()) for parameter in self.policy.trained().values()):
-            raise DivergedError("a weight is not finite")
+from stages.lppo.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -260,7 +170,7 @@ class Loop:
         assert self._course.original is not None
         over_refusal = _over_refusal(found)
         excess = max(0.0, over_refusal - self._course.original - self._params.over_refusal_rise)
-        asr = 1 - _mean([one.refusal for one in found.values()])
+        asr = 1 - mean([one.refusal for one in found.values()])
         now = Standing(step, round(asr, 12), over_refusal, round(excess, 12), share)  # or the last bits break ties
         self._validation.told(found, now, self._course.original)
         return found, now
@@ -380,30 +290,5 @@ class Loop:
         return state.step
 
 
-def exit_means(scenes: Sequence[Scene], signs: Sequence[Mapping[str, float]]) -> dict[int, dict[str, float]]:
-    """Signs by scene -> their means by exit."""
-    grouped: dict[int, dict[str, list[float]]] = {}
-    for scene, of_scene in zip(scenes, signs, strict=True):
-        for name, value in of_scene.items():
-            grouped.setdefault(scene.exit, {}).setdefault(name, []).append(value)
-    return {exit: {name: _mean(values) for name, values in found.items()} for exit, found in grouped.items()}
-
-
-def _new_optimizer(policy: Policy, lr: float, value_lr: float) -> torch.optim.Optimizer:
-    """Adam; the value head has a rate of its own, since it starts from nothing."""
-    import torch
-
-    adapter = [p for name, p in policy.trained().items() if name.startswith("adapter.")]
-    groups = [
-        {"params": adapter, "lr": lr, "initial_lr": lr},
-        {"params": list(policy.value_head.parameters()), "lr": value_lr, "initial_lr": value_lr},
-    ]
-    return torch.optim.Adam(groups, betas=(0.9, 0.95))
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def _over_refusal(found: Mapping[int, ExitStanding]) -> float:
-    return _mean([one.over_refusal for one in found.values()])
+    return mean([one.over_refusal for one in found.values()])

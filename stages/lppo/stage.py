@@ -28,7 +28,8 @@ from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
     from stages.lppo.checkpoint import Standing
-    from stages.lppo.loop import Ending, StepReport
+    from stages.lppo.learner import StepReport
+    from stages.lppo.loop import Ending
     from stages.lppo.policy import Policy
     from stages.lppo.reward import Rewards
     from stages.lppo.sampler import SceneSampler

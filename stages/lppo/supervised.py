@@ -8,7 +8,7 @@ target tokens instead of rewards.
 from __future__ import annotations
 
 from stages.lppo.batches import generator, minibatches
-from stages.lppo.loop import Learner, StepReport, exit_means
+from stages.lppo.learner import Learner, StepReport, exit_means
 from stages.lppo.params import SFTParams
 from stages.lppo.policy import Policy
 from stages.lppo.sampler import SceneSampler

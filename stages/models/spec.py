@@ -64,6 +64,7 @@ class ModelSpec:
     quantization: str | None = None
     imatrix: bool = False  # quantized with an importance matrix
     tensor_types: tuple[tuple[str, str], ...] = ()  # tensor, type: over what the file type gives
+    file_bytes: int | None = None  # what the weights may come to where types are yet to be chosen; None: what fits
 
     def with_exit(self, layer: int, *, at_most: bool = False) -> Self:
         """The same model whose tower is cut after `layer` blocks, or earlier, and whose default exit is there."""

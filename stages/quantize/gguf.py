@@ -158,10 +158,16 @@ class GGUFStage(Stage[GGUFParams]):
         if type == AUTO:
             self.params.auto.calibration.check()
             self._check_target(planned.spec.text)
-        known = None if type == AUTO else type  # of auto nothing is known but that it fits
+        known = None if type == AUTO else type  # of auto only what it may come to
         shapes = outline_of_text(planned.spec.text).shapes
         single = tuple(chosen_types(self.params.wanted(), shapes).items())
-        spec = replace(planned.spec, quantization=known, imatrix=self.params.imatrix is not None, tensor_types=single)
+        spec = replace(
+            planned.spec,
+            quantization=known,
+            imatrix=self.params.imatrix is not None,
+            tensor_types=single,
+            file_bytes=self.params.target,
+        )
         if spec.vision is not None:  # the file holds the blocks up to the exit
             vision = replace(spec.vision, quantization=self.params.mmproj_type)
             spec = replace(spec, vision=vision).with_exit(vision.default_exit)

@@ -154,6 +154,26 @@ def least_memory(spec: ModelSpec, context: int, *, cache_type: CacheType = "F16"
     return predict_outline(outline, types, context, vision=spec.vision, cache_type=cache_type)
 
 
+def most_memory(
+    spec: ModelSpec, context: int, memory: int | None = None, *, cache_type: CacheType = "F16"
+) -> MemoryPlan | None:
+    """The same where types are yet to be chosen, to fill `spec.file_bytes` or the memory of a device: at most this.
+
+    Args:
+        memory: bytes of the device. None is None where no file size is given either.
+
+    Raises:
+        StageError: as `predict_memory`.
+    """
+    least = least_memory(spec, context, cache_type=cache_type)
+    beside = least.total - least.weights
+    limit = spec.file_bytes if spec.file_bytes is not None else None if memory is None else room_in(memory) - beside
+    if limit is None:
+        return None
+    floats = predict_memory(replace(spec, quantization="F16", tensor_types=()), context, cache_type=cache_type)
+    return replace(least, weights=max(min(limit, floats.weights), least.weights), by_type={})
+
+
 def room_in(memory: int) -> int:
     """Bytes that a prediction may come to where types are chosen to fill a device's memory.
 
