@@ -10,9 +10,11 @@ one passes; and it lets `.git*` files go unsigned.
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,10 +261,18 @@ def _explained(error: Exception, path: Path, trust: Trust) -> UntrustedError:
     if said.startswith("Key mismatch"):
         return UntrustedError("another key made the signature", where=str(path), why=f"it is not that of {trust.key}")
     if said.startswith("Signature mismatch: "):
-        return UntrustedError(
-            "the files are not those that were signed", where=str(path), why=said.removeprefix("Signature mismatch: ")
-        )
+        why = _differences(said.removeprefix("Signature mismatch: "))
+        return UntrustedError("the files are not those that were signed", where=str(path), why=why)
     return UntrustedError("the signature cannot be used", where=str(path), why=said[:300])
+
+
+def _differences(said: str) -> str:
+    """model-signing's list of what differs, without digests, which it prints as Python does bytes."""
+    try:
+        differences = [str(one) for one in ast.literal_eval(said)]
+    except (ValueError, SyntaxError):
+        return said
+    return "; ".join(re.sub(r"^Hash mismatch for '(.+?)': .*", r"\1 has other bytes", one) for one in differences)
 
 
 def _certified_key(path: Path, trust: Trust) -> EllipticCurvePublicKey:

@@ -143,7 +143,7 @@ class Recipe(_Part):
         default=None, description="Name of a device profile, or {memory: 2GiB, context: 2048}."
     )
     stages: dict[Annotated[str, Field(pattern=STAGE_ID)], StageEntry] = Field(
-        min_length=1, description="Stage id -> stage."
+        min_length=1, description="Stage id -> stage; null drops an included recipe's."
     )
     calibration: CalibrationMix | None = Field(
         default=None,
@@ -334,7 +334,28 @@ def _read(path: Path, including: tuple[Path, ...]) -> Document:
             )
         part = _read(target, (*including, real))
         base = part if base is None else merge(base, part)
-    return document if base is None else merge(base, document)
+    return document if base is None else _without_dropped(base, merge(base, document))
+
+
+def _without_dropped(base: Document, merged: Document) -> Document:
+    """Without the stages of an included recipe for which this one says null.
+
+    Raises:
+        RecipeError: it has no such stage.
+    """
+    known, stages = base.data.get("stages"), merged.data.get("stages")
+    if not isinstance(stages, dict):
+        return merged
+    for id in [id for id, entry in stages.items() if entry is None]:
+        if not isinstance(known, dict) or id not in known:
+            raise RecipeError(
+                f"there is no stage {id!r} to drop",
+                where=str(merged.mark(("stages", id))),
+                why="null drops a stage of an included recipe",
+                way_out=nearest(id, tuple(known) if isinstance(known, dict) else ()),
+            )
+        del stages[id]
+    return merged
 
 
 def _override(document: Document, text: str) -> None:

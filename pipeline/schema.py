@@ -38,7 +38,7 @@ def recipe_schema() -> JSONSchema:
     schema["properties"]["stages"] = {
         **{key: value for key, value in schema["properties"]["stages"].items() if key != "patternProperties"},
         "propertyNames": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"},
-        "additionalProperties": {"oneOf": [*choices, _changed(entry)]},
+        "additionalProperties": {"oneOf": [*choices, _changed(entry), {"type": "null"}]},
     }
     schema["properties"]["device"] = {
         "anyOf": [{"enum": list(device_names())}, {"$ref": "#/$defs/Device"}],
@@ -47,7 +47,7 @@ def recipe_schema() -> JSONSchema:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Recipe"
     # An included recipe may supply what this file leaves out.
-    whole = {"stages": {"additionalProperties": {"required": ["uses"]}}}
+    whole = {"stages": {"additionalProperties": {"type": "object", "required": ["uses"]}}}
     schema["anyOf"] = [{"required": schema.pop("required"), "properties": whole}, {"required": ["include"]}]
     return schema
 

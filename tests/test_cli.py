@@ -117,14 +117,16 @@ def test_the_schema_of_a_recipe_describes_every_stage_and_accepts_the_shipped_re
     uses = {
         choice["properties"]["uses"]["const"]
         for choice in schema["properties"]["stages"]["additionalProperties"]["oneOf"]
-        if "uses" in choice["properties"]
+        if "uses" in choice.get("properties", {})
     }
     assert {"early-exit", "l-ppo", "gguf", "icet-verify"} <= uses and "source" not in uses
     assert "laptop-8gb" in schema["properties"]["device"]["anyOf"][0]["enum"]
     jsonschema.Draft202012Validator.check_schema(schema)
     for path in shipped().values():
         jsonschema.validate(yaml.safe_load(path.read_text(encoding="utf-8")), schema)
-    for wrong in (CUT.replace("layer", "layr"), CUT.replace("uses: early-exit", "needs: source")):
+    jsonschema.validate(yaml.safe_load("include: quickstart.yaml\nstages: {stock: null}\n"), schema)
+    nothing = CUT.replace("{uses: early-exit, with: {layer: 1}}", "")
+    for wrong in (CUT.replace("layer", "layr"), CUT.replace("uses: early-exit", "needs: source"), nothing):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(yaml.safe_load(wrong), schema)
 

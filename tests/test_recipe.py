@@ -194,6 +194,21 @@ def test_the_gates_of_an_included_recipe_can_be_dropped(tmp_path: Path) -> None:
     assert load(tmp_path, "include: base.yaml\ngates: null\n").gates.asked() == {}
 
 
+def test_a_stage_of_an_included_recipe_can_be_dropped(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, "base.yaml")
+    assert set(load(tmp_path, "include: base.yaml\n").stages) == {"exit", "gguf"}
+    left = load(tmp_path, "include: base.yaml\nstages: {gguf: null}\n")
+    assert set(left.stages) == {"exit"}
+    write(tmp_path, "include: base.yaml\nstages: {gguf: null}\n", "middle.yaml")
+    assert set(load(tmp_path, "include: middle.yaml\nname: mine\n").stages) == {"exit"}
+    error = refused(tmp_path, "include: base.yaml\nstages:\n  ggfu: null\n")
+    assert error.what == "there is no stage 'ggfu' to drop" and "gguf" in str(error.way_out)
+    assert error.where == f"{tmp_path / 'recipe.yaml'}:3"
+    # Elsewhere null is a stage that somebody forgot to write.
+    forgotten = GOOD.partition("  gguf:")[0] + "  gguf:\n"
+    assert refused(tmp_path, forgotten).where == f"{tmp_path / 'recipe.yaml'}:{forgotten.count(chr(10))}"
+
+
 def test_includes_that_go_in_a_circle_or_nowhere_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "include: b.yaml\n", "a.yaml")
     write(tmp_path, "include: [a.yaml]\n", "b.yaml")
