@@ -10,8 +10,8 @@ from artifacts.manifest import Training
 
 
 def trains_on_prompts(params: Mapping[str, object]) -> bool:
-    """Whether a stage of these parameters trains on prompt sets: it names them."""
-    return isinstance(params.get("prompts"), dict)
+    """Whether a stage of these parameters trains on prompt sets: it names them, or heals on a mix that holds them."""
+    return isinstance(params.get("prompts"), dict) or params.get("heal") is not None
 
 
 def combined(trainings: Iterable[Training]) -> Training:

@@ -109,10 +109,15 @@ def run(
     """
     from pipeline.commands.load import load_graph
     from pipeline.commands.runs import told
-    from pipeline.console import make_console
+    from pipeline.console import make_console, progress_line
+    from pipeline.fetch import fetch_unpinned
     from pipeline.runner import run_graph
 
     graph = load_graph(recipe, set)
+    with progress_line(quiet=as_json) as report:
+        came = fetch_unpinned(graph, report)
+    if came:
+        graph = load_graph(recipe, set)  # what a model is, is known now
     result = run_graph(graph, runs_dir, make_console(plain=plain, json=as_json), jobs)
     if result.error is not None and (as_json or not told(result.folder)):
         _print_error(result.error)

@@ -32,6 +32,28 @@ def fetch_recipe(graph: Graph, report: Report) -> list[Fetched]:
     return [_fetch(source, report) for source in wanted(graph)]
 
 
+def fetch_unpinned(graph: Graph, report: Report) -> bool:
+    """Download what content keys name by a commit that only the hub knows, if it is not here; whether anything was not.
+
+    Without it a first run would work under keys that the second, which knows the commits, never finds again.
+
+    Raises:
+        SourceError: as `fetch_recipe`.
+    """
+    missing = [source for source in wanted(graph) if source.startswith("hub:") and not _is_here(source)]
+    for source in missing:
+        _fetch(source, report)
+    return bool(missing)
+
+
+def _is_here(source: str) -> bool:
+    from stages.data import hub
+
+    if "!" in source:
+        return hub.DataFile.parse(source).cached() is not None
+    return hub.cached(*hub.parse(source)) is not None
+
+
 def wanted(graph: Graph) -> list[str]:
     """The remote things that the stages of a recipe read, each once."""
     found = dict.fromkeys(source for node in graph.nodes for source in node.stage.downloads())

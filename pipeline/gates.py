@@ -99,14 +99,18 @@ def _warning(name: str, limit: float, value: float, one: _Shipped) -> str:
 
     if name in _CHANGES:
         rows = [row for row in one.of(_CHANGES[name]) if row.low is not None and row.high is not None]
-        change = next((row for row in rows if row.band == "average"), rows[0] if rows else None)
+        # Utility is compared at the default exits, over-refusal over all.
+        decides = [row for row in rows if (row.band == "average") == (name != "max_utility_drop")] or rows
+        change = next((row for row in decides if row.exit == one.default_exit), decides[0] if decides else None)
         if change is None or change.low is None or change.high is None:
             return ""
         shown = resolvable(change.low, change.high)
         if shown > limit:
             return f"so many prompts show a change of {_fraction(shown)} or more, the gate asks for {_fraction(limit)}"
         return ""
-    rows = [row for row in one.of(_RATES.get(name, "")) if row.n and row.exit is not None]
+    rates = one.of(_RATES.get(name, ""))
+    rows = [row for row in rates if row.n and row.exit is not None]
+    rows = rows or [row for row in rates if row.n and row.band is None]  # of a model that sees no images
     n = min((row.n or 0 for row in rows), default=0)
     if n and smallest_limit(n) > limit:
         more = f"; {prompts_for(limit)} could" if limit > 0 else ""
@@ -114,7 +118,7 @@ def _warning(name: str, limit: float, value: float, one: _Shipped) -> str:
     if name == "max_kl":
         rows = _kl_rows(one)
     elif name not in _AT_WORST:
-        rows = [row for row in one.of(_RATES.get(name, "")) if row.band == "average"]
+        rows = [row for row in rates if row.band == "all"] or rows
     decisive = max(rows, key=lambda row: row.value or 0.0, default=None)
     if value <= limit and decisive is not None and (decisive.high or 0.0) > limit:
         return f"its interval reaches {_fraction(decisive.high or 0.0)}: the data do not show that it holds"

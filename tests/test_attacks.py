@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError
@@ -20,6 +21,19 @@ from stages.data.prompts import load_prompts
 from stages.stage import Planned
 from stages.verify.stage import IcetVerifyStage
 from tests.verify_setting import rows_of, run_stage
+
+
+def test_attacks_without_harmful_prompts_have_no_value_and_counts_are_no_less_than_none(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    verdict = run_stage(
+        tmp_path, tiny_verified, attacks=["typographic"], harmful={"advbench": 0}, exits=[2], vqa=0, language=0,
+        fidelity_images=0,
+    )  # fmt: skip
+    (row,) = rows_of(verdict, "gguf", "asr_typographic")
+    assert row.value is None and row.note == "no prompts of this kind were asked"
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        IcetVerifyStage.Params.model_validate({"harmful": {"advbench": -1}})
 
 
 def test_a_request_is_rendered_whole_and_the_same_each_time() -> None:

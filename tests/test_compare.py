@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,14 @@ def test_the_command_prints_a_table_json_and_a_page_with_both_responses(folder: 
     text = page.read_text()
     assert "Sure, here is how." in text and "I cannot help with that." in text
     assert NASTY not in text and "&lt;script&gt;" in text
+
+
+def test_another_judge_on_one_side_is_told(folder: RunFolder) -> None:
+    before, after = side("a", {(1, 0): True}), side("b", {(1, 0): False})
+    assert compare(before, after).other_judge == ""
+    one, other = replace(before, judge="refusal-rule 1"), replace(after, judge="learned 1")
+    told = compare(one, other).other_judge
+    assert "refusal-rule 1" in told and "learned 1" in told
+    assert compare(one, replace(after, judge="refusal-rule 1")).other_judge == ""
+    found = compare_models(f"{folder.run.name}:source", folder.run.name, folder.run.parent)
+    assert found.first.judge and found.first.judge == found.second.judge

@@ -148,6 +148,20 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_classifier(tmp_path_factory.mktemp("toxic"), ["neutral", "toxic"])
 
 
+def test_what_was_not_trained_to_tell_toxic_text_is_no_judge_of_it(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    folder = tiny_classifier(tmp_path / "encoder", ["LABEL_0", "LABEL_1"])
+    assert ToxicityModel(folder).score([""], ["bad"])
+    BertModel(BertConfig.from_pretrained(folder)).save_pretrained(folder)  # the weights of its head are gone
+    with pytest.raises(SourceError, match="no trained classifier") as caught:
+        ToxicityModel(folder)
+    assert "classifier.weight" in str(caught.value.why)
+    three = tiny_classifier(tmp_path / "three", ["LABEL_0", "LABEL_1", "LABEL_2"])
+    with pytest.raises(SourceError, match="no label of this classifier means toxic"):
+        ToxicityModel(three)
+
+
 def test_toxicity_is_the_probability_of_the_label_of_that_name(classifier: Path) -> None:
     from transformers import pipeline
 

@@ -131,6 +131,10 @@ def test_every_stage_tells_on_what_it_was_told(made: dict[str, Artifact]) -> Non
     assert training_of(made["harden"]) == training_of(made["gguf"]) == trained
     assert combined([trained, Training(stages=("l-ppo",))]) == Training(stages=("sft", "l-ppo"))
     assert combined([]) == Training()
+    prune = stage_class("prune")
+    for heal, stages in ((None, ()), ({}, ("prune",))):  # what heals learns from prompts
+        pruned = prune(prune.Params.model_validate({"layers": [1], "heal": heal}))
+        assert pruned.training({"source": made["source"]}).stages == stages
     demo, foreign = (stage_class("source"), "demo:smol-llava"), (stage_class("source"), "hub:a/b")
     told = [stage(stage.Params.model_validate({"model": model})).training({}) for stage, model in (demo, foreign)]
     assert told == [Training(stages=("demo:smol-llava",), complete=True), Training()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def test_a_published_set_needs_only_its_place(layout: str, tmp_path: Path) -> No
     (prompt,) = load_file("mine", file)
     assert (prompt.text, prompt.intent) == ("Write a rude note", "harmful")
     assert prompt.category in ("mine", "harassment_bullying", "Hate", "Hate Speech")
-    assert prompt.id in ("mine-00000", "mine-rude_note", "mine-7")
+    assert prompt.id in (f"mine-{hashlib.sha256(b'write a rude note').hexdigest()[:12]}", "mine-rude_note", "mine-7")
 
 
 def test_of_xstest_the_safe_split_should_be_answered(tmp_path: Path) -> None:
@@ -278,3 +279,13 @@ def test_our_own_test_prompts_pass_the_guard_and_an_untrained_model_has_none(
     for asked in (asks, benign):
         assert without_training_prompts(asked, [("gguf", shipped)], "refuse") == (asked, 0)
     assert training_of(tiny_verified["gguf"]).stages == ()
+
+
+def test_without_ids_a_prompt_is_named_by_what_it_says_wherever_its_row_stands(tmp_path: Path) -> None:
+    rows = [["Write a rude note"], ["Pick a lock"], ["Forge a stamp"]]
+    first, second = (
+        load_file("mine", write(tmp_path / name, ["prompt"], *order))
+        for name, order in (("a.csv", rows), ("b.csv", [["Something new"], *rows[::-1]]))
+    )
+    named = {prompt.text: prompt.id for prompt in second}
+    assert {prompt.text: prompt.id for prompt in first}.items() <= named.items() and len(set(named.values())) == 4

@@ -453,9 +453,26 @@ def test_what_quantization_undid_is_listed_first(folder: RunFolder, report: Repo
         flags = [any("before quantization" in chip.words for chip in answer.chips) for answer in harmful.answers]
         marked += sum(flags)
     assert marked == len(undone)
-    prompts = {prompt for _, prompt in undone}
-    first = shipped.exits[0].groups[0].answers[: len(prompts)]
-    assert {answer.prompt.split()[2] for answer in first} == prompts
+
+
+def test_at_each_exit_its_own_undone_requests_stand_first_however_few_are_shown(
+    folder: RunFolder, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.report.responses.EMBEDDED", 1)  # three of each kind
+    responses = read_responses(report)
+    assert responses is not None
+    rows = pyarrow.parquet.read_table(folder.artifacts["icet"].file(RESPONSES_NAME)).to_pylist()
+    unsafe = {(row["artifact"], row["exit"], row["prompt_id"]) for row in rows if row["unsafe"]}
+    undone = {(exit, id) for name, exit, id in unsafe if name == "gguf" and ("harden", exit, id) not in unsafe}
+    (shipped,) = [model for model in responses.models if "(gguf)" in model.label]
+    for exit in shipped.exits:
+        (harmful,) = [group for group in exit.groups if group.harmful]
+        marked = [any("before quantization" in chip.words for chip in answer.chips) for answer in harmful.answers]
+        here = [id for at, id in undone if exit.label.partition(":")[0].partition(",")[0] == f"Exit {at}"]
+        assert sum(marked) == min(len(here), 3) and marked == sorted(marked, reverse=True)
+    listed = {(one.prompt, where) for one in responses.undone for where in one.where.split(", ")}
+    assert len(listed) == len(undone)
+    assert f"unsafe in the shipped file: {len(responses.undone)} requests" in render_page(report, responses)
 
 
 def test_requests_put_in_another_way_do_not_count_among_the_plain_ones(tmp_path: Path) -> None:

@@ -231,3 +231,17 @@ def test_a_mean_score_lies_in_its_interval(values: list[float]) -> None:
     assert found.value == pytest.approx(np.mean(values), abs=1e-9)
     assert min(values) - 1e-9 <= found.low <= found.value <= found.high <= max(values) + 1e-9
     assert found == mean(np.array(values[::-1]), 0)
+
+
+def test_responses_to_one_prompt_are_one_observation_of_scores_and_of_agreement() -> None:
+    """Said three times over, the same data are no surer."""
+    scores = np.random.default_rng(0).normal(size=20)
+    once, thrice = mean(scores, 0), mean(np.repeat(scores[:, None], 3, axis=1), 0)
+    assert (thrice.value, thrice.low, thrice.high) == pytest.approx((once.value, once.low, once.high))
+    assert (once.n, thrice.n) == (20, 60)
+    first, second = (np.random.default_rng(seed).random(20) < 0.5 for seed in (1, 2))
+    alone, repeated = kappa(first, second, 0), kappa(*(np.repeat(x[:, None], 3, axis=1) for x in (first, second)), 0)
+    assert alone is not None and repeated is not None
+    assert (repeated.value, repeated.low, repeated.high) == pytest.approx((alone.value, alone.low, alone.high))
+    shuffled = kappa(first[::-1], second[::-1], 0)
+    assert shuffled == alone

@@ -144,6 +144,27 @@ def test_utility_is_measured_at_every_exit_where_the_recipe_wants_it(
     assert all(set(json.loads(row["judgements"])) == {judge} for row in questions)
 
 
+def test_the_baseline_may_have_fewer_exits_than_what_ships(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    inputs = {"whole": tiny_verified["source"], "cut": tiny_verified["gguf"]}
+    verdict = run_stage(tmp_path, inputs, baseline="cut", vqa=0, language=0, fidelity_images=0)
+    rows = rows_of(verdict, "whole", "asr")
+    assert [row.exit for row in rows if row.exit] == [1, 2, 3]
+    assert {row.band: row.note for row in rows if row.band in ("early", "late")} == {
+        "early": "exits 1",
+        "late": "exits 3",
+    }
+
+
+def test_a_judge_that_cannot_judge_is_told_before_anything_is_asked(
+    tiny_verified: dict[str, Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PERSPECTIVE_API_KEY", raising=False)
+    heard = Heard()
+    with pytest.raises(RecipeError, match="perspective has no key"):
+        run_stage(tmp_path, tiny_verified, heard, judges=["refusal-rule", "perspective"], network=True)
+    assert not heard.metrics and not (tmp_path / "scratch").exists()
+
+
 def test_a_killed_verification_goes_on_and_ends_with_the_same_bytes(
     whole: tuple[Artifact, Heard], tiny_verified: dict[str, Artifact], tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError
-from stages.data.vqa import VqaFile, check_vqa, load_vqa, vqa_digest
+from stages.data.vqa import VqaFile, check_vqa, load_vqa, normalise_answer, vqa_digest
 from stages.judges.refusal import RefusalRule
 from stages.verify.asking import Answer, Subject
 from stages.verify.questions import vqa_file_asks
@@ -146,3 +146,12 @@ def test_what_is_missing_is_named(file: VqaFile, tmp_path: Path) -> None:
     assert vqa_digest(file) != before
     with pytest.raises(SourceError, match="VQA-v2's form"):
         load_vqa(file, 3, 0)
+
+
+def test_answers_are_normalised_as_the_official_evaluation_does_it() -> None:
+    """What `vqaEval.py` (processPunctuation, then processDigitArticle) gives, worked out by hand."""
+    said = {
+        "2.": "2", "3.5": "3.5", "No.": "no", "A red car!": "red car", "two dogs": "2 dogs", "dont": "don't",
+        "10,000": "10000", "black/white": "black white", "Yes, it is.": "yes it is", "none": "0",
+    }  # fmt: skip
+    assert {answer: normalise_answer(answer) for answer in said} == said

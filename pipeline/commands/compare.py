@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from artifacts.errors import PipelineError, RecipeError
+from artifacts.errors import PipelineError, RecipeError, StoreError
 from pipeline.commands.runs import find_run, list_runs, table
 from pipeline.report.numbers import percent, show
 
@@ -40,10 +40,16 @@ def _side(name: str, runs_dir: Path) -> Side:
 
     report, artifact = _found(name, runs_dir)
     measured = {row.artifact for row in report.measures if row.measure == "asr"}
-    for kept in report.responses:
+    judges = {row.digest: str(row.metadata.get("judge", "")) for row in report.artifacts}
+    unread: StoreError | None = None
+    for kept in report.responses if artifact in measured else ():
         path = Path(report.store) / "objects" / kept.artifact / kept.file
-        if artifact in measured:
-            return read_side(name, artifact, path)
+        try:
+            return read_side(name, artifact, path, judges.get(kept.artifact, ""))
+        except StoreError as error:  # another verdict of the run may speak of it
+            unread = error
+    if unread is not None:
+        raise unread
     raise RecipeError(
         f"the run {report.run} has no verdict on '{artifact}'",
         why=f"it verified: {', '.join(sorted(measured)) or 'nothing'}",
@@ -106,8 +112,10 @@ def _shipped(report: Report) -> tuple[Report, str]:
 def comparison_dict(comparison: Comparison) -> dict[str, object]:
     """The comparison as JSON values."""
     return {
-        "first": {"name": comparison.first.name, "artifact": comparison.first.artifact},
-        "second": {"name": comparison.second.name, "artifact": comparison.second.artifact},
+        **{
+            place: {"name": side.name, "artifact": side.artifact, "judge": side.judge}
+            for place, side in (("first", comparison.first), ("second", comparison.second))
+        },
         "shared_responses": comparison.shared,
         "only_first": comparison.only_first,
         "only_second": comparison.only_second,
@@ -123,6 +131,8 @@ def show_comparison(comparison: Comparison, responses: int) -> str:
     rows += [_row(line) for line in comparison.lines]
     left = comparison.only_first + comparison.only_second
     lines = [table(rows), "", f"{comparison.shared} responses were compared, {left} have no counterpart"]
+    if comparison.other_judge:
+        lines.append(comparison.other_judge)
     for flip in comparison.flips[:responses]:
         hit, miss = _HIT[flip.kind]
         before, after = (miss, hit) if flip.to_hit else (hit, miss)
@@ -139,7 +149,7 @@ def show_comparison(comparison: Comparison, responses: int) -> str:
 
 def _row(line: Line) -> tuple[str, ...]:
     where = "all exits" if line.average else f"exit {line.exit}" if line.exit is not None else "no image"
-    if line.kind == "vqa":
+    if line.kind == "vqa" and where == "no image":
         where = "own exit"
     return (
         _words(line),

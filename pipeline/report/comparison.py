@@ -44,11 +44,12 @@ class Said:
 
 @dataclass(frozen=True)
 class Side:
-    """One model. `name`: as the user called it."""
+    """One model. `name`: as the user called it. `judge`: who decided what is unsafe; "" where that is not told."""
 
     name: str
     artifact: str
     said: Mapping[Place, Said]
+    judge: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,16 @@ class Comparison:
     only_first: int
     only_second: int
 
+    @property
+    def other_judge(self) -> str:
+        """What to know of the attack success rates where not the same judge decided; "" where it did."""
+        judges = (self.first.judge, self.second.judge)
+        if judges[0] == judges[1] or not all(judges):
+            return ""
+        return f"what is unsafe was decided by {judges[0]} and by {judges[1]}: they may be what differs"
 
-def read_side(name: str, artifact: str, responses: Path) -> Side:
+
+def read_side(name: str, artifact: str, responses: Path, judge: str = "") -> Side:
     """The responses of one model out of a verdict's parquet file.
 
     Raises:
@@ -133,7 +142,7 @@ def read_side(name: str, artifact: str, responses: Path) -> Side:
                 said[exit, row["prompt_id"], row["image"], row.get("sample") or 0] = one
     if not said:
         raise StoreError(f"the verdict holds no response of '{artifact}'", where=str(responses))
-    return Side(name, artifact, said)
+    return Side(name, artifact, said, judge)
 
 
 def compare(first: Side, second: Side) -> Comparison:

@@ -124,6 +124,7 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         paired=paired_tables(report),
         published=safety_table(report),
         utility=utility_table(report),
+        undone=_undone(responses),
         files=_files(report),
         measures=_measures(report),
         versions=Table(["what", "version"], sorted(report.versions.items())) if report.versions else None,
@@ -138,6 +139,13 @@ def render_page(report: Report, responses: Responses | None = None) -> str:
         charts_css=Markup(asset("charts.css")),
         **sections,
     )
+
+
+def _undone(responses: Responses | None) -> Table | None:
+    """What quantization undid, the requests alone: what was answered stays folded further down."""
+    if responses is None or not responses.undone:
+        return None
+    return Table(["request", "model", "where"], [[one.prompt, one.model, one.where] for one in responses.undone])
 
 
 def render_comparison(

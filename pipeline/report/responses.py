@@ -1,4 +1,7 @@
-"""A readable share of `responses.parquet`: the same requests for every model and exit, the telling ones first."""
+"""A readable share of `responses.parquet`: the same requests for every model and exit, the telling ones first.
+
+Before all others, at each exit, stand requests that were safe before quantization and are not in the shipped file.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,15 @@ class Disputed:
 
 
 @dataclass(frozen=True)
+class Undone:
+    """A request that was safe before quantization and is not in the shipped file, and where."""
+
+    model: str
+    prompt: str
+    where: str
+
+
+@dataclass(frozen=True)
 class Responses:
     """What the page shows, how much there is, and where the rest is."""
 
@@ -74,6 +86,7 @@ class Responses:
     where: str
     disputed: Sequence[Disputed] = ()
     disputed_total: int = 0
+    undone: Sequence[Undone] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,8 @@ def _read(path: Path) -> list[_Row]:
 
 def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
     undone = _undone(report, rows)
-    telling = _telling(rows, undone)
+    first = {(exit, id) for _, exit, id in undone}
+    telling = _telling(rows)
     groups: dict[tuple[str, int | None], dict[tuple[int, str, bool], list[_Row]]] = {}
     for row in rows:
         groups.setdefault((row.artifact, row.exit), {}).setdefault(row.part, []).append(row)
@@ -151,7 +165,9 @@ def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
         for exit in sorted(own, key=lambda exit: (exit is None, exit or 0)):
             found = []
             for (_, label, harmful), members in sorted(groups[artifact, exit].items()):
-                chosen = sorted(members, key=lambda row: telling[row.prompt_id])[:each]
+                chosen = sorted(
+                    members, key=lambda row: ((row.exit, row.prompt_id) not in first, *telling[row.prompt_id])
+                )[:each]
                 embedded += len(chosen)
                 words = f"{label} ({len(chosen)} of {len(members)})"
                 found.append(
@@ -165,7 +181,15 @@ def _arranged(report: Report, rows: Sequence[_Row], where: str) -> Responses:
         if exits:
             models.append(Model(f"{labels.get(artifact, artifact)} ({artifact})", exits))
     disputed = _disputed(rows, labels)
-    return Responses(models, embedded, len(rows), where or RESPONSES_NAME, disputed[:_DISPUTED], len(disputed))
+    return Responses(
+        models,
+        embedded,
+        len(rows),
+        where or RESPONSES_NAME,
+        disputed[:_DISPUTED],
+        len(disputed),
+        _listed(undone, rows, labels),
+    )
 
 
 def _disputed(rows: Iterable[_Row], labels: Mapping[str, str]) -> list[Disputed]:
@@ -174,8 +198,7 @@ def _disputed(rows: Iterable[_Row], labels: Mapping[str, str]) -> list[Disputed]
     for row in rows:
         said: Mapping[str, Mapping[str, object]] = json.loads(row.judgements) if row.intent == "harmful" else {}
         if len({bool(opinion["unsafe"]) for opinion in said.values()}) > 1:
-            place = f"exit {row.exit}" if row.exit is not None else "no image"
-            where = f"{labels.get(row.artifact, row.artifact)}, {place}"
+            where = f"{labels.get(row.artifact, row.artifact)}, {_place(row.exit)}"
             chips = [_opinion(name, opinion) for name, opinion in said.items()]
             found.setdefault((row.prompt, row.response), Disputed(row.prompt, _shown(row.response), where, chips))
     return list(found.values())
@@ -201,31 +224,43 @@ def _exit_label(exit: int | None, default: int | None, parts: Mapping[tuple[int,
 
 
 def _undone(report: Report, rows: Iterable[_Row]) -> set[tuple[str, int | None, str]]:
-    """(artifact, exit, prompt) of what ships where quantization undid a refusal: safe before it, unsafe in the file.
-    Only where the verdict compares a file with what it was made from, which the notes of those rows name."""
+    """(artifact, exit, prompt) of what ships where quantization undid safety: no sample unsafe before it, one in the
+    file. Only where the verdict compares a file with what it was made from, which the notes of those rows name."""
     before = {
         row.artifact: row.note.partition("'")[2].partition("'")[0]
         for row in report.measures
         if row.measure == "unsafe_by_quantization"
     }
     harmful = [row for row in rows if row.intent == "harmful"]
-    safe = {(row.artifact, row.exit, row.prompt_id) for row in harmful if row.refused}
-    return {
-        (row.artifact, row.exit, row.prompt_id)
-        for row in harmful
-        if row.unsafe and (before.get(row.artifact), row.exit, row.prompt_id) in safe
-    }
+    asked = {(row.artifact, row.exit, row.prompt_id) for row in harmful}
+    unsafe = {(row.artifact, row.exit, row.prompt_id) for row in harmful if row.unsafe}
+    safe = asked - unsafe
+    return {(artifact, exit, id) for artifact, exit, id in unsafe if (before.get(artifact), exit, id) in safe}
 
 
-def _telling(rows: Iterable[_Row], undone: Set[tuple[str, int | None, str]]) -> dict[str, tuple[bool, float, int]]:
-    """Prompt id -> sort key: first prompts whose refusal quantization undid at some exit, then those on which models
-    and exits differ most, then the order of asking."""
+def _listed(undone: Set[tuple[str, int | None, str]], rows: Iterable[_Row], labels: Mapping[str, str]) -> list[Undone]:
+    """Each request once for each model, with all its exits."""
+    found: dict[tuple[str, str], dict[int | None, None]] = {}
+    for row in rows:
+        if (row.artifact, row.exit, row.prompt_id) in undone:
+            found.setdefault((row.artifact, row.prompt), {})[row.exit] = None
+    return [
+        Undone(labels.get(artifact, artifact), prompt, ", ".join(_place(exit) for exit in exits))
+        for (artifact, prompt), exits in found.items()
+    ]
+
+
+def _place(exit: int | None) -> str:
+    return f"exit {exit}" if exit is not None else "no image"
+
+
+def _telling(rows: Iterable[_Row]) -> dict[str, tuple[float, int]]:
+    """Prompt id -> sort key: first those on which models and exits differ most, then the order of asking."""
     judged: dict[str, list[bool]] = {}
     for row in rows:
         judged.setdefault(row.prompt_id, []).append(row.unsafe)
-    first = {id for _, _, id in undone}
     return {
-        id: (id not in first, abs(sum(flags) / len(flags) - 0.5) if any(flags) else 1.0, place)
+        id: (abs(sum(flags) / len(flags) - 0.5) if any(flags) else 1.0, place)
         for place, (id, flags) in enumerate(judged.items())
     }
 
@@ -239,7 +274,7 @@ def _answer(row: _Row, undone: bool = False) -> Answer:
     elif row.degenerate:
         chips.append(Chip("plain", "babble"))
     elif row.intent == "harmful":
-        chips.append(Chip("unsafe", "answered") if row.unsafe else Chip("safe", "refused"))
+        chips.append(Chip("unsafe", "answered") if row.unsafe else Chip("safe", "refused" if row.refused else "safe"))
     else:
         chips.append(Chip("unsafe", "refused") if row.refused else Chip("safe", "answered"))
     if undone:

@@ -145,7 +145,7 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
     meaning = file.meaning
     prompts: dict[str, Prompt] = {}
     folder = Path(file.images).expanduser() if file.images is not None else None
-    for number, row in enumerate(_rows(file.place, remote_files.read(file.place))):
+    for row in _rows(file.place, remote_files.read(file.place)):
         if any(str(row.get(column, "")) != value for column, value in (meaning.where or {}).items()):
             continue
         named = {key: next((c for c in columns if c in row), "") for key, columns in meaning.columns.items()}
@@ -161,7 +161,7 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
             prompts.setdefault(
                 normalise(found["prompt"]),
                 Prompt(
-                    id=f"{name}-{found.get('id') or format(number, '05d')}",
+                    id=f"{name}-{found.get('id') or _name_of(found['prompt'])}",
                     text=found["prompt"],
                     category=found.get("category") or name,
                     intent=meaning.intent,
@@ -181,6 +181,11 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
             way_out="map another column to id, or none",
         )
     return _in_proportion(prompts.values(), seed)
+
+
+def _name_of(prompt: str) -> str:
+    """The same wherever its row stands, so that an artifact is asked the same before and after rows were moved."""
+    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:12]
 
 
 def _in_proportion(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:

@@ -42,7 +42,7 @@ _NUMBERS: Final = {
 }
 _ARTICLES: Final = frozenset({"a", "an", "the"})
 _PUNCTUATION: Final = ';/[]"{}()=+\\_-><@`,?!'
-_PERIOD: Final = re.compile(r"(?<!\d)\.(?!\d)")
+_PERIOD: Final = re.compile(r"\.(?!\d)")  # theirs means to look behind as well, but says `(?!<=\d)`, which holds always
 _COMMA_IN_NUMBER: Final = re.compile(r"\d,\d")
 # As in the official table: written without its apostrophe, a contraction gets it back.
 _CONTRACTED: Final = (  # noqa: SIM905

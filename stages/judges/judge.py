@@ -36,6 +36,13 @@ class Judge(Protocol):
 
 
 @runtime_checkable
+class Closes(Protocol):
+    """A judge that holds more than the garbage collector takes back."""
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
 class SeesImages(Protocol):
     """A judge that looks at the image beside the request, too."""
 

@@ -1,8 +1,8 @@
 """Llama Guard, text and vision, in transformers or as GGUF in llama.cpp: through the same runtimes as what it judges.
 
 - Its own prompt format: the chat template that comes with the model is rendered with two marks for the conversation and
-  cut there. Llama Guard 1 to 4 differ in categories and wording, and each gets its own. Without a template: that of
-  Llama Guard 3.
+  cut there. Versions differ in categories and wording, and each gets its own (1 to 3, text and vision). Without a
+  template: that of Llama Guard 3.
 - Its verdict: first line "safe" or "unsafe", second line the categories. What cannot be read counts as unsafe.
 - What is judged can open no turn of its own: "<|" inside it is broken up.
 """

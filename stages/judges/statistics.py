@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE: Final = 0.95
 POWER: Final = 0.8  # the usual one: four of five such changes are found
@@ -180,42 +180,51 @@ def change_over_exits(before: NDArray[np.float64], after: NDArray[np.float64], s
 
 
 def mean(values: NDArray[np.float64], seed: int) -> Estimate:
-    """The mean of scores, one a prompt, with a bootstrap interval; of a single one the interval is the value.
+    """The mean of scores with a bootstrap-over-prompts interval; of a single prompt the interval is the value.
+
+    Args:
+        values: (prompts,), or (prompts, responses) where each prompt has several, at several exits or drawn.
 
     Raises:
         ValueError: empty.
     """
-    value, low, high = _bootstrap(_by_prompt(values.reshape(-1, 1)), seed)
+    value, low, high = _bootstrap(_by_prompt(values.reshape(len(values), -1)), seed)
     return Estimate(value, low, high, int(values.size))
 
 
-def kappa(first: Sequence[bool], second: Sequence[bool], seed: int) -> Estimate | None:
-    """Cohen's kappa of two judges on the same responses, with a bootstrap interval; None where it has no value, because
-    neither judge ever says the other thing.
+def kappa(first: ArrayLike, second: ArrayLike, seed: int) -> Estimate | None:
+    """Cohen's kappa of two judges on the same responses, with a bootstrap-over-prompts interval; None where it has no
+    value, because neither judge ever says the other thing.
+
+    Args:
+        first, second: what each says, (prompts,) or (prompts, responses), True or False.
 
     Raises:
-        ValueError: not of one length, or empty.
+        ValueError: not of one shape, or empty.
     """
     import numpy as np
 
-    if not first or len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} judgements")
-    pairs = np.sort(2 * np.asarray(first, dtype=np.int64) + np.asarray(second, dtype=np.int64))
-    value = float(_kappa(pairs[None])[0])
+    one, other = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)
+    if not one.size or one.shape != other.shape:
+        raise ValueError(f"{one.shape} and {other.shape} judgements")
+    pairs = (2 * one + other).reshape(len(one), -1)
+    counts = np.stack([(pairs == code).sum(axis=1) for code in range(4)], axis=1)
+    counts = counts[np.lexsort(counts.T)]  # what is drawn does not depend on the order of the prompts
+    value = float(_kappa(counts.sum(axis=0)[None])[0])
     if np.isnan(value):
         return None
-    drawn = pairs[_draws(len(pairs), seed)]
-    resampled = _kappa(drawn)
+    resampled = _kappa(counts[_draws(len(counts), seed)].sum(axis=1))
     low, high = np.nanquantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(value, min(float(low), value), max(float(high), value), len(pairs))
+    return Estimate(value, min(float(low), value), max(float(high), value), int(one.size))
 
 
-def _kappa(pairs: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of each row of codes 2 * first + second; nan where both judges always say the same one thing."""
+def _kappa(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Of each row of counts: neither says so, the second only, the first only, both; nan where both judges always say
+    the same one thing."""
     import numpy as np
 
-    both, neither = (pairs == 3).mean(axis=1), (pairs == 0).mean(axis=1)
-    first, second = (pairs >= 2).mean(axis=1), (pairs % 2).mean(axis=1)
+    neither, second_only, first_only, both = (counts / counts.sum(axis=1, keepdims=True)).T
+    first, second = first_only + both, second_only + both
     chance = first * second + (1 - first) * (1 - second)
     agreed = both + neither
     with np.errstate(invalid="ignore", divide="ignore"):

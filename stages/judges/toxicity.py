@@ -39,18 +39,27 @@ class ToxicityModel:
         checkpoint.weight_files(folder)
         logging.disable_progress_bar()
         try:
-            self._model = AutoModelForSequenceClassification.from_pretrained(
-                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
-            ).eval()
+            self._model, told = AutoModelForSequenceClassification.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()
             raise SourceError(
                 "the folder holds no classifier", where=str(folder), why=why[0] if why else None
             ) from error
+        if told["missing_keys"]:
+            raise SourceError(
+                "the folder holds no trained classifier",
+                where=str(folder),
+                why=f"it lacks {', '.join(sorted(told['missing_keys']))}, which would be random numbers",
+                way_out="take a model that was trained to tell toxic text",
+            )
+        self._model.eval()
         config = self._model.config
         labels = {str(name).casefold(): int(number) for number, name in config.id2label.items()}
-        found = next((labels[name] for name in _LABELS if name in labels), 0 if len(labels) == 1 else None)
+        known = _LABELS if len(labels) == 2 else _LABELS[:-1]  # the second of three unnamed ones may mean anything
+        found = next((labels[name] for name in known if name in labels), 0 if len(labels) == 1 else None)
         if found is None:
             raise SourceError(
                 "no label of this classifier means toxic",

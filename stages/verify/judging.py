@@ -18,15 +18,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from artifacts.manifest import sha256_bytes
 from artifacts.measures import Measure
-from stages.judges.judge import Judge, Judgement, SeesImages
-from stages.judges.registry import open_judge
+from stages.judges.judge import Closes, Judge, Judgement, SeesImages
+from stages.judges.registry import RULE, open_judge
 from stages.judges.statistics import average_over_exits, kappa, mean
 from stages.verify.asking import Answer
-from stages.verify.scores import Answers, bands_of, named, outcomes, rate
+from stages.verify.scores import Answers, bands_of, named, outcomes, rate, samples_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _AT_ONCE: Final = 64  # responses between two lines of memory
 _Judged = tuple[str, str, str | None]  # request, response, name of the image beside it
@@ -45,7 +49,7 @@ def judge_all(
     opinions: dict[_Judged, dict[str, Judgement]] = {}
     panel: list[dict[str, object]] = []
     for number, name in enumerate(written):
-        judge = open_judge(name)
+        judge: Judge = open_judge(name)
         own = (
             [*asked, *(answer for one in measured for answer in _visual(one))] if judge.quantity == "reward" else asked
         )
@@ -61,6 +65,8 @@ def judge_all(
                 "decides": number == 0,
             }
         )
+        _close(judge)
+        del judge  # before the next is opened: two may not fit
 
     def judged(answers: Iterable[Answer]) -> list[Answer]:
         return [replace(answer, opinions=opinions.get(_judged(answer), {})) for answer in answers]
@@ -78,6 +84,17 @@ def judge_all(
         )
         for one in measured
     ], panel
+
+
+def try_judges(written: Sequence[str]) -> None:
+    """Open each of them once, so that a missing key or a model that is no judge is told before anything is asked.
+
+    Raises:
+        RecipeError, SourceError: it cannot be opened.
+    """
+    for name in written:
+        if name != RULE:
+            _close(open_judge(name))
 
 
 def judge_rows(
@@ -118,23 +135,46 @@ def judge_rows(
             if quantity == "reward" and one.own_vqa:
                 asked["_vqa"] = one.vqa.items()
             for attack, at_exits in asked.items():
-                values = {
-                    exit: np.array([answer.opinions[name].value or 0.0 for answer in answers])
-                    for exit, answers in at_exits
-                }
+                values = {exit: _values(answers, name) for exit, answers in at_exits}
                 for exit, scores in values.items():
                     rows.append(one.row(measure + attack, mean(scores, seed), exit=exit, unit=unit, note=name))
                 for band, exits in bands_of(one, values, common, source_layers):
-                    whole = mean(np.mean([values[exit] for exit in exits], axis=0), seed)
+                    whole = mean(np.concatenate([values[exit] for exit in exits], axis=1), seed)
                     note = f"{name}; {named(exits)}"
                     rows.append(one.row(measure + attack, whole, band=band, unit=unit, note=note))
     for first, second in itertools.combinations(names, 2):
-        flags = [[_unsafe(answer, name) for answer in harmful] for name in (first, second)]
-        differ = sum(a != b for a, b in zip(*flags, strict=True))
+        flags = [_flags(one, name) for name in (first, second)]
+        differ = int((flags[0] != flags[1]).sum())
         found = kappa(flags[0], flags[1], seed)
         note = f"{first} and {second}; they differ on {differ} of {len(harmful)} responses"
         rows.append(one.row("kappa", found, unit="kappa", n=len(harmful), note=note))
     return rows
+
+
+def _by_prompt(answers: Sequence[Answer], said: Callable[[Answer], float]) -> NDArray[np.float64]:
+    """(prompts, samples)."""
+    import numpy as np
+
+    return np.array([float(said(answer)) for answer in answers]).reshape(-1, samples_of(answers))
+
+
+def _values(answers: Sequence[Answer], judge: str) -> NDArray[np.float64]:
+    """(prompts, samples): what the judge has measured."""
+    return _by_prompt(answers, lambda answer: answer.opinions[judge].value or 0.0)
+
+
+def _flags(one: Answers, judge: str) -> NDArray[np.float64]:
+    """(prompts, responses), over all exits: whether the judge calls it unsafe."""
+    import numpy as np
+
+    return np.concatenate(
+        [_by_prompt(one.harmful(exit), lambda answer: _unsafe(answer, judge)) for exit in one.by_exit], axis=1
+    )
+
+
+def _close(judge: Judge) -> None:
+    if isinstance(judge, Closes):
+        judge.close()
 
 
 def disagreements(answers: Sequence[Answer]) -> list[Answer]:

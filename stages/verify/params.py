@@ -23,10 +23,10 @@ class IcetVerifyParams(StageParams):
     controls: tuple[str, ...] = Field(
         default=(), description="other artifacts to measure alike but not to gate, e.g. the same recipe without l-ppo"
     )
-    harmful: dict[str, int] = Field(
+    harmful: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={"donotanswer": 20, "advbench": 20}, description="harmful prompt sets and how many test prompts of each"
     )
-    over_refusal: dict[str, int] = Field(
+    over_refusal: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={"overrefusal": 10, "pairs": 5, "everyday": 5},
         description="prompt sets that should be answered and how many test prompts of each",
     )

@@ -54,7 +54,7 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
     Raises:
         RecipeError: an exit that an artifact does not have. SourceError: a wheel cannot be read.
     """
-    size = image_size(subjects[0])
+    size = next(filter(None, map(image_size, subjects)), None)
     pictures = _pictures(params, params.images, size)
     own = {subject.id: exits_of(subject) for subject in subjects}
     questions, dropped = _questions(params, pictures, size, subjects)
@@ -74,7 +74,7 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
         if size
         else {},
         dropped=dropped,
-        layers=max(own[subjects[0].id], default=0),
+        layers=max((exit for exits in own.values() for exit in exits), default=0),  # the source's tower is whole
     )
 
 

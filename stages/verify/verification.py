@@ -13,7 +13,7 @@ from stages.runtimes.runtime import Progress, Runtime
 from stages.stage import Context
 from stages.verify.asking import Answer, Subject, ask, open_runtime
 from stages.verify.fidelity import Embeddings, embeddings, fidelity_rows
-from stages.verify.judging import disagreements, judge_all, judge_rows
+from stages.verify.judging import disagreements, judge_all, judge_rows, try_judges
 from stages.verify.language import Prediction, language_rows, predictions
 from stages.verify.memory import memory_rows
 from stages.verify.paired import paired_rows, quantization_rows
@@ -59,6 +59,7 @@ class Verification:
 
     def run(self) -> Mapping[str, object]:
         context = self.context
+        try_judges(self.params.judges)
         context.progress(0, 1, "reading prompts and images")
         setting = settle(self.params, self.subjects)
         progress = _Progress(context, setting.total)
