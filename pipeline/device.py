@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, get_args
 
@@ -98,17 +100,23 @@ def device(name: str) -> Device:
 def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
     """What is wrong, why, and the way out, if a GGUF does not fit; None when it fits or cannot be known here.
 
-    Without `spec.quantization` the types are chosen while the recipe runs; then the smallest there are must fit.
+    Without `spec.quantization` the types are chosen while the recipe runs; then the smallest there are must fit, and a
+    file that has been given a size must fit with that.
     """
     chosen = spec.quantization is None
-    kinds = () if chosen else kinds_for(spec)
+    plain = replace(spec, tensor_types=())
+    fewer: dict[str, int] = {}
     try:
         needed = _need(spec, budget)
         if needed <= _room(spec, budget):
-            return None
-        fewer = {kind: _need(replace(spec, quantization=kind), budget) for kind in kinds}
-    except StageError:
-        return None  # no llama.cpp here: `plan` says so
+            return _target_problem(spec, budget)
+        if not chosen:
+            fewer = _fewer(plain, budget)
+    except StageError as error:
+        if find_spec("llama_cpp") is None:
+            return None  # `plan` says so
+        # What cannot be laid out for this device cannot run there either.
+        return error.what, error.why or "", error.way_out or "choose another type, or another kv_cache"
     what = f"{'no choice of types fits' if chosen else f'{spec.quantization} does not fit'} the device '{budget.name}'"
     free = budget.memory - _room(spec, budget)
     why = (
@@ -119,11 +127,41 @@ def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | No
     fitting = [kind for kind in fewer if fewer[kind] <= budget.memory]
     if fitting:
         best = max(fitting, key=lambda kind: fewer[kind])
-        return what, why, f"the largest type that fits is {best} ({show_bytes(fewer[best])}); or choose a larger device"
+        alone = "" if not spec.tensor_types else ", without other types for single tensors"
+        largest = f"the largest type that fits is {best} ({show_bytes(fewer[best])}{alone})"
+        return what, why, f"{largest}; or choose a larger device"
     if chosen:
         return what, why, _smaller(spec, budget, "the smallest types")
     kind = min(fewer, key=lambda kind: fewer[kind])
-    return what, why, _smaller(replace(spec, quantization=kind), budget, kind)
+    return what, why, _smaller(replace(plain, quantization=kind), budget, kind)
+
+
+def _fewer(spec: ModelSpec, budget: Device) -> dict[str, int]:
+    """What it needs in each type that a budget is searched over, but in those that llama.cpp makes no file of."""
+    found = {}
+    for kind in kinds_for(spec):
+        with suppress(StageError):
+            found[kind] = _need(replace(spec, quantization=kind), budget)
+    if not found:
+        raise StageError("llama.cpp lays no file of this model out")
+    return found
+
+
+def _target_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
+    """What is wrong if a file whose size was given does not fit."""
+    from stages.runtimes.prediction import most_memory
+
+    if spec.quantization is not None or spec.file_bytes is None:
+        return None
+    most = most_memory(spec, budget.context, budget.memory, cache_type=budget.kv_cache)
+    if most is None or most.total <= budget.memory:
+        return None
+    fits = spec.file_bytes - (most.total - _room(spec, budget))
+    return (
+        f"target: a file of {show_bytes(spec.file_bytes)} does not fit the device '{budget.name}'",
+        f"with all beside it it needs {show_bytes(most.total)}, the device allows {show_bytes(budget.memory)}",
+        f"set target to {fits} or less, or leave it out: then the file becomes as large as fits",
+    )
 
 
 def gptq_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:

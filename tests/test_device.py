@@ -162,3 +162,29 @@ def test_a_budget_that_is_enough_is_not_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(memory="2GiB", context=2048, type="Q4_0"))
     assert build_graph(load_recipe(path)).shipped == ("gguf",)
+
+
+def test_types_of_single_tensors_are_what_to_leave_out_where_that_is_enough(tmp_path: Path) -> None:
+    error = refused(tmp_path, "300MiB", 512, "Q4_0, tensor_types: {ffn: F32}")
+    assert "Q4_0 does not fit" in error.what
+    largest = re.search(r"the largest type that fits is (\w+) \(\d+ MiB, without other types", error.way_out or "")
+    assert largest is not None, error.way_out
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(memory="300MiB", context=512, type=largest[1]))
+    build_graph(load_recipe(path))
+
+
+def test_a_file_of_a_given_size_must_fit_too(tmp_path: Path) -> None:
+    error = refused(tmp_path, "230MiB", 512, "auto, target: 200MB")
+    assert "a file of 191 MiB does not fit the device 'inline'" in error.what
+    most = re.match(r"set target to (\d+) or less", error.way_out or "")
+    assert most is not None
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(memory="230MiB", context=512, type=f"auto, target: {most[1]}"))
+    build_graph(load_recipe(path))
+
+
+def test_what_cannot_be_laid_out_for_the_device_is_refused(tmp_path: Path) -> None:
+    """Rows of 576 fit no block of Q1_0, and nothing that is smaller stands in for it."""
+    error = refused(tmp_path, "2GiB", 512, "Q1_0")
+    assert "Q1_0" in error.what

@@ -177,6 +177,27 @@ def _verified(folder: Path) -> str:
     return inputs["gguf"].digest
 
 
+@pytest.mark.parametrize(
+    "other", ["tensor_types: {attn: F32}", "embedding_type: Q8_0", "mmproj_type: Q4_0", "imatrix: matrix"]
+)
+def test_figures_of_a_file_that_was_made_otherwise_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    _verified(tmp_path)
+    path = tmp_path / "recipe.yaml"
+    matrix = "  matrix: {uses: imatrix}\n" if "imatrix" in other else ""
+    path.write_text(HARDENED.format(memory="340MiB", type=f"Q4_0, {other}") + matrix)
+    (found,) = explore(load_graph(str(path), within_budget=False))
+    assert found.ways[0].change == "as in the recipe" and found.ways[0].measured is None
+
+
+def test_of_a_file_of_a_given_size_the_ways_begin_with_the_largest_type_that_it_holds(tmp_path: Path) -> None:
+    whole, small = explored(tmp_path, "2GiB", "auto"), explored(tmp_path, "2GiB", "auto, target: 95MB")
+    assert whole.ways[0].type == "F16" and small.ways[0].type not in ("F16", "Q8_0")
+    assert small.ways[0].size - small.ways[0].memory < 0 and small.ways[0].size < 95_000_000 + (80 << 20)
+
+
 def test_a_damaged_note_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_HOME", str(tmp_path))
     note_costs("ab", {Group("g", ("g",), 0): [Option("Q4_0", 1, Divergence(1.0, 2.0))]})

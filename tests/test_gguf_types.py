@@ -20,18 +20,20 @@ from stage_setting import Told, context_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError, SourceError, StageError
+from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import Manifest
+from stages.models.tiny import tiny_llava_spec
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.gguf import GGUFParams, GGUFStage
 from stages.quantize.types import ALIASES, TYPES
 from stages.runtimes.gguf_header import read_header
-from stages.runtimes.gguf_parts import model_file, parts_of, read_model
+from stages.runtimes.gguf_parts import model_file, parts_of, read_model, split_model
 from stages.runtimes.llamacpp import LlamaCppRuntime
 from stages.runtimes.llamacpp_library import TextModel, library
 from stages.runtimes.mixture import NEED_IMATRIX
 from stages.runtimes.rounding import round_weights
 from stages.runtimes.runtime import Request
+from stages.stage import Planned
 
 
 def weights_of(path: Path) -> dict[str, tuple[str, bytes]]:
@@ -172,8 +174,21 @@ def test_what_no_model_could_be_given_is_refused_before_any_work(params: dict[st
 
 
 def test_a_pattern_that_no_tensor_matches_is_refused(wide: Path, tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="no matrix of this model has a name with 'experts'"):
+    with pytest.raises(RecipeError, match="no matrix of this model has a name with 'experts'"):
         ship(wide, tmp_path, tensor_types={"experts": "Q8_0"})
+    stage = GGUFStage(GGUFParams.model_validate({"tensor_types": {"experts": "Q8_0"}}))
+    with pytest.raises(RecipeError, match="experts"):  # and before any work, where the shapes are known
+        stage.plan({"source": Planned("checkpoint", tiny_llava_spec())})
+
+
+def test_a_model_whose_tensors_fit_one_part_stays_one_file(tiny_llava: Path, tmp_path: Path) -> None:
+    """The vocabulary makes the file larger than its tensors, which are what parts are cut by."""
+    model = ship(tiny_llava, tmp_path / "whole", type="Q8_0").file("model.gguf")
+    before, tensors = model.read_bytes(), sum(t.nbytes for t in read_header(model).tensors.values())
+    assert tensors < len(before)
+    for limit in (tensors, (tensors + len(before)) // 2, len(before)):
+        assert split_model(model, limit) == [model] and model.read_bytes() == before
+    assert len(split_model(model, tensors - 1)) == 2 and not model.exists()
 
 
 def test_a_model_in_parts_answers_as_one_and_a_part_that_is_missing_is_named(

@@ -6,7 +6,8 @@ Notable:
   `type: auto` has measured this very checkpoint; else it is not known, and not guessed. It is KL without images: an
   earlier exit does not change it, and what fewer blocks do to it is not known before they are gone;
 - what a verification in the store has measured of the same model in the same type, at the same exit, with as many
-  blocks, stands beside; the same model is one that the same stages with the same parameters made of the same source.
+  blocks, stands beside; the same model is one that the same stages with the same parameters made of the same source,
+  and a file of which single tensors, the image encoder or an importance matrix differ is another one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
 from artifacts.errors import PipelineError, StageError
 from artifacts.measures import MEASURES_NAME, Measure, read_measures
@@ -130,7 +131,9 @@ def _specs(spec: ModelSpec, room: _Room) -> Iterator[tuple[str, ModelSpec]]:
     own = spec
     if spec.quantization is None:  # of a stage that chooses, stands the largest type that there is room for
         sized = [_of_type(spec, type) for type in types]
-        own = next((one for one in sized if room.holds(one)), sized[-1]) if room.budget else _of_type(spec, _USUAL)
+        limit = spec.file_bytes
+        fitting = (one for one in sized if room.holds(one) and (limit is None or room.plan(one).weights <= limit))
+        own = next(fitting, sized[-1]) if room.budget or limit is not None else _of_type(spec, _USUAL)
     yield "as in the recipe" if spec.quantization is not None else f"{own.quantization} for chosen types", own
     others = [(type, _of_type(own, type)) for type in types if type != own.quantization]
     yield from others
@@ -183,7 +186,7 @@ def _way(change: str, spec: ModelSpec, room: _Room, known: _Known) -> Way:
         fits=None if room.budget is None else plan.total <= room.budget,
         expected_kl_text=text,
         expected_kl_refusal=refusal,
-        measured=known.measured(str(spec.quantization), exit, spec.text.layers),
+        measured=known.measured(_Made.planned(spec)),
     )
 
 
@@ -215,8 +218,59 @@ class _Known:
         found = self._costs.of(types)
         return (None, None) if found is None else (found.text, found.refusal)
 
-    def measured(self, type: str, exit: int | None, blocks: int) -> Measured | None:
-        return self._verdicts.get((type, exit, blocks))
+    def measured(self, made: _Made) -> Measured | None:
+        return self._verdicts.get(made)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """By what two GGUFs of one chain are the same: all that a way may change, and all that decides types beside it."""
+
+    type: str
+    exit: int | None
+    blocks: int
+    encoder: str  # type of the image encoder's matrices
+    imatrix: bool
+    single: tuple[tuple[str, str], ...]  # tensors that were given types of their own, and which
+
+    @classmethod
+    def planned(cls, spec: ModelSpec) -> Self:
+        vision = spec.vision
+        return cls(
+            str(spec.quantization),
+            vision.default_exit if vision is not None else None,
+            spec.text.layers,
+            vision.quantization if vision is not None else "",
+            spec.imatrix,
+            tuple(sorted(spec.tensor_types)),
+        )
+
+    @classmethod
+    def of(cls, made: Artifact) -> Self | None:
+        """Of an artifact, by its header and the parameters that its manifest says it was made with; None: of no stage
+        of ours, or its file is gone."""
+        from stages.quantize.gguf import GGUFParams
+        from stages.quantize.types import chosen_types
+        from stages.runtimes.gguf_parts import model_file, read_model
+
+        try:
+            params = GGUFParams.model_validate(dict(made.manifest.provenance.params))
+            header = read_model(model_file(made.path))
+        except (PipelineError, ValueError):
+            return None
+        blocks = header.fields.get(f"{header.architecture}.block_count")
+        if not isinstance(blocks, int):
+            return None
+        exit = made.metadata.get("default_exit")
+        matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+        return cls(
+            params.type,
+            exit if isinstance(exit, int) else None,
+            blocks,
+            params.mmproj_type if isinstance(exit, int) else "",
+            params.imatrix is not None,
+            tuple(sorted(chosen_types(params.wanted(), matrices).items())),
+        )
 
 
 _Step = tuple[str, Mapping[str, object], int]  # a stage's name, its parameters, its seed
@@ -259,8 +313,8 @@ def _in_order(backwards: list[_Step]) -> Sequence[_Step]:
     return backwards[:0:-1] if cut else backwards[::-1]
 
 
-def _verdicts(store: Store, chain: Sequence[_Step]) -> Iterator[tuple[tuple[str, int | None, int], Measured]]:
-    """(type, exit, blocks) -> what was measured, of every GGUF of this chain that a verdict in the store is about."""
+def _verdicts(store: Store, chain: Sequence[_Step]) -> Iterator[tuple[_Made, Measured]]:
+    """What was measured of every GGUF of this chain that a verdict in the store is about."""
     for digest in store.digests():
         artifact = _opened(store, digest)
         if artifact is None or artifact.type != "verdict":
@@ -274,10 +328,8 @@ def _verdicts(store: Store, chain: Sequence[_Step]) -> Iterator[tuple[tuple[str,
             made = _opened(store, about[0].digest)
             if made is None or not chain or _made_chain(store, made) != chain:
                 continue
-            blocks = _block_count(made)
-            if blocks is not None:
-                exit = made.metadata.get("default_exit")
-                key = (str(made.metadata.get("type")), exit if isinstance(exit, int) else None, blocks)
+            key = _Made.of(made)
+            if key is not None:
                 yield key, Measured(made.digest, **{name: _value(about, name) for name in _SHOWN})
 
 
@@ -288,17 +340,6 @@ def _opened(store: Store, digest: str) -> Artifact | None:
         return Artifact.open(store.object_path(digest))
     except PipelineError:
         return None
-
-
-def _block_count(made: Artifact) -> int | None:
-    from stages.runtimes.gguf_parts import model_file, read_model
-
-    try:
-        header = read_model(model_file(made.path))
-    except PipelineError:
-        return None
-    count = header.fields.get(f"{header.architecture}.block_count")
-    return count if isinstance(count, int) else None
 
 
 def _value(rows: Sequence[Measure], measure: str) -> float | None:

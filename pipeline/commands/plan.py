@@ -134,10 +134,9 @@ def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[
             if found is None:
                 return None, words
             notes.append(words)
-            other_types: tuple[str, ...] = ()
         else:
             found = predict_memory(spec, context, cache_type=kept)
-            other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
+        other_types = tuple(str(fallback) for fallback in planned_fallbacks(spec))
     except StageError as error:
         return None, f"unknown: {error.what}"
     if spec.vision is not None and spec.vision.at_most:

@@ -43,7 +43,8 @@ def nothing_fits(least: int, limit: int) -> StageError:
     return StageError(
         f"no choice of types fits: the tensors may take {max(limit, 0)} bytes",
         why=f"the smallest types come to {least}",
-        way_out=f"raise the target by {least - limit} bytes, leave out layers, or start from a smaller model",
+        way_out=f"raise the target, or the device's memory, by {least - limit} bytes, leave out layers, or start from "
+        "a smaller model",
     )
 
 

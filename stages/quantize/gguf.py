@@ -29,7 +29,17 @@ from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import MmprojType, write_encoder
 from stages.quantize.mmproj import FloatType
 from stages.quantize.options import groups_of, least_bytes
-from stages.quantize.types import ALIASES, FLOATS, IMATRIX_HINT, TYPES, Wanted, check_wanted, chosen_types, resolve
+from stages.quantize.types import (
+    ALIASES,
+    FLOATS,
+    IMATRIX_HINT,
+    TYPES,
+    Wanted,
+    check_patterns,
+    check_wanted,
+    chosen_types,
+    resolve,
+)
 from stages.quantize.workbench import AutoParams
 from stages.quantize.written import check_answers, check_tensors
 from stages.runtimes import imatrix
@@ -160,6 +170,7 @@ class GGUFStage(Stage[GGUFParams]):
             self._check_target(planned.spec.text)
         known = None if type == AUTO else type  # of auto only what it may come to
         shapes = outline_of_text(planned.spec.text).shapes
+        check_patterns(self.params.wanted(), shapes)
         single = tuple(chosen_types(self.params.wanted(), shapes).items())
         spec = replace(
             planned.spec,

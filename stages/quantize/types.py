@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -135,6 +135,21 @@ def check_wanted(wanted: Wanted, *, imatrix: bool) -> None:
 IMATRIX_HINT: Final = "add a stage `uses: imatrix` and name it in `imatrix:`, or choose Q2_K, IQ3_S or larger"
 
 
+def check_patterns(wanted: Wanted, matrices: Collection[str]) -> None:
+    """Refuse a pattern that none of these names has.
+
+    Raises:
+        RecipeError: with some of the names.
+    """
+    for pattern in wanted.tensors:
+        if not any(re.search(pattern, name) for name in matrices):
+            raise RecipeError(
+                f"tensor_types: no matrix of this model has a name with {pattern!r} in it",
+                why=f"they are called {', '.join(sorted(matrices)[:3])}, ...",
+                way_out="`pipeline inspect` lists the tensors of a GGUF",
+            )
+
+
 def chosen_types(wanted: Wanted, matrices: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
     """The types that a recipe gives to single ones of these matrices, whether their rows allow them or not."""
     chosen: dict[str, str] = {}
@@ -151,18 +166,12 @@ def resolve(wanted: Wanted, header: Header, importance: Importance | None) -> Ex
     """The types of single tensors of the model in this file, by name.
 
     Raises:
-        StageError: a pattern matches no matrix, there is no head to give a type to, or a type needs an importance
-            matrix that has no entry for the tensor.
+        RecipeError: a pattern matches no matrix.
+        StageError: there is no head to give a type to, or a type needs an importance matrix that has no entry for the
+            tensor.
     """
     matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
-    for pattern in wanted.tensors:
-        if not any(re.search(pattern, name) for name in matrices):
-            raise StageError(
-                f"tensor_types: no matrix of this model has a name with {pattern!r} in it",
-                where=str(header.path),
-                why=f"they are called {', '.join(sorted(matrices)[:3])}, ...",
-                way_out="`pipeline inspect` lists the tensors of a GGUF",
-            )
+    check_patterns(wanted, matrices)
     chosen = chosen_types(wanted, matrices)
     exact = {}
     for name, type in chosen.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -56,7 +57,7 @@ def read_model(model: Path) -> Header:
 
 
 def split_model(model: Path, limit: int) -> list[Path]:
-    """Cut a model into parts with tensors of at most `limit` bytes each, unless it is small enough as it is.
+    """Cut a model into parts with tensors of at most `limit` bytes each, unless all of them are no more.
 
     The parts stand beside it under llama.cpp's names, each appears whole or not at all, and the file itself is gone
     afterwards. A tensor larger than `limit` gets a part for itself.
@@ -66,9 +67,9 @@ def split_model(model: Path, limit: int) -> list[Path]:
     """
     import gguf
 
-    if model.stat().st_size <= limit:
-        return [model]
     reader = gguf.GGUFReader(model)
+    if sum(int(tensor.n_bytes) for tensor in reader.tensors) <= limit:
+        return [model]
     place = model.parent / ".parts"
     place.mkdir(exist_ok=True)
     architecture = str(reader.fields[gguf.Keys.General.ARCHITECTURE].contents())
@@ -85,6 +86,9 @@ def split_model(model: Path, limit: int) -> list[Path]:
     writer.write_tensors_to_file()
     writer.close()
     made = sorted(place.iterdir())
+    if len(made) == 1:  # it is that file again
+        shutil.rmtree(place)
+        return [model]
     # The first one last: without it nobody takes the others for a model.
     for part in reversed(made):
         part.replace(model.with_name(part.name))
