@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from artifacts.artifact import Artifact
 from pipeline.cli import app
 from pipeline.doctor import examine
 
@@ -177,6 +178,18 @@ def test_a_plan_says_what_weights_may_come_to_whose_types_are_chosen_while_runni
     target = (floats["weights"] // 2) // 1000
     assert planned(f"{{type: auto, target: {target}kB}}")["memory"]["weights"] == 1000 * target
     assert re.search(r"^memory   gguf: auto, context 512$", cli("plan", str(tmp_path / "r.yaml")).output, re.MULTILINE)
+
+
+def test_a_plan_knows_the_memory_of_a_gguf_that_is_there(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    model = tiny_verified["gguf"].file("model.gguf")
+    recipe = {
+        "recipe": 1, "name": "there", "source": {"model": str(model)}, "device": {"memory": "1GiB", "context": 512},
+        "stages": {"icet": {"uses": "icet-verify", "needs": "source", "with": {"baseline": None}}},
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    memory = json.loads(cli("plan", str(tmp_path / "r.yaml"), "--json").output)["stages"][0]["memory"]
+    assert memory["weights"] == sum(memory["by_type"].values()) and memory["vision"] > 0 and memory["context"] == 512
+    assert "% of 1.00 GiB" in cli("plan", str(tmp_path / "r.yaml")).output
 
 
 def test_a_plan_says_what_is_not_predicted_of_a_gptq_checkpoint(tmp_path: Path) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from artifacts.errors import StageError
+from artifacts.errors import SourceError, StageError
 from pipeline.commands.runs import table
 from pipeline.device import show_bytes
 
 if TYPE_CHECKING:
     from pipeline.device import Device
-    from pipeline.graph import Graph
+    from pipeline.graph import Graph, Node
     from stages.models.spec import ModelSpec
     from stages.runtimes.llamacpp_library import CacheType
     from stages.runtimes.prediction import MemoryPlan
@@ -87,7 +88,7 @@ def make_plan(graph: Graph) -> Plan:
     device = graph.recipe.device
     stages = []
     for node in graph.nodes:
-        memory, note = _memory(node.planned.type, node.planned.spec, device)
+        memory, note = _of_file(node, device) or _memory(node.planned.type, node.planned.spec, device)
         stages.append(
             PlannedStage(
                 id=node.id,
@@ -110,6 +111,24 @@ def make_plan(graph: Graph) -> Plan:
         gates=graph.recipe.gates.asked(),
         publish=publish.to if publish else None,
     )
+
+
+def _of_file(node: Node, device: Device | None) -> tuple[PlannedMemory | None, str] | None:
+    """The same of a GGUF that the recipe starts from, which lies there; None of all else."""
+    from stages.runtimes.finished import gguf_files
+    from stages.runtimes.prediction import predict_files
+    from stages.source import SourceParams, parse_model
+
+    params = node.stage.params
+    if not isinstance(params, SourceParams) or node.planned.type != "gguf":
+        return None
+    context, kept = (device.context, device.kv_cache) if device is not None else (_CONTEXT, "F16")
+    files = gguf_files(Path(parse_model(params.model)[1]), params.mmproj)
+    try:
+        found = predict_files(files.model, files.mmproj, context, cache_type=kept)
+    except (StageError, SourceError) as error:
+        return None, f"unknown: {error.what}"
+    return _planned(files.model.name, context, found, ()), ""
 
 
 def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[PlannedMemory | None, str]:
@@ -141,8 +160,12 @@ def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[
         return None, f"unknown: {error.what}"
     if spec.vision is not None and spec.vision.at_most:
         notes.append(f"at most: the exit is chosen while running, counted here as {spec.vision.default_exit}")
-    planned = PlannedMemory(
-        type=spec.quantization or "auto",
+    return _planned(spec.quantization or "auto", context, found, other_types), "; ".join(notes)
+
+
+def _planned(type: str, context: int, found: MemoryPlan, other_types: tuple[str, ...]) -> PlannedMemory:
+    return PlannedMemory(
+        type=type,
         context=context,
         weights=found.weights,
         kv_cache=found.kv_cache,
@@ -153,7 +176,6 @@ def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[
         by_type=dict(found.by_type),
         fallbacks=other_types,
     )
-    return planned, "; ".join(notes)
 
 
 def _chosen(spec: ModelSpec, device: Device | None, context: int, kept: CacheType) -> tuple[MemoryPlan | None, str]:
