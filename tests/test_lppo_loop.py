@@ -77,6 +77,22 @@ def test_a_policy_too_far_from_the_original_is_taken_back(policy: Policy, featur
         setting.run(policy, features, given, tmp_path)
 
 
+def test_a_gradient_that_is_no_number_is_a_step_that_went_wrong(
+    policy: Policy, features: Features, tmp_path: Path
+) -> None:
+    hooks = [parameter.register_hook(lambda gradient: gradient * float("nan")) for parameter in _trained(policy)]
+    with pytest.raises(StageError, match="diverged at step 1, after 0 roll-backs") as refusal:
+        setting.run(policy, features, setting.params(2, max_rollbacks=0), tmp_path)
+    assert "the gradient is nan" in str(refusal.value) and "raise kl or anchor" in str(refusal.value)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in _trained(policy))  # nothing was made of it
+    for hook in hooks:
+        hook.remove()
+
+
+def _trained(policy: Policy) -> list[torch.nn.Parameter]:
+    return list(policy.trained().values())
+
+
 def _blow_up(policy: Policy) -> None:
     """Weights that are finite, and far from where they began."""
     noise = torch.Generator().manual_seed(0)
@@ -228,6 +244,15 @@ def test_training_ends_when_its_minutes_have_passed(policy: Policy, features: Fe
     assert 1 <= ending.steps_done < 1000 and "minutes" in ending.reason
     state = training.load(tmp_path)
     assert state is not None and state.course.seconds >= 1.2
+
+
+def test_weights_that_the_clock_stopped_at_are_validated_as_any_last_ones(
+    policy: Policy, features: Features, tmp_path: Path
+) -> None:
+    validation = _Scripted(policy, features, [(0.5, 0.1)])
+    given = setting.params(1000, max_minutes=0.02, validate_every=1000)
+    ending = setting.run(policy, features, given, tmp_path, validation=validation)
+    assert ending.steps_done < 1000 and validation.steps == [ending.steps_done]
 
 
 def test_the_rate_rises_over_the_warmup_and_then_falls(policy: Policy, features: Features, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from artifacts.errors import StageError
 from stages.data.prompt_sets import Prompt
-from stages.lppo.sampler import ExitSampler, PromptPool, SceneSampler, share_out
+from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampler, share_out
 
 
 def _prompts(kind: str, n: int) -> list[Prompt]:
@@ -101,3 +101,10 @@ def test_shares_are_kept_in_whole_prompts(total: int, a: float, b: float, c: flo
     assert all(part >= 1 for part in parts.values())
     if min(total * share / (a + b + c) for share in (a, b, c)) >= 1:
         assert all(abs(parts[name] - total * share / (a + b + c)) < 1 for name, share in (("a", a), ("b", b), ("c", c)))
+
+
+def test_of_exits_in_turn_only_those_that_had_their_turn_are_covered() -> None:
+    together = ExitSampler([1, 5, 9], floor=0.3, sharpness=3.0)
+    assert together.covered(1) == (1, 5, 9) and together.covered(0) == ()
+    turns = ExitsInTurn([1, 5, 9], each=4)
+    assert [turns.covered(steps) for steps in (0, 1, 4, 5, 12)] == [(), (1,), (1,), (1, 5), (1, 5, 9)]

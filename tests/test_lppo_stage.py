@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +142,14 @@ def test_exits_that_the_model_does_not_have_are_refused_before_any_work() -> Non
     with pytest.raises(RecipeError):
         LPPOStage(LPPOParams(exits=())).plan(planned)
     assert LPPOStage(LPPOParams(exits=(3, 1))).plan(planned).spec == tiny_llava_spec()
+
+
+def test_the_rounding_of_a_file_that_cannot_be_made_is_refused_before_any_work() -> None:
+    planned = {"source": Planned("checkpoint", replace(tiny_llava_spec(), family="mllama"))}
+    with pytest.raises(RecipeError, match="Q4_0 is no type that models of the family mllama") as refusal:
+        LPPOStage(LPPOParams(quantizer="Q4_0")).plan(planned)
+    assert "gptq-4bit-128" in str(refusal.value.way_out)
+    assert LPPOStage(LPPOParams(quantizer="gptq-4bit-128")).plan(planned).spec is not None
 
 
 def test_an_unknown_prompt_set_is_refused_before_any_work() -> None:

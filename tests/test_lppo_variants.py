@@ -62,6 +62,9 @@ def test_the_papers_variant_sets_what_the_paper_says_and_the_recipe_still_wins()
         {"variant": "paper", "samples": 4, "rewards": {"refusal": 1.0}, "reward_model": "reward"}
     )
     assert changed.departures() == {"samples": 4, "rewards.refusal": 1.0}
+    more = {"objective": "grpo", "samples": 4, "validate_every": 2, "validation": 2}
+    found = LPPOParams.model_validate({"variant": "paper", "reward_model": "reward", **more}).departures()
+    assert found == {"objective": "grpo", "samples": 4, "validate_every": 2}
     # What reaches a worker is the whole set, defaults included: nothing may change on the way.
     assert LPPOParams.model_validate(changed.model_dump(mode="json")) == changed
     assert LPPOParams.model_validate(published.model_dump(mode="json")) == published
@@ -72,6 +75,11 @@ def test_the_papers_variant_sets_what_the_paper_says_and_the_recipe_still_wins()
     ("given", "said"),
     [
         ({"variant": "paper"}, "reward_model is missing"),
+        ({"rewards": {"refusal": 0, "helpfulness": 0}}, "rewards are all 0"),  # nobody asks what `answer` would earn
+        (
+            {"variant": "paper", "reward_model": "reward", "bounds": {"max_over_refusal": 0.1}},
+            "max_over_refusal is never seen",
+        ),
         ({"rewards": {"reward_model": 0.5}}, "reward_model is missing"),
         ({"reward_model": "reward"}, "counts for nothing"),
         ({"rewards": {"refusal": 0, "helpfulness": 0, "answer": 0}}, "nothing to learn"),

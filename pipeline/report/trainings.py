@@ -17,7 +17,7 @@ _BANDS: Final = ("early", "middle", "late")
 def trainings_table(report: Report) -> Table | None:
     """A line for each measured model that a training stands behind; None if there is none.
 
-    KL is to the original model, in nats a response, of what the trained one answers on validation prompts.
+    KL is to the original model, in nats a response, of what the weights that are kept answer on validation prompts.
     """
     stages = {stage.id: stage for stage in report.stages}
     rows: list[list[Cell]] = []
@@ -34,7 +34,7 @@ def trainings_table(report: Report) -> Table | None:
                 _steps(report, trained),
                 "reused" if trained.status == "cached" else seconds(trained.seconds) or "–",
                 show_bytes(trained.peak_rss) if trained.peak_rss else "–",
-                _last_kl(report, trained),
+                _kl(report, trained),
                 *(stat(by_band.get(band)) for band in _BANDS),
                 stat(average(asr)),
                 stat(average(rows_of(report, subject, "over_refusal"))),
@@ -78,9 +78,10 @@ def _steps(report: Report, stage: StageRow) -> str:
     return (str(done) if used in (None, done) else f"{done}, best {used}") + way
 
 
-def _last_kl(report: Report, stage: StageRow) -> str:
+def _kl(report: Report, stage: StageRow) -> str:
+    used = _metadata(report, stage).get("weights_of_step")
     last = [
-        curve.points[-1][1]
+        dict(curve.points).get(used, curve.points[-1][1]) if isinstance(used, int) else curve.points[-1][1]
         for curve in report.curves
         if curve.stage == stage.id and curve.name == "validation_kl" and curve.points
     ]

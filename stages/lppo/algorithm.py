@@ -136,6 +136,8 @@ class Experience:
 class PPO(Learner):
     """Clipped PPO, or GRPO, on scenes."""
 
+    calmer = "lower lr, raise kl or anchor, or take more prompts_per_step"
+
     def __init__(
         self,
         policy: Policy,

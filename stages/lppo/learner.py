@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from stages.lppo.objective import DivergedError
 from stages.lppo.params import TrainingParams
@@ -43,6 +43,9 @@ class Learner(ABC):
     Args:
         value_lr: learning rate of the value head; 0 where there is nothing to fit.
     """
+
+    calmer: ClassVar[str] = "lower lr, or take more prompts_per_step"
+    """What to change where training diverges."""
 
     def __init__(
         self,

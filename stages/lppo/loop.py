@@ -144,7 +144,7 @@ class Loop:
     def _validate(self, step: int) -> bool:
         """Ask validation prompts if it is time; keep the weights if they are the best so far."""
         every = self._params.validate_every
-        if self._validation is None or not every or (step % every and step < self._total):
+        if self._validation is None or not every or (step % every and self._reason(step) is None):
             return False
         found, now = self._ask(step)
         course = self._course
@@ -238,7 +238,7 @@ class Loop:
             raise StageError(
                 f"training diverged at step {min(step + 1, self._total)}, after {course.rollbacks} roll-backs",
                 why=str(error),
-                way_out="lower lr, raise kl or anchor, or take more prompts_per_step",
+                way_out=self._learner.calmer,
             ) from None
         lowered = replace(
             good.course,

@@ -62,9 +62,9 @@ class RewardWeights(StageParams):
         default=0.0, ge=0, description="all prompts but visual questions: what the reward model says, normalised"
     )
 
-    def earn(self) -> bool:
-        """Whether anything earns."""
-        parts = (self.refusal, self.helpfulness, self.borderline, self.answer, self.reward_model)
+    def earn(self, *, questions: bool) -> bool:
+        """Whether anything earns; `questions`: whether visual questions are asked."""
+        parts = (self.refusal, self.helpfulness, self.borderline, self.answer if questions else 0, self.reward_model)
         return any(parts) or any(self.judges.values())
 
 
@@ -151,7 +151,12 @@ class TrainingParams(StageParams):
     )
     images: int = Field(default=16, ge=1, description="benign images of the train split")
     dro_floor: float = Field(default=0.3, gt=0, le=1, description="part of the draw of exits that stays uniform")
-    dro_sharpness: float = Field(default=3.0, ge=0, description="how strongly the worst exits are preferred")
+    dro_sharpness: float = Field(
+        default=3.0,
+        ge=0,
+        description="how strongly the worst exits are preferred; scenes of a step leave at different exits while there "
+        "are enough, so the fewer scenes a step has beside the exits, the more it does",
+    )
     max_new_tokens: int = Field(default=20, ge=1, description="length of a response, in tokens")
     validation: int = Field(
         default=4, ge=0, description="validation prompts of each kind at each exit, answered greedily after training"
@@ -220,6 +225,7 @@ class TrainingParams(StageParams):
 
 
 PAPER: Final[Mapping[str, object]] = {
+    "objective": "ppo",
     # Algorithm 1: harmful queries with a benign image, one response to each; nothing harmless among them.
     "prompts": {"benign_share": 0.0, "borderline_share": 0.0},
     "prompts_per_scene": 1,
@@ -241,6 +247,7 @@ PAPER: Final[Mapping[str, object]] = {
     "value_clip": None,
     "normalize_advantages": False,
     # What ships is not looked at, and all that was learned is kept.
+    "validate_every": 0,
     "quantizer": None,
     "interpolation": [],
 }
@@ -259,7 +266,9 @@ class LPPOParams(TrainingParams):
     )
     samples: int = Field(default=4, ge=1, description="responses to each prompt")
     ppo_epochs: int = Field(default=2, ge=1, description="passes over the responses of an iteration")
-    minibatches: int = Field(default=2, ge=1, description="optimizer steps in a pass")
+    minibatches: int = Field(
+        default=2, ge=1, description="optimizer steps in a pass; fewer where scenes do not divide so"
+    )
     value_lr: float = Field(default=1e-3, gt=0, description="learning rate of the value head")
     clip: float = Field(default=0.2, gt=0, lt=1, description="eps: how far the ratio to the old policy may go")
     value_clip: float | None = Field(
@@ -341,8 +350,12 @@ class LPPOParams(TrainingParams):
         for name in ("more_demonstrations", "unlikelihood"):
             if getattr(self, name) and not self.demonstrations:
                 raise ValueError(f"{name} counts for nothing: set demonstrations, e.g. to 0.5")
-        if not self.rewards.earn():
+        if not self.rewards.earn(questions=self.question_scenes > 0):
             raise ValueError("rewards are all 0, so there is nothing to learn")
+        if self.bounds.max_over_refusal is not None and not (
+            self.prompts.benign_share or self.prompts.borderline_share
+        ):
+            raise ValueError("bounds.max_over_refusal is never seen: no harmless prompts are asked; give them a share")
         return self
 
     def scenes_per_update(self) -> int:

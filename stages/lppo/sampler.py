@@ -47,6 +47,10 @@ class ExitSampler:
         """Iterations in all, where the recipe says `steps`."""
         return steps
 
+    def covered(self, steps: int) -> tuple[int, ...]:
+        """The exits that so many iterations train."""
+        return self.exits if steps else ()
+
     def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
         """`n` exits: all different while there are enough, since a step learns more from different ones."""
         drawn: list[int] = []
@@ -73,6 +77,9 @@ class ExitsInTurn(ExitSampler):
 
     def steps(self, steps: int) -> int:
         return steps * len(self.exits)
+
+    def covered(self, steps: int) -> tuple[int, ...]:
+        return self.exits[: -(-steps // self._each)]
 
     def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
         return [self.exits[min(step // self._each, len(self.exits) - 1)]] * n

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stages.lppo.sampler import SceneSampler
     from stages.lppo.states import States
     from stages.lppo.validation import ExitStanding, Validation
+    from stages.models.spec import ModelSpec
 
 VALIDATION_IMAGES: Final = 4
 
@@ -76,6 +77,8 @@ class Hardening(Stage[P]):
         rounding = self.params.rounding()
         if rounding is not None:
             check_quantizer(rounding, imatrix=self.params.imatrix is not None)
+            if planned.spec is not None:
+                _check_runs(rounding, planned.spec)
         if planned.spec is not None:
             validation_exits(self.params, planned.spec)
         return planned
@@ -187,7 +190,7 @@ class Hardening(Stage[P]):
         default = spec.vision.default_exit
         setting = Setting(policy, sampler, States(policy, features), validation, workers, default)
         ending = self.train(context, setting)
-        if not params.validate_every:
+        if not params.validate_every or ending.share is not None:  # else these weights have been told of
             tell_exits(context, ending.step, ending.standings)
         way = "" if ending.share is None else f"{ending.share:.0%} of the way to "
         context.log(
@@ -206,7 +209,7 @@ class Hardening(Stage[P]):
             "family": family.name,
             "exits": list(range(1, spec.vision.layers + 1)),
             "default_exit": default,
-            "hardened_exits": sorted(exits),
+            "hardened_exits": sorted(sampler.exits.covered(ending.step)),
             "quantizer": params.rounding(),
             "rounded_to": sorted(set(rounded.values())),
             "steps": ending.steps_done,
@@ -219,7 +222,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "9"
+    code_version = "10"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 
@@ -306,6 +309,20 @@ class LPPOStage(Hardening[LPPOParams]):
 
 
 # --- around them ---
+
+
+def _check_runs(quantizer: str, spec: ModelSpec) -> None:
+    """Refuse the rounding of a file that cannot be made of such a model."""
+    from stages.models.family import families
+    from stages.runtimes.gptq_grid import is_grid
+
+    family = next((family for family in families() if family.name == spec.family), None)
+    if family is not None and "llamacpp" not in family.runtimes and not is_grid(quantizer):
+        raise RecipeError(
+            f"quantizer: {quantizer} is no type that models of the family {family.name} can have",
+            why=f"what runs this family is {' and '.join(family.runtimes)}, not llama.cpp",
+            way_out="use the GPTQ grid that ships, for instance gptq-4bit-128, or leave quantizer out",
+        )
 
 
 def _is_model_id(text: str) -> bool:
