@@ -252,7 +252,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(model_of: Callable[[str], Path
 
 
 @needs_gptqmodel
-@pytest.mark.parametrize("kind", ["llava", "smolvlm"])
+@pytest.mark.parametrize("kind", ["llava", "smolvlm", "mllama"])
 def test_every_byte_of_the_checkpoint_is_known_from_shapes(
     kind: str, model_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

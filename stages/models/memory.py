@@ -61,6 +61,8 @@ def _tower(vision: VisionSpec, text_width: int) -> int:
     """Numbers in all blocks of the tower, in its last norm, which no mmproj of LLaVA holds, and in the projector."""
     from stages.runtimes.hollow import encoder_tensors
 
+    if vision.parameters:
+        return vision.parameters
     whole = encoder_tensors(replace(vision, default_exit=vision.layers), text_width)
     last_norm = 0 if vision.shuffle > 1 else 2 * vision.hidden_size
     return last_norm + sum(math.prod(tensor.shape) for tensor in whole.values())

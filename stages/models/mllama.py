@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from transformers.models.mllama.modeling_mllama import MllamaForConditionalGeneration
 
 _INTERMEDIATE: Final = (3, 7, 15, 23, 30)  # transformers' MllamaVisionConfig
+_MORE_TOKENS: Final = 8  # rows of its embeddings that its head has not; <|image|> is one
 _BLOCK: Final = re.compile(r"vision_model\.transformer\.layers\.(\d+)\.")
 
 
@@ -97,9 +98,36 @@ class Mllama(Family):
                 has_cls=True,
                 tiles=number(vision, "max_num_tiles", self.tower_defaults),
                 most_tokens=1,
+                parameters=self._parameters(vision, text),
             ),
             dtype=checkpoint.dtype_of(config),
         )
+
+    def _parameters(self, vision: Mapping[str, object], text: Mapping[str, object]) -> int:
+        """Numbers in the tower and the projector, and what the language model has for images beside matrices."""
+
+        def of(name: str, default: int | None = None) -> int:
+            return number(vision, name, self.tower_defaults if default is None else {name: default})
+
+        def items(name: str, default: int) -> int:
+            found = vision.get(name)
+            return len(found) if isinstance(found, list) else default
+
+        hidden, inner, patch, tiles = (
+            of(n) for n in ("hidden_size", "intermediate_size", "patch_size", "max_num_tiles")
+        )
+        positions = (of("image_size") // patch) ** 2 + 1
+        shapes = items("supported_aspect_ratios", 8) + 1  # 0 is padding
+        block = 4 * hidden**2 + 2 * hidden * inner + inner + hidden + 4 * hidden
+        embeddings = 3 * hidden * patch**2 + hidden + positions * hidden + shapes * tiles * positions * hidden + 1
+        beside = 2 * (shapes * tiles * hidden + 1) + 4 * hidden  # tables before and behind, norms
+        blocks = of("num_hidden_layers") * block + of("num_global_layers", 8) * (block + 2)
+        out = hidden * (items("intermediate_layers_indices", 5) + 1)
+        width = number(text, "hidden_size", {"hidden_size": 4096})
+        head = width // number(text, "num_attention_heads", {"num_attention_heads": 32})
+        crossed = text.get("cross_attention_layers")
+        crossing = (len(crossed) if isinstance(crossed, list) else 8) * (2 * head + 2)  # norms and gates
+        return embeddings + beside + blocks + (of("vision_output_dim", out) + 1 + _MORE_TOKENS) * width + crossing
 
     def load(self, folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
         return checkpoint.load_model(folder, dtype, device)

@@ -27,6 +27,7 @@ class VisionSpec:
     at_most: bool = False  # `layers` is an upper bound: the exit is chosen while the recipe runs
     most_tokens: int = 0  # of one image, where that is not a token for each `shuffle` x `shuffle` patches
     quantization: str = "F16"  # of its matrices in an mmproj file
+    parameters: int = 0  # all that is there for images, where it is not built as LLaVA's; 0: it is
 
     @property
     def patches(self) -> int:
