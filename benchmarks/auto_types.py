@@ -28,7 +28,7 @@ import numpy as np
 
 from artifacts.artifact import Artifact
 from artifacts.home import cache_dir
-from artifacts.manifest import MANIFEST_NAME, Manifest
+from artifacts.manifest import MANIFEST_NAME, Manifest, canonical_json, sha256_bytes
 from stages.data.calibration_mix import CalibrationMix
 from stages.data.images import benign_images
 from stages.data.prompts import load_prompts
@@ -180,7 +180,10 @@ def main() -> int:
         source = Artifact.open(given.checkpoint)
     else:
         source = made(SourceStage(SourceParams(model="demo:smol-llava")), given.work / "source", {})
-    work: Path = given.work / source.digest[:16]
+    settings = {key: value for key, value in vars(given).items() if key not in ("work", "checkpoint")}
+    # What is kept holds for the same checkpoint and settings; of more stock types all else is the same.
+    asked_for = sha256_bytes(canonical_json({key: value for key, value in settings.items() if key != "stock"}))
+    work: Path = given.work / f"{source.digest[:16]}-{asked_for[:8]}"
     config = checkpoint.read_config(source.path)
     spec = family_of(config).spec(config)
     mix = CalibrationMix(samples=given.imatrix_samples)
@@ -250,7 +253,7 @@ def main() -> int:
             "how": "llama.cpp on a CPU, KL(F16 || file) in nats a token with bootstrap intervals; greedy answers "
             "beside a test picture at the default exit, refusals by the keyword rule",
             "aim": f"KL at most {AIM} times stock's at the same size, and no more answers that were refused before",
-            "settings": {key: value for key, value in vars(given).items() if key not in ("work", "checkpoint")},
+            "settings": settings,
             "versions": {name: version(name) for name in ("torch", "transformers", "llama-cpp-python", "scipy")},
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "compared": compared,

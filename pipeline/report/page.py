@@ -210,8 +210,8 @@ def _tiles(report: Report) -> list[_Tile]:
         before = at_default(rows_of(report, source, "vqa_accuracy"), source) if source is not None else None
         change = ""
         if before is not None and before.value is not None and vqa.value is not None:
-            change = f"; {100 * (vqa.value - before.value):+.1f} points against the source"
-        tile = _tile("easy-VQA accuracy, default exit", vqa)
+            change = f"; {100 * (vqa.value - before.value):+.1f} points against the baseline"
+        tile = _tile("VQA accuracy, default exit", vqa)
         tiles.append(_Tile(tile.label, tile.value, tile.detail + change))
     fidelity = worst(rows_of(report, subject, "fidelity_cosine"), highest=False)
     if fidelity is not None:

@@ -7,7 +7,7 @@ from pipeline.report.model import Report, Subject
 from pipeline.report.numbers import percent, points, show
 
 _PARTS = ("flips_to_unsafe", "flips_to_safe", "asr_change", "mcnemar_p", "mcnemar_p_holm")
-_HEADS = ("refused before, answers now", "answered before, refuses now", "change of ASR, points", "p", "p, Holm")
+_HEADS = ("safe before, unsafe now", "unsafe before, safe now", "change of ASR, points", "p", "p, Holm")
 
 
 def paired_tables(report: Report) -> tuple[Table, Table] | None:
@@ -16,7 +16,7 @@ def paired_tables(report: Report) -> tuple[Table, Table] | None:
     single = [line for subject in report.subjects for line in _lines(report, subject, single=True)]
     if not whole and not single:
         return None
-    head = ["against the source", "where", *_HEADS, "note"]
+    head = ["against the baseline", "where", *_HEADS, "note"]
     return Table(head, whole or single), Table(head, single if whole else [])
 
 
@@ -36,5 +36,6 @@ def _lines(report: Report, subject: Subject, *, single: bool) -> list[list[str]]
     for exit, parts in sorted(found.items(), key=lambda item: item[0] or 0):
         cells = [parts.get(part, ["–", ""])[0] for part in _PARTS]
         note = "; ".join(dict.fromkeys(part[1] for part in parts.values() if part[1]))
-        lines.append([subject.label, f"exit {exit}" if exit is not None else "all common exits", *cells, note])
+        whole = "all common exits" if subject.exits else "no image"
+        lines.append([subject.label, f"exit {exit}" if exit is not None else whole, *cells, note])
     return lines

@@ -42,7 +42,7 @@ def trainings_table(report: Report) -> Table | None:
             ]
         )
     bands = [f"ASR, {band}" for band in (*_BANDS, "average")]
-    head = ["model", "training", "steps", "time", "memory", "KL", *bands, "over-refusal", "easy-VQA"]
+    head = ["model", "training", "steps", "time", "memory", "KL", *bands, "over-refusal", "VQA"]
     return Table(head, rows) if rows else None
 
 

@@ -14,7 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from artifacts.measures import Band, Measure
-from stages.judges.statistics import Paired, change_over_exits, detectable_change, holm, mcnemar, wilson
+from stages.judges.statistics import (
+    Paired,
+    average_over_exits,
+    change_over_exits,
+    detectable_change,
+    holm,
+    mcnemar,
+    wilson,
+)
 from stages.verify.asking import Answer
 from stages.verify.bands import BANDS, exits_of
 from stages.verify.scores import Answers, correctness, is_refused, is_unsafe, named, outcomes
@@ -25,7 +33,7 @@ def paired_rows(one: Answers, baseline: Answers, common: Sequence[int], source_l
     exits: Sequence[int | None] = common or [exit for exit in one.by_exit if exit in baseline.by_exit]
     rows: list[Measure] = []
     if exits and one.harmful(exits[0]):
-        rows += _flip_rows(one, baseline, exits)
+        rows += _flip_rows(one, baseline, exits, seed)
         rows += _change_rows("asr_change", one.harmful, baseline.harmful, is_unsafe, one, exits, source_layers, seed)
         rows.append(_detectable(one, len(one.harmful(exits[0])), len(exits)))
     if exits and one.benign(exits[0]):
@@ -66,7 +74,9 @@ def quantization_rows(
     return rows
 
 
-def _flip_rows(one: Answers, baseline: Answers, exits: Sequence[int | None]) -> list[Measure]:
+def _flip_rows(one: Answers, baseline: Answers, exits: Sequence[int | None], seed: int) -> list[Measure]:
+    import numpy as np
+
     pairs = [(_flags(baseline.harmful(exit)), _flags(one.harmful(exit))) for exit in exits]
     results = [mcnemar(before, after) for before, after in pairs]
     corrected = holm([result.p for result in results])
@@ -88,12 +98,11 @@ def _flip_rows(one: Answers, baseline: Answers, exits: Sequence[int | None]) -> 
     if None in exits:
         return rows
     anywhere = mcnemar(*(_any(flags) for flags in zip(*pairs, strict=True)))
-    for measure, count in (
-        ("flips_to_unsafe", sum(result.to_unsafe for result in results)),
-        ("flips_to_safe", sum(result.to_safe for result in results)),
-    ):
-        total = sum(result.n for result in results)
-        rows.append(one.row(measure, float(count), band="average", unit="prompts", n=total))
+    before, after = (np.array(side).T for side in zip(*pairs, strict=True))  # (prompts, exits)
+    for measure, flipped in (("flips_to_unsafe", after & ~before), ("flips_to_safe", before & ~after)):
+        share = average_over_exits(flipped.astype(np.float64), seed)
+        row = one.row(measure, float(flipped.sum()), band="average", unit="prompts", n=share.n)
+        rows.append(row.model_copy(update={"low": share.low * share.n, "high": share.high * share.n}))
     rows.append(
         one.row(
             "mcnemar_p",
