@@ -29,6 +29,7 @@ from pipeline.runner import run
 from stages.data.prompts import load_prompts
 from stages.judges.reward_model import RewardModel, dialogue, encode
 from stages.models.mllama import Mllama
+from stages.models.spec import ModelSpec, TextSpec
 from stages.reward_model.params import RewardModelParams
 from stages.reward_model.phrases import prompt_pairs
 from stages.reward_model.preferences import load_preferences
@@ -456,3 +457,17 @@ def test_l_ppo_learns_from_the_reward_model_of_its_recipe(tiny_llava: Path, toy:
     with pytest.raises(RecipeError, match="'exit' makes an artifact of type 'checkpoint'") as refused:
         build_graph(load_recipe(path))
     assert "name a stage that uses reward-model" in str(refused.value)
+
+
+def test_a_large_language_model_learns_to_reward_only_where_that_is_meant() -> None:
+    """LLaVA-1.5's, from its shapes alone."""
+    text = TextSpec(
+        layers=32, hidden_size=4096, intermediate_size=11008, heads=32, kv_heads=32, head_dim=128, vocab_size=32064,
+        tied_embeddings=False,
+    )  # fmt: skip
+    planned = {"source": Planned("checkpoint", ModelSpec(family="llava-1.5", text=text))}
+    with pytest.raises(RecipeError, match="all 6.7 billion weights") as refused:
+        RewardModelStage(RewardModelParams()).plan(planned)
+    assert "takes 108 GB" in str(refused.value.why) and "openai-community/gpt2" in str(refused.value.way_out)
+    for meant in ({"model": "input"}, {"lora_rank": 8}, {"model": "hub:openai-community/gpt2"}):
+        assert RewardModelStage(RewardModelParams.model_validate(meant)).plan(planned).type == "reward-model"

@@ -42,6 +42,11 @@ def gptq_bytes(spec: ModelSpec) -> int:
     return total + others * _SIZES.get(spec.dtype, 2)
 
 
+def text_parameters(text: TextSpec) -> int:
+    """Weights of a language model; biases not counted."""
+    return _others(text) + sum(row * rows for row, rows in _matrices(text))
+
+
 def _matrices(text: TextSpec) -> Iterator[tuple[int, int]]:
     """(row length, rows) of every matrix in the blocks."""
     queries, keys = text.heads * text.head_dim, text.kv_heads * text.head_dim

@@ -14,6 +14,7 @@ from stages.data import hub, prompt_sets, prompts
 from stages.judges.reward_model import RewardModel, Scale, locate, longest, padding, remote, source_digest
 from stages.judges.statistics import wilson
 from stages.models import checkpoint
+from stages.models.memory import text_parameters
 from stages.resources import device_of
 from stages.reward_model import labels, phrases
 from stages.reward_model.pairs import Pair
@@ -30,6 +31,7 @@ _TOKENIZER: Final = (
     *("vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja"),
 )
 _DIGITS: Final = 6
+_LARGEST: Final = 10**9  # weights that learn unless more are asked for; the paper's reward model is of GPT-2's size
 _WITHOUT_CLASS: Final = ("mllama",)  # families; `from_checkpoint` meets others
 
 
@@ -57,6 +59,8 @@ class RewardModelStage(Stage[RewardModelParams]):
                         why="transformers has no sequence-classification class for it",
                         way_out="name another one: model: hub:openai-community/gpt2, or a folder",
                     )
+                if planned.spec is not None:
+                    self._check_size(text_parameters(planned.spec.text))
         elif not remote(model):
             if not Path(model).is_dir():
                 raise RecipeError(
@@ -65,6 +69,18 @@ class RewardModelStage(Stage[RewardModelParams]):
             checkpoint.read_config(Path(model))
             checkpoint.weight_files(Path(model))
         return Planned(type=self.output_type)  # without shapes: nothing is quantized or budgeted by them
+
+    def _check_size(self, parameters: int) -> None:
+        """Refuse to train all of a large language model where nobody has asked for that."""
+        given = self.params.model_fields_set
+        if parameters <= _LARGEST or self.params.lora_rank is not None or "model" in given:
+            return
+        raise RecipeError(
+            f"all {parameters / 1e9:.1f} billion weights of the language model would learn to reward",
+            why=f"with their gradients and Adam's moments in float32 that takes {16 * parameters / 1e9:.0f} GB",
+            way_out="take one of GPT-2's size as the paper does, model: hub:openai-community/gpt2; or set lora_rank; "
+            f"or write model: {INPUT} if it is meant",
+        )
 
     def downloads(self) -> Sequence[str]:
         files = [s for s in (*self.params.data, *self.params.held_out_data) if s.startswith(("package:", "hub:"))]
