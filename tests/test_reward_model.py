@@ -466,7 +466,7 @@ def test_a_large_language_model_learns_to_reward_only_where_that_is_meant() -> N
         tied_embeddings=False,
     )  # fmt: skip
     planned = {"source": Planned("checkpoint", ModelSpec(family="llava-1.5", text=text))}
-    with pytest.raises(RecipeError, match="all 6.7 billion weights") as refused:
+    with pytest.raises(RecipeError, match=r"all 6\.7 billion weights") as refused:
         RewardModelStage(RewardModelParams()).plan(planned)
     assert "takes 108 GB" in str(refused.value.why) and "openai-community/gpt2" in str(refused.value.way_out)
     for meant in ({"model": "input"}, {"lora_rank": 8}, {"model": "hub:openai-community/gpt2"}):
