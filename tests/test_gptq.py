@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from stages.data.calibration_mix import CalibrationMix
 from stages.models import checkpoint, gptq
 from stages.models.family import families, family_of
 from stages.models.memory import gptq_bytes
-from stages.models.tiny import tiny_llava_spec
+from stages.models.tiny import build_tiny_llava, tiny_llava_spec
 from stages.quantize.gptq import GPTQParams, GPTQStage
 from stages.quantize.gptq_checkpoint import put_back
 from stages.stage import Planned
@@ -33,6 +34,7 @@ needs_gptqmodel = pytest.mark.skipif(
     bool(gptq.missing_distributions()),
     reason="gptqmodel and optimum are not installed; `make test` has them: PYTHONPATH=.venv/gptq",
 )
+LLAVA = {"llava": "siglip", "llava-1.5": "clip"}  # kind, tower
 MIX = {"samples": 8, "length": 24, "questions": 0.25, "prompts": 0.25, "pictures": 2}
 
 
@@ -80,20 +82,21 @@ def inputs_of(kind: str, folder: Path, picture: Path) -> dict[str, torch.Tensor]
     image = Image.open(picture).convert("RGB")
     if kind in ("llama", "qwen2"):
         return dict(AutoTokenizer.from_pretrained(folder)("What is the answer?", return_tensors="pt"))
-    if kind == "llava":
+    if kind in LLAVA:
         from transformers import LlavaProcessor
 
         processor: Any = LlavaProcessor(
             AutoImageProcessor.from_pretrained(folder, backend="pil"),
             AutoTokenizer.from_pretrained(folder),
             patch_size=14,
-            vision_feature_select_strategy="full",
+            vision_feature_select_strategy="default" if LLAVA[kind] == "clip" else "full",
+            num_additional_image_tokens=1 if LLAVA[kind] == "clip" else 0,  # CLS
         )
     else:
         processor = stock_processor(kind, folder)
     slot = "<|image|>" if kind == "mllama" else "<image>"
     return dict(
-        processor(images=[[image]] if kind != "llava" else image, text=[f"{slot}What do you see?"], return_tensors="pt")
+        processor(images=image if kind in LLAVA else [[image]], text=[f"{slot}What do you see?"], return_tensors="pt")
     )
 
 
@@ -115,12 +118,22 @@ def answer(kind: str, folder: Path, picture: Path) -> tuple[list[int], int]:
 
 
 @pytest.fixture(scope="module")
-def model_of(tiny_llava: Path, tiny_family: Callable[[str], Path]) -> Callable[[str], Path]:
-    return lambda kind: tiny_llava if kind == "llava" else tiny_family(kind)
+def model_of(
+    tiny_llava: Path, tiny_family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    @cache
+    def found(kind: str) -> Path:
+        if kind == "llava-1.5":
+            folder = tmp_path_factory.mktemp("clip")
+            build_tiny_llava(folder, tower="clip")
+            return folder
+        return tiny_llava if kind == "llava" else tiny_family(kind)
+
+    return found
 
 
 @needs_gptqmodel
-@pytest.mark.parametrize("kind", ["llava", "llava-next", "smolvlm", "mllama", "qwen2"])
+@pytest.mark.parametrize("kind", ["llava", "llava-1.5", "llava-next", "smolvlm", "mllama", "qwen2"])
 def test_stock_transformers_loads_the_whole_with_images_and_eight_bits_hardly_change_its_logits(
     kind: str, model_of: Callable[[str], Path], images: list[Path], tmp_path: Path
 ) -> None:
@@ -252,7 +265,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(model_of: Callable[[str], Path
 
 
 @needs_gptqmodel
-@pytest.mark.parametrize("kind", ["llava", "smolvlm", "mllama"])
+@pytest.mark.parametrize("kind", ["llava", "llava-1.5", "smolvlm", "mllama"])
 def test_every_byte_of_the_checkpoint_is_known_from_shapes(
     kind: str, model_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
