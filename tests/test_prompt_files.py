@@ -8,11 +8,15 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError
 from artifacts.lineage import training_of
 from artifacts.manifest import Manifest, Provenance
+from pipeline.cli import app
+from pipeline.commands.load import load_graph
+from pipeline.fetch import fetch_unpinned
 from pipeline.graph import build_graph
 from pipeline.recipe import load_recipe
 from stages.data import hub
@@ -92,6 +96,29 @@ def test_a_set_on_the_hub_is_read_out_of_the_hubs_own_cache(tmp_path: Path, monk
     before = file_digest(file)
     (folder / "refs" / "main").write_text("0" * 40)
     assert file_digest(file) != before  # the key of a verification names the commit
+
+
+def test_a_run_begins_when_all_that_a_hub_names_by_commit_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a first run works under keys that no second one finds again."""
+    import huggingface_hub.constants
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "recipe: 1\nname: x\nsource: {model: demo:tiny-llava}\nstages:\n"
+        "  icet: {uses: icet-verify, needs: source, with: {baseline: null, sets: {x: {layout: xstest}}}}\n"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    result = CliRunner().invoke(app, ["run", str(recipe), "--runs-dir", str(tmp_path / "runs")], prog_name="pipeline")
+    assert result.exit_code and "hub:Paul/XSTest" in result.stderr and not (tmp_path / "runs").exists()
+    folder, commit = tmp_path / "datasets--Paul--XSTest", "f600c994b256f12867dfa5b3eb3d545a3e62f8b5"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    write(folder / "snapshots" / commit / "xstest_prompts.csv", ["id", "prompt", "type", "label"], XSTEST_SAFE[:4])
+    assert fetch_unpinned(load_graph(str(recipe)), lambda source, done, total: None) is False  # nothing is missing
 
 
 @pytest.mark.parametrize("layout", PUBLISHED)
