@@ -258,7 +258,7 @@ def main() -> None:
                     chosen.runtime, folder, Path(scratch), asked, here, len(requests), mine, runtime
                 )
     kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    name = f"{chosen.runtime}-{chosen.prompts}{'-alone' if chosen.alone else ''}"
+    name = f"{chosen.runtime}-{chosen.prompts}{'-alone' if chosen.alone else ''}, {result['machine']}"
     RESULTS.write_text(json.dumps({**kept, name: result}, indent=1, sort_keys=True) + "\n")
 
 
