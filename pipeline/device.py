@@ -156,7 +156,7 @@ def _target_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | N
     most = most_memory(spec, budget.context, budget.memory, cache_type=budget.kv_cache)
     if most is None or most.total <= budget.memory:
         return None
-    fits = spec.file_bytes - (most.total - _room(spec, budget))
+    fits = most.weights - (most.total - _room(spec, budget))
     return (
         f"target: a file of {show_bytes(spec.file_bytes)} does not fit the device '{budget.name}'",
         f"with all beside it it needs {show_bytes(most.total)}, the device allows {show_bytes(budget.memory)}",

@@ -174,9 +174,10 @@ def test_types_of_single_tensors_are_what_to_leave_out_where_that_is_enough(tmp_
     build_graph(load_recipe(path))
 
 
-def test_a_file_of_a_given_size_must_fit_too(tmp_path: Path) -> None:
-    error = refused(tmp_path, "230MiB", 512, "auto, target: 200MB")
-    assert "a file of 191 MiB does not fit the device 'inline'" in error.what
+@pytest.mark.parametrize(("target", "size"), [("200MB", 191), ("300MB", 286)])  # the second is more than all floats
+def test_a_file_of_a_given_size_must_fit_too(target: str, size: int, tmp_path: Path) -> None:
+    error = refused(tmp_path, "230MiB", 512, f"auto, target: {target}")
+    assert f"a file of {size} MiB does not fit the device 'inline'" in error.what
     most = re.match(r"set target to (\d+) or less", error.way_out or "")
     assert most is not None
     path = tmp_path / "recipe.yaml"
