@@ -117,12 +117,15 @@ def test_a_stated_bound_stops_the_stage_with_what_broke_it_and_a_way_out(tiny_ll
     assert not (tmp_path / "output" / "model.safetensors").exists()
 
 
-def test_in_bfloat16_the_weights_are_trained_and_kept_in_their_own_type(tiny_llava: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantizer", [None, "Q4_0", "gptq-4bit-32"])
+def test_in_bfloat16_the_weights_are_trained_and_kept_in_their_own_type(
+    quantizer: str | None, tiny_llava: Path, tmp_path: Path
+) -> None:
     import torch
     from safetensors.torch import load_file
 
     given = LPPOParams.model_validate(
-        {**_SMALL, "steps": 1, "prompts_per_step": 4, "validation": 0, "dtype": "bfloat16"}
+        {**_SMALL, "steps": 1, "prompts_per_step": 4, "validation": 0, "dtype": "bfloat16", "quantizer": quantizer}
     )
     told = Told()
     LPPOStage(given).run(context_of("harden", tmp_path, tiny_llava, told))
