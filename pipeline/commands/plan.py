@@ -113,6 +113,11 @@ def make_plan(graph: Graph) -> Plan:
     )
 
 
+def _kept(device: Device | None) -> tuple[int, CacheType]:
+    """Tokens of a conversation, and how their keys and values are kept."""
+    return (_CONTEXT, "F16") if device is None else (device.context, device.kv_cache)
+
+
 def _of_file(node: Node, device: Device | None) -> tuple[PlannedMemory | None, str] | None:
     """The same of a GGUF that the recipe starts from, which lies there; None of all else."""
     from stages.runtimes.finished import gguf_files
@@ -122,7 +127,7 @@ def _of_file(node: Node, device: Device | None) -> tuple[PlannedMemory | None, s
     params = node.stage.params
     if not isinstance(params, SourceParams) or node.planned.type != "gguf":
         return None
-    context, kept = (device.context, device.kv_cache) if device is not None else (_CONTEXT, "F16")
+    context, kept = _kept(device)
     files = gguf_files(Path(parse_model(params.model)[1]), params.mmproj)
     try:
         found = predict_files(files.model, files.mmproj, context, cache_type=kept)
@@ -133,7 +138,7 @@ def _of_file(node: Node, device: Device | None) -> tuple[PlannedMemory | None, s
 
 def _memory(makes: str, spec: ModelSpec | None, device: Device | None) -> tuple[PlannedMemory | None, str]:
     """What the artifact of a stage will take, and what to know of the figure."""
-    context, kept = (device.context, device.kv_cache) if device is not None else (_CONTEXT, "F16")
+    context, kept = _kept(device)
     if makes not in ("gguf", "gptq"):
         return None, ""
     if spec is None:

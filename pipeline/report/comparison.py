@@ -169,6 +169,7 @@ def compare(first: Side, second: Side) -> Comparison:
     lines: list[Line] = []
     for kind, attack in sorted(groups, key=lambda group: (kinds.index(group[0]), group[1])):
         lines += _lines(kind, attack, first, second, groups[kind, attack])
+    told = _once(shared, first, second)
     flips = [
         Flip(
             first.said[place].kind,
@@ -179,7 +180,7 @@ def compare(first: Side, second: Side) -> Comparison:
             second.said[place].response,
             second.said[place].hit,
         )
-        for place in _once(shared, first, second)
+        for place in told
         if first.said[place].hit != second.said[place].hit
     ]
     flips.sort(key=lambda flip: (kinds.index(flip.kind), not flip.to_hit, flip.attack, flip.exit or 0))
@@ -188,7 +189,7 @@ def compare(first: Side, second: Side) -> Comparison:
         second,
         lines,
         flips,
-        shared=len(_once(shared, first, second)),
+        shared=len(told),
         only_first=len(first.said) - len(shared),
         only_second=len(second.said) - len(shared),
     )

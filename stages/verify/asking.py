@@ -35,6 +35,12 @@ class Subject:
     cache_type: CacheType = "F16"
 
     @property
+    def default_exit(self) -> int | None:
+        """The exit that the artifact calls its own; None if it says nothing."""
+        found = self.artifact.metadata.get("default_exit")
+        return found if isinstance(found, int) else None
+
+    @property
     def runtime(self) -> RuntimeName:
         """Raises: StageError: an artifact of a type that no runtime answers from."""
         found = _RUNTIMES.get(self.artifact.type)
@@ -106,7 +112,7 @@ def ask(
         runtime: called only if something has to be asked.
         exit: for asks with an image; None is the artifact's default exit.
     """
-    own = subject.artifact.metadata.get("default_exit")
+    own = subject.default_exit
     kept = "" if subject.cache_type == "F16" else f" {subject.cache_type}"
     key = sha256_bytes(f"{subject.artifact.digest} {subject.runtime} {exit}{kept}".encode())
     memory = _Memory(scratch / f"answers-{key}.jsonl")

@@ -160,8 +160,7 @@ def _exits(
     for subject in subjects:
         keep = wanted
         if subject.role == "source" and params.baseline_exits == "shared":
-            default = default_exit(subject)
-            keep = shipped | (set() if default is None else {default})
+            keep = {exit for exit in own[subject.id] if exit in shipped or exit == subject.default_exit}
         found[subject.id] = tuple(exit for exit in own[subject.id] if exit in keep)
     return found
 
@@ -170,11 +169,5 @@ def _vqa_exits(params: IcetVerifyParams, subject: Subject, exits: Sequence[int])
     """The default exit, of a model that sees images, and where the recipe wants it every other that is measured."""
     if not exits:
         return ()
-    own = default_exit(subject)
+    own = subject.default_exit
     return (own, *(exit for exit in exits if exit != own)) if params.vqa_exits == "all" else (own,)
-
-
-def default_exit(subject: Subject) -> int | None:
-    """The exit that an artifact calls its own; None if it says nothing."""
-    found = subject.artifact.metadata.get("default_exit")
-    return found if isinstance(found, int) else None

@@ -49,7 +49,7 @@ def write_responses(path: Path, answers: Sequence[Answer]) -> None:
 
 
 def _at_own_exit(answer: Answer) -> bool:
-    return answer.exit is None or answer.exit == answer.subject.artifact.metadata.get("default_exit")
+    return answer.exit is None or answer.exit == answer.subject.default_exit
 
 
 def _judgements(answer: Answer) -> str:

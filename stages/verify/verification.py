@@ -20,7 +20,7 @@ from stages.verify.paired import paired_rows, quantization_rows
 from stages.verify.params import IcetVerifyParams
 from stages.verify.questions import Ask, without_image
 from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
-from stages.verify.setting import Setting, default_exit, settle
+from stages.verify.setting import Setting, settle
 from stages.verify.speed import speed_rows
 from stages.verify.verdict import VERDICT_NAME, write_responses, write_verdict
 
@@ -114,7 +114,7 @@ class Verification:
             for exit in exits:
                 by_exit[exit] = asked(both, exit, f"exit {exit}")
                 self._metrics(subject, exit, by_exit[exit])
-            own = default_exit(subject) if exits else None
+            own = subject.default_exit if exits else None
             answers = Answers(
                 subject=subject,
                 by_exit=by_exit,
