@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from artifacts.errors import RecipeError
 from stages.data import easy_vqa, images
 from stages.models import checkpoint, realign
-from stages.models.family import families, family_of
+from stages.models.family import family_named, family_of
 from stages.models.flops import encoder_flops
 from stages.models.licence import inherited
 from stages.models.shards import LeftOut
@@ -109,7 +109,7 @@ class EarlyExitStage(Stage[EarlyExitParams]):
         exit = vision.default_exit if layer == "auto" else layer
         _check(exit, vision.layers)
         if self.params.realign:
-            family = next((family for family in families() if family.name == planned.spec.family), None)
+            family = family_named(planned.spec.family)
             if family is not None and not family.realigns:
                 raise RecipeError(
                     f"the projector of {family.name} cannot be realigned",

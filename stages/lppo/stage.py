@@ -20,7 +20,7 @@ from stages.lppo.params import LPPOParams, TrainingParams
 from stages.lppo.sharding import CROSSING, Shards, workers_of
 from stages.lppo.workers import Workers
 from stages.models import checkpoint
-from stages.models.family import family_of
+from stages.models.family import family_named, family_of
 from stages.models.licence import inherited
 from stages.resources import Resources, device_of
 from stages.runtimes import imatrix
@@ -313,10 +313,9 @@ class LPPOStage(Hardening[LPPOParams]):
 
 def _check_runs(quantizer: str, spec: ModelSpec) -> None:
     """Refuse the rounding of a file that cannot be made of such a model."""
-    from stages.models.family import families
     from stages.runtimes.gptq_grid import is_grid
 
-    family = next((family for family in families() if family.name == spec.family), None)
+    family = family_named(spec.family)
     if family is not None and "llamacpp" not in family.runtimes and not is_grid(quantizer):
         raise RecipeError(
             f"quantizer: {quantizer} is no type that models of the family {family.name} can have",

@@ -137,6 +137,11 @@ def families() -> list[Family]:
     return found
 
 
+def family_named(name: str) -> Family | None:
+    """The family of that name, as `ModelSpec.family` has it; None if there is none."""
+    return next((family for family in families() if family.name == name), None)
+
+
 def family_of(config: Mapping[str, object], where: str | None = None) -> Family:
     """The family that a config.json belongs to.
 

@@ -22,7 +22,7 @@ from pydantic import ByteSize, Field, WithJsonSchema, field_validator, model_val
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
-from stages.models.family import families, family_of
+from stages.models.family import family_named, family_of
 from stages.models.spec import ModelSpec, TextSpec
 from stages.quantize.auto import AUTO, Chosen, automatic, exact_of
 from stages.quantize.convert import convert_language_model, quantize_model
@@ -158,7 +158,7 @@ class GGUFStage(Stage[GGUFParams]):
         planned = super().plan(inputs)
         if planned.spec is None:
             return planned
-        family = next((family for family in families() if family.name == planned.spec.family), None)
+        family = family_named(planned.spec.family)
         if family is not None and "llamacpp" not in family.runtimes:
             raise RecipeError(
                 f"models of the family {family.name} cannot become GGUF files here",

@@ -18,7 +18,7 @@ from pydantic import Field
 from artifacts.errors import RecipeError, StageError
 from stages.data.calibration_mix import CalibrationMix
 from stages.models import checkpoint
-from stages.models.family import Family, families, family_of
+from stages.models.family import Family, family_named, family_of
 from stages.models.spec import TextSpec
 from stages.quantize.gptq_checkpoint import put_back, write_language_model
 from stages.quantize.gptq_model import Matrix, Settings, check_installed, quantize_language_model
@@ -69,7 +69,7 @@ class GPTQStage(Stage[GPTQParams]):
         planned = super().plan(inputs)
         if planned.spec is None:
             return planned
-        family = next((family for family in families() if family.name == planned.spec.family), None)
+        family = family_named(planned.spec.family)
         if family is not None:
             _check_family(family)
         self._check_group(planned.spec.text)
