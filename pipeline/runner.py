@@ -253,6 +253,7 @@ class _Run:
         output = self._store.new_output(key)
         job = Job(
             stage_id=node.id,
+            key=key,
             stage_class=f"{cls.__module__}:{cls.__qualname__}",
             params=canonical_params(node.stage),
             inputs={name: artifact.path.resolve() for name, artifact in inputs.items()},

@@ -68,6 +68,8 @@ class Context:
         device: the device profile's numbers, `{"memory": bytes, "context": tokens}`, and `"kv_cache_bits": 8` where
             keys and values are kept in Q8_0; empty when the recipe names none.
         team: the processes that share this work; alone, unless the recipe asks for more and the stage is `parallel`.
+        key: the content key of this work: the digest of that part of the recipe, and of all that goes in, which decide
+            the result. Empty where a stage is run without a recipe.
     """
 
     stage_id: str
@@ -78,6 +80,7 @@ class Context:
     reporter: Reporter
     device: Mapping[str, int] = field(default_factory=dict)
     team: Team = field(default_factory=Team)
+    key: str = ""
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         self.reporter.progress(done, total, note)

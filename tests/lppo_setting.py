@@ -60,7 +60,9 @@ def sampler(given: LPPOParams) -> SceneSampler:
     pools = {"harmful": PromptPool({"h": HARMFUL}, 0)}
     exits = ExitSampler([1, 2, 3], floor=0.5, sharpness=1.0)
     counts = {"harmful": given.prompts_per_step}
-    return SceneSampler(exits, pools, counts, per_scene=given.prompts_per_scene, images=3, seed=0)
+    contrasted = {"harmful": given.contrasts} if given.contrast else None
+    per_scene = given.prompts_per_scene
+    return SceneSampler(exits, pools, counts, per_scene=per_scene, images=3, seed=0, contrasted=contrasted)
 
 
 def run(

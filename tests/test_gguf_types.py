@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -79,9 +80,9 @@ def floats(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "f16.gguf"
 
 
-def ship(checkpoint: Path, folder: Path, reporter: Told | None = None, **params: object) -> Artifact:
+def ship(checkpoint: Path, folder: Path, reporter: Told | None = None, key: str = "", **params: object) -> Artifact:
     about = {"model": "hub:org/model@main", "license": "mit"}
-    context = context_of("gguf", folder, checkpoint, reporter or Told(), about)
+    context = replace(context_of("gguf", folder, checkpoint, reporter or Told(), about), key=key)
     stage = GGUFStage(GGUFParams.model_validate(params))
     stage.plan({})
     Manifest.of_folder(context.output, "gguf", stage.run(context)).write(context.output)
@@ -255,7 +256,7 @@ def test_both_files_say_what_they_are_made_of(
     tiny_llava: Path, tiny_family: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
     checkpoint = tiny_llava if kind == "llava" else tiny_family(kind)
-    made = ship(checkpoint, tmp_path, type="Q5_K", mmproj_type="Q8_0")
+    made = ship(checkpoint, tmp_path, type="Q5_K", mmproj_type="Q8_0", key="ab" * 32)
     assert made.metadata["type"] == "Q5_K_M"
     for file, type in (("model.gguf", "Q5_K_M"), ("mmproj.gguf", "Q8_0")):
         fields = read_header(made.file(file)).fields
@@ -263,6 +264,7 @@ def test_both_files_say_what_they_are_made_of(
         assert fields["general.base_model.0.name"] == "model" and fields["general.base_model.0.organization"] == "org"
         described = str(fields["general.description"])
         assert str(made.metadata["base_digest"]) in described and f", {type}, " in described
+        assert described.endswith(f", content key {'ab' * 32}")
 
 
 _RUN = """

@@ -34,6 +34,7 @@ def job(tmp_path: Path, stage: Stage[StageParams]) -> Job:
     scratch.mkdir()
     return Job(
         stage_id="it",
+        key="ab" * 32,
         stage_class=f"{type(stage).__module__}:{type(stage).__qualname__}",
         params=canonical_params(stage),
         inputs={},

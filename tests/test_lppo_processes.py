@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 # Two optimizer steps an iteration; validation in the course of training, so that best weights are written and read.
 COMMON = {"steps": 2, "images": 2, "max_new_tokens": 4, "validation": 1, "validate_every": 1, "device": "cpu"}
-SHOWN = {"demonstrations": 0.5, "more_demonstrations": 1, "unlikelihood": 0.1}
+SHOWN = {"demonstrations": 0.5, "contrast": 0.5, "contrasts": 24}
 LPPO = {**COMMON, "samples": 2, "quantizer": "Q8_0"}
 SFT = COMMON
 # Three scenes an iteration and three exits to validate, so that one process has less to do than the other.

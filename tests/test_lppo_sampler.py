@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts.errors import StageError
@@ -20,13 +20,16 @@ def _prompts(kind: str, n: int) -> list[Prompt]:
     ]
 
 
-def _sampler(seed: int = 0, helpings: int = 1) -> SceneSampler:
+def _sampler(seed: int = 0) -> SceneSampler:
     pools = {
         "harmful": PromptPool({"bad": _prompts("bad", 10)}, seed),
         "benign": PromptPool({"good": _prompts("good", 7)}, seed),
     }
     exits = ExitSampler(range(1, 10), floor=0.3, sharpness=3.0)
-    return SceneSampler(exits, pools, {"harmful": 4, "benign": 4}, per_scene=2, images=5, seed=seed, helpings=helpings)
+    contrasted = {"harmful": 8, "benign": 8}
+    return SceneSampler(
+        exits, pools, {"harmful": 4, "benign": 4}, per_scene=2, images=5, seed=seed, contrasted=contrasted
+    )
 
 
 def test_the_worst_exit_is_drawn_most_and_none_is_left_out() -> None:
@@ -52,10 +55,33 @@ def test_shares_and_failures_are_those_worked_out_by_hand() -> None:
     assert sampler.probabilities()[1] == pytest.approx(0.2 + 0.6 * 4**0.625 / (4**0.625 + 4**0.25))
 
 
-def test_exits_of_one_step_differ_while_there_are_enough() -> None:
-    sampler = ExitSampler([1, 2, 3], floor=0.5, sharpness=3.0)
-    drawn = sampler.draw(np.random.default_rng(0), 5, 0)
-    assert sorted(drawn[:3]) == [1, 2, 3] and len(drawn) == 5
+@settings(deadline=None)
+@given(st.integers(1, 40), st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(0, 2**32 - 1))
+def test_every_exit_of_a_step_gets_its_share_to_a_whole_scene(n: int, failures: list[float], seed: int) -> None:
+    sampler = ExitSampler(range(1, len(failures) + 1), floor=0.3, sharpness=3.0)
+    sampler.failure = dict(enumerate(failures, start=1))
+    drawn = sampler.draw(np.random.default_rng(seed), n, 0)
+    assert len(drawn) == n and set(drawn) <= set(sampler.exits)
+    for exit, share in zip(sampler.exits, sampler.probabilities(), strict=True):
+        assert abs(drawn.count(exit) - n * share) < 1 + 1e-9
+
+
+def test_exits_that_fail_alike_differ_while_there_are_enough() -> None:
+    sampler = ExitSampler(range(1, 10), floor=0.3, sharpness=3.0)
+    orders = {tuple(sampler.draw(np.random.default_rng(seed), 8, 0)) for seed in range(50)}
+    assert all(len(set(drawn)) == 8 for drawn in orders)
+    assert {drawn[0] for drawn in orders} == set(range(1, 10))
+
+
+def test_over_many_steps_an_exit_is_drawn_as_its_share_says() -> None:
+    sampler = ExitSampler(range(1, 10), floor=0.3, sharpness=3.0)
+    sampler.failure = dict.fromkeys(range(1, 10), 0.1) | {4: 0.9}
+    rng = np.random.default_rng(0)
+    drawn = [exit for step in range(2000) for exit in sampler.draw(rng, 8, step)]
+    # 0.3 / 9 + 0.7 * e^2.7 / (e^2.7 + 8 e^0.3)
+    assert sampler.probabilities()[3] == pytest.approx(0.439, abs=0.001)
+    assert drawn.count(4) / len(drawn) == pytest.approx(0.439, abs=0.005)
+    assert drawn.count(9) / len(drawn) == pytest.approx(sampler.probabilities()[8], abs=0.005)
 
 
 def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
@@ -67,13 +93,16 @@ def test_a_step_is_the_same_whenever_it_is_asked_for() -> None:
     assert first.scenes(17) != _sampler(seed=1).scenes(17)
 
 
-def test_further_sets_of_a_step_ask_other_prompts_before_any_comes_twice() -> None:
-    sampler = _sampler(helpings=2)
-    asked = [sampler.scenes(step, helping) for step, helping in ((0, 0), (0, 1), (1, 0))]
-    bad = [{p.id for scene in scenes for p in scene.prompts if p.intent == "harmful"} for scenes in asked]
-    assert len(bad[0]) == len(bad[1]) == 4 and not bad[0] & bad[1]
-    assert len(bad[2] - bad[0] - bad[1]) == 2  # ten there are, so the third set takes two of them again
-    assert asked[0] == _sampler().scenes(0) and asked[1] == _sampler().scenes(1)
+def test_contrasts_take_their_sets_in_turn_and_are_the_same_whenever_asked_for() -> None:
+    sampler = _sampler()
+    shown = [sampler.contrasts(step, turn, 2) for step in (0, 1) for turn in (0, 1)]
+    for scenes in shown:
+        assert [len(scene.prompts) for scene in scenes] == [8, 8] and scenes[0].exit != scenes[1].exit
+        for scene in scenes:
+            assert sum(prompt.intent == "harmful" for prompt in scene.prompts) == 4
+    bad = [[p.id for scene in scenes for p in scene.prompts if p.intent == "harmful"] for scenes in shown]
+    assert len(set(bad[0])) == 8 and len(set(bad[0] + bad[1])) == 10  # ten there are
+    assert sampler.contrasts(0, 1, 2) == shown[1] == _sampler().contrasts(0, 1, 2)
 
 
 def test_every_scene_holds_harmful_and_harmless_prompts_side_by_side() -> None:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import lppo_setting as setting
 import pytest
@@ -20,6 +19,7 @@ from stages.data.refusals import REFUSALS
 from stages.judges.judge import Judgement
 from stages.judges.refusal import RefusalRule
 from stages.lppo.algorithm import train
+from stages.lppo.contrast import beginnings, contrast_loss
 from stages.lppo.learner import StepReport
 from stages.lppo.loop import Loop
 from stages.lppo.material import new_sampler
@@ -27,12 +27,12 @@ from stages.lppo.objective import chosen
 from stages.lppo.params import LPPOParams, RewardWeights, SFTParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Rewards
-from stages.lppo.rollout import Prefixes, Responses, Scene
+from stages.lppo.rollout import Prefixes, Scene, generate, greedy
 from stages.lppo.sampler import ExitSampler, ExitsInTurn, PromptPool, SceneSampler
 from stages.lppo.stage import LPPOStage
 from stages.lppo.states import States
 from stages.lppo.supervised import SFT
-from stages.lppo.targets import Targets, Unlikely, add_gradient
+from stages.lppo.targets import Targets
 from stages.lppo.validation import Validation
 from stages.lppo.workers import Alone
 from stages.models import checkpoint
@@ -358,68 +358,62 @@ def test_demonstrations_teach_what_rewards_are_too_rare_for(
     assert likelihood[1] > likelihood[0] + 10
 
 
-def test_no_refusal_should_begin_where_a_harmless_prompt_is_shown(tiny_llava: Path, features: Features) -> None:
+def test_a_contrast_is_the_cross_entropy_of_how_answers_begin(tiny_llava: Path, features: Features) -> None:
     policy = setting.fresh_policy(tiny_llava)
     states = States(policy, features)
-    kind = replace(setting.HARMFUL[0], id="kind", intent="benign", answer="Gladly: add two eggs.")
-    scenes = [Scene(1, 0, (setting.HARMFUL[0], kind)), Scene(2, 1, (kind, kind))]
-    prefixes, said = Targets(policy, states, default_exit=2, max_new_tokens=6, answers="given")(scenes)
-    unlikely = Unlikely.among(policy, scenes, said, 2.0)
-    assert unlikely.rows.tolist() == [[False, True], [True, True]]
-    assert unlikely.beginnings.tolist() == sorted({policy.encode(text)[0] for text in REFUSALS})
+    kind = replace(setting.HARMFUL[0], id="kind", intent="benign")
+    scenes = [Scene(1, 0, (setting.HARMFUL[0], kind)), Scene(2, 1, (kind, setting.HARMFUL[1]))]
+    tokens = beginnings(policy)
+    assert tokens.tolist() == sorted({policy.encode(text)[0] for text in REFUSALS})
 
-    logprobs, _ = policy.evaluate(prefixes, said)
-    scene, row, place = said.mask.nonzero(as_tuple=True)
-    begins = [
-        float(logprobs.detach()[i, unlikely.beginnings].exp().sum())
-        for i in range(len(logprobs))
-        if place[i] == 0 and (scene[i], row[i]) != (0, 0)
-    ]
-    assert len(begins) == 3
-    expected = -sum(math.log(1 - p) for p in begins)
-    assert float(unlikely.loss(logprobs.detach(), said.mask, [0, 1])) == pytest.approx(expected, rel=1e-5)
+    def begins(exit: int, image: int, prompt: Prompt) -> float:
+        """Of this prompt alone, as it is generated."""
+        seen: list[torch.Tensor] = []
 
-    # Its gradient alone (the cross-entropy counts for nothing) makes them rarer.
-    for _ in range(20):
-        add_gradient(policy, prefixes, said, [0, 1], 1, tokens=1.0, weight=0.0, unlikely=unlikely, answers=3.0)
-        with torch.no_grad():
-            for parameter in policy.trained().values():
-                if parameter.grad is not None:
-                    parameter -= 0.5 * parameter.grad
-                    parameter.grad = None
-    with torch.no_grad():
-        after, _ = policy.evaluate(prefixes, said)
-    assert float(unlikely.loss(after, said.mask, [0, 1])) < 0.9 * expected
+        def pick(scores: torch.Tensor) -> torch.Tensor:
+            seen.append(scores)
+            return greedy(scores)
+
+        generate(policy, states([Scene(exit, image, (prompt,))], 1), 1, pick)
+        return float(seen[0][0, 0, tokens].exp().sum())
+
+    alone = [begins(scene.exit, scene.image, prompt) for scene in scenes for prompt in scene.prompts]
+    expected = -sum(math.log(p) for p in (alone[0], 1 - alone[1], 1 - alone[2], alone[3]))
+    assert float(contrast_loss(policy, states(scenes, 1), scenes).detach()) == pytest.approx(expected, rel=1e-4)
+
+    # Its gradient tells the two apart.
+    apart = [Scene(1, 0, (setting.HARMFUL[1], setting.BENIGN[0])), Scene(2, 1, (setting.BENIGN[0], setting.HARMFUL[1]))]
+    before = float(contrast_loss(policy, states(apart, 1), apart).detach())
+    optimizer = torch.optim.Adam(policy.trained().values(), lr=2e-2)
+    for _ in range(40):
+        contrast_loss(policy, states(apart, 1), apart).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [begins(scene.exit, scene.image, prompt) for scene in apart for prompt in scene.prompts]
+    assert float(contrast_loss(policy, states(apart, 1), apart).detach()) < 0.5 * before
+    assert after[0] > 2 * after[1] and after[3] > 2 * after[2]
 
 
-def test_more_demonstrations_show_other_prompts_each_once_a_step(
+def test_a_step_contrasts_more_prompts_than_it_asks_others_in_every_gradient(
     tiny_llava: Path, features: Features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = setting.fresh_policy(tiny_llava)
     states = States(policy, features)
-    given = setting.params(2, demonstrations=0.5, more_demonstrations=3, ppo_epochs=2, minibatches=2, lr=1e-2)
-    asked: list[list[Scene]] = []
-    shown: list[tuple[int, list[int]]] = []
+    given = setting.params(4, contrast=1.0, contrasts=16, micro_batch=2, ppo_epochs=2, minibatches=1, lr=1e-2)
+    shown: list[list[Scene]] = []
 
-    class Watched(Targets):
-        def __call__(self, scenes: Sequence[Scene]) -> tuple[Prefixes, Responses]:
-            asked.append(list(scenes))
-            return super().__call__(scenes)
+    def watched(policy: Policy, prefixes: Prefixes, scenes: Sequence[Scene]) -> torch.Tensor:
+        shown.append(list(scenes))
+        return contrast_loss(policy, prefixes, scenes)
 
-    def watched(*args: Any, **more: Any) -> torch.Tensor:
-        shown.append((len(asked), args[3]))
-        return add_gradient(*args, **more)
-
-    monkeypatch.setattr("stages.lppo.algorithm.add_gradient", watched)
-    _trained_to_refuse(policy, Watched(policy, states, default_exit=2, max_new_tokens=6), states, given, tmp_path)
-    # Two scenes of two prompts are asked, in two passes each; six more are shown, in one gradient each.
-    assert [len(scenes) for scenes in asked] == [8, 8]
-    for step in (1, 2):
-        numbers = [number for when, some in shown if when == step for number in some]
-        assert sorted(numbers) == sorted([0, 1] * 2 + [2, 3, 4, 5, 6, 7])
-        assert sorted(len(some) for when, some in shown if when == step) == [2, 2, 3, 3]
-    with pytest.raises(ValidationError, match="more_demonstrations counts for nothing"):
-        setting.params(2, more_demonstrations=3)
+    monkeypatch.setattr("stages.lppo.learner.contrast_loss", watched)
+    reports: list[StepReport] = []
+    rewards, sampler = Rewards(RefusalRule()), setting.sampler(given)
+    train(policy, sampler, states, rewards, given, seed=0, scratch=tmp_path, report=reports.append)
+    # Two scenes of eight prompts in each of two gradients a step.
+    assert [[len(scene.prompts) for scene in scenes] for scenes in shown] == [[8, 8]] * 8
+    losses = [report.metrics["contrast_loss"] for report in reports]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # --- the toy problem ---

@@ -89,6 +89,8 @@ def test_the_manifest_says_how_an_artifact_was_made(place: Place) -> None:
     made = result.artifacts["join"].manifest.provenance
     assert made.stage == "toy-join" and made.seed == 5 and len(made.key) == 64
     assert made.inputs == {name: result.artifacts[name].digest for name in ("left", "right")}
+    source = result.artifacts["source"]
+    assert source.metadata["key"] == source.manifest.provenance.key  # which the stage may write into its files
 
 
 def test_a_changed_parameter_redoes_its_stage_and_what_follows_and_nothing_else(place: Place) -> None:

@@ -35,7 +35,7 @@ class Text(Stage[TextParams]):
         (context.output / "sub").mkdir()
         (context.output / "sub" / "text.txt").write_text(self.params.text * 1024 * self.params.kilobytes)
         print("to the log")
-        return {"words": len(self.params.text.split())}
+        return {"words": len(self.params.text.split()), "key": context.key}
 
 
 class ChainParams(StageParams):

@@ -29,6 +29,7 @@ class Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     stage_id: str
+    key: str  # content key of the work
     stage_class: str  # "module:qualified name"
     params: dict[str, object]  # JSON values
     inputs: dict[str, Path]  # stage id -> artifact folder, in the order in which the stage sees them

@@ -184,6 +184,7 @@ def _work(job: Job, reporter: Reporter, rank: int) -> Mapping[str, object]:
         reporter=reporter,
         device=job.device if stage.uses_device() else _UndeclaredDevice(cls),
         team=team,
+        key=job.key,
     )
     return stage.run(context)
 

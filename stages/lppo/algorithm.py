@@ -28,8 +28,9 @@ learning rate that falls to a tenth at each exit) are ours.
   `reward_model`);
 - the policy may compute with weights rounded as they will ship (`quantizer`), while the reference does not;
 - what should have been said may be shown beside what was (`demonstrations`, as InstructGPT mixes in supervised
-  gradients), where rewards are too rare to learn from in few steps; of more prompts than are asked, too
-  (`more_demonstrations`), and with unlikelihood of a refusal's beginning after harmless ones (`unlikelihood`);
+  gradients), where rewards are too rare to learn from in few steps;
+- whether answers begin as refusals do is learned as a classifier learns, on many more prompts than are asked
+  (`contrast`);
 - visual questions with known answers may be asked too (`question_scenes`), and being right earns a reward;
 - how much of what was learned is kept may be chosen on validation prompts (`interpolation`).
 
@@ -63,7 +64,7 @@ from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
-from stages.lppo.targets import States, Targets, Unlikely, add_gradient
+from stages.lppo.targets import States, Targets, add_gradient
 from stages.lppo.validation import Validation
 from stages.lppo.watch import Watch, repetition
 from stages.lppo.workers import Alone, Workers, agree
@@ -153,13 +154,13 @@ class PPO(Learner):
         super().__init__(
             policy,
             sampler,
+            states,
             params,
             seed=seed,
             workers=workers,
             value_lr=params.value_lr,
             kl_coefficient=params.kl,
         )
-        self._states = states
         self._rewards = rewards
         self._params = params
         self._targets = targets if params.demonstrations else None
@@ -267,16 +268,10 @@ class PPO(Learner):
 
         params, workers, mask = self._params, self._workers, found.responses.mask
         passes = params.ppo_epochs * len(batches)
-        more = self._more_scenes(step, passes)
-        shown, unlikely = None, None
-        if self._targets is not None:
-            scenes = [*found.scenes, *(scene for _, scene in more)]
-            shown = self._targets(scenes)
-            if params.unlikelihood:
-                unlikely = Unlikely.among(self.policy, scenes, shown[1], params.unlikelihood)
+        shown = None if self._targets is None else self._targets(found.scenes)
         place = {number: index for index, number in enumerate(found.numbers)}
         device = self.policy.device
-        sums, demonstrated = torch.zeros(4, device=device), torch.zeros((), device=device)
+        sums, demonstrated, contrasted = torch.zeros(4, device=device), torch.zeros((), device=device), 0.0
         for epoch in range(params.ppo_epochs):
             order = torch.randperm(len(batches), generator=generator(self._seed, step, -1 - epoch)).tolist()
             for turn, batch in enumerate((batches[index] for index in order), epoch * len(batches)):
@@ -286,42 +281,23 @@ class PPO(Learner):
                 for part in parts(local, params.micro_batch, mask):
                     sums += self._backward(found, part, tokens, max(1.0, anchor_tokens))
                 if shown is not None:
-                    now = [len(found.scenes) + i for i, (when, _) in enumerate(more) if when == turn]
-                    demonstrated += self._demonstrate(*shown, unlikely, [*local, *now])
+                    demonstrated += self._demonstrate(*shown, local)
+                contrasted += self.contrast(step, turn, passes)
                 self.descend()
         names = ("policy_loss", "value_loss", "clip_fraction", "anchor_kl")
         told = dict(zip(names, (workers.total(sums) / passes).tolist(), strict=True))
         if shown is not None:
             told["demonstration_loss"] = float(workers.total(demonstrated)) / passes
+        if params.contrast:
+            told["contrast_loss"] = contrasted / passes
         return told
 
-    def _more_scenes(self, step: int, passes: int) -> list[tuple[int, Scene]]:
-        """What this process shows beyond what is asked, and in which of a step's gradients; each of them once."""
-        sets = range(1, 1 + self._params.more_demonstrations)
-        scenes = [scene for helping in sets for scene in self.sampler.scenes(step, helping)]
-        numbered = [(number % passes, scene) for number, scene in enumerate(scenes)]
-        workers = self._workers
-        return [one for number, one in enumerate(numbered) if number // passes % workers.size == workers.rank]
-
-    def _demonstrate(
-        self, prefixes: Prefixes, targets: Responses, unlikely: Unlikely | None, local: list[int]
-    ) -> torch.Tensor:
+    def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:
         """Add the gradient of what should have been said, `demonstrations` times its cross-entropy."""
-        import torch
-
-        params, nothing = self._params, torch.zeros((), device=self.policy.device)
-        counts = torch.stack([targets.mask[local].sum(), nothing if unlikely is None else unlikely.rows[local].sum()])
-        tokens, answers = self._workers.total(counts.to(torch.float64)).clamp(min=1).tolist()
+        params = self._params
+        tokens = float(self._workers.total(targets.mask[local].sum().double()).clamp(min=1))
         surprise = add_gradient(
-            self.policy,
-            prefixes,
-            targets,
-            local,
-            params.micro_batch,
-            tokens=tokens,
-            weight=params.demonstrations,
-            unlikely=unlikely,
-            answers=answers,
+            self.policy, prefixes, targets, local, params.micro_batch, tokens=tokens, weight=params.demonstrations
         )
         demonstrated: torch.Tensor = surprise.sum() / tokens
         return demonstrated

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from stages.lppo.contrast import contrast_loss
 from stages.lppo.objective import DivergedError
 from stages.lppo.params import TrainingParams
 from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome
 from stages.lppo.rollout import Scene
 from stages.lppo.sampler import SceneSampler
+from stages.lppo.targets import States
 from stages.lppo.workers import Workers, sum_gradients
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class Learner(ABC):
     """A method of training: what one step does.
 
     Args:
+        states: of the scenes that `sampler` draws.
         value_lr: learning rate of the value head; 0 where there is nothing to fit.
     """
 
@@ -51,6 +54,7 @@ class Learner(ABC):
         self,
         policy: Policy,
         sampler: SceneSampler,
+        states: States,
         params: TrainingParams,
         *,
         seed: int,
@@ -62,6 +66,9 @@ class Learner(ABC):
         self.sampler = sampler
         self.kl_coefficient = kl_coefficient
         self.optimizer = _new_optimizer(policy, params.lr, value_lr)
+        self._states = states
+        self._contrasting = params.contrast
+        self._at_once = params.micro_batch
         self._max_grad_norm = params.max_grad_norm
         self._seed = seed
         self._workers = workers
@@ -81,6 +88,26 @@ class Learner(ABC):
             raise DivergedError(f"the gradient is {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def contrast(self, step: int, turn: int, turns: int) -> float:
+        """Add the gradient of how answers begin, on the prompts of one of a step's `turns` gradients.
+
+        Returns: its cross-entropy, the mean over these prompts of all processes; 0 where it counts for nothing.
+        """
+        import torch
+
+        if not self._contrasting:
+            return 0.0
+        scenes, workers = self.sampler.contrasts(step, turn, turns), self._workers
+        prompts = sum(len(scene.prompts) for scene in scenes)
+        mine = scenes[workers.rank :: workers.size]
+        found = torch.zeros((), device=self.policy.device)
+        for start in range(0, len(mine), self._at_once):
+            part = mine[start : start + self._at_once]
+            loss = contrast_loss(self.policy, self._states(part, 1), part) / prompts
+            (self._contrasting * loss).backward()  # type: ignore[no-untyped-call]
+            found += loss.detach()
+        return float(workers.total(found))
 
     @property
     def lr(self) -> float:

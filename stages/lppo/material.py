@@ -77,7 +77,7 @@ def new_sampler(params: TrainingParams, exits: Sequence[int], seed: int) -> Scen
         seed=seed,
         questions=known_answers(params.images, seed) if params.question_scenes else None,
         question_scenes=params.question_scenes,
-        helpings=1 + (params.more_demonstrations if isinstance(params, LPPOParams) else 0),
+        contrasted=share_out(params.contrasts, params.prompts.shares()) if params.contrast else None,
     )
 
 

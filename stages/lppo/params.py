@@ -12,6 +12,9 @@ from stages.models.adapter import LoRA
 from stages.runtimes.imatrix import ImatrixName
 from stages.stage import Located, StageParams
 
+CONTRASTED: Final = 8
+"""Prompts of a scene of which only how answers begin is looked at: the more, the less each costs."""
+
 
 class PromptShares(StageParams):
     """Prompt sets by kind, of which the train split is used, and the share of each kind in a step."""
@@ -154,8 +157,20 @@ class TrainingParams(StageParams):
     dro_sharpness: float = Field(
         default=3.0,
         ge=0,
-        description="how strongly the worst exits are preferred; scenes of a step leave at different exits while there "
-        "are enough, so the fewer scenes a step has beside the exits, the more it does",
+        description="how strongly the worst exits are preferred: shares of a step's scenes go with exp(sharpness * "
+        "share of harmful prompts answered there)",
+    )
+    contrast: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the binary cross-entropy of whether an answer begins as refusals do: after harmful "
+        "prompts it should, after harmless ones it should not; 0: not learned by itself",
+    )
+    contrasts: int = Field(
+        default=32,
+        ge=CONTRASTED,
+        multiple_of=CONTRASTED,
+        description="prompts, in the shares of `prompts`, whose answers' beginnings an optimizer step contrasts",
     )
     max_new_tokens: int = Field(default=20, ge=1, description="length of a response, in tokens")
     validation: int = Field(
@@ -243,6 +258,7 @@ PAPER: Final[Mapping[str, object]] = {
     "kl_target": None,
     "anchor": 0.0,
     "demonstrations": 0.0,
+    "contrast": 0.0,
     # The value model is fitted by plain squared error; advantages are as GAE gives them.
     "value_clip": None,
     "normalize_advantages": False,
@@ -301,18 +317,6 @@ class LPPOParams(TrainingParams):
         "right word after a visual question; "
         "0: plain PPO",
     )
-    unlikelihood: float = Field(
-        default=0.0,
-        ge=0,
-        description="weight of -log(1 - p), p being the probability that the answer to a harmless prompt that is shown "
-        "begins as refusals do; they begin alike and answers do not, so without it refusing is learned first",
-    )
-    more_demonstrations: int = Field(
-        default=0,
-        ge=0,
-        description="sets of scenes, each as large as what a step asks, that a step shows without asking them: many "
-        "more prompts are seen, for a fraction of what responses to them would cost",
-    )
     temperature: float = Field(default=1.0, gt=0, description="of sampling, and of the policy that is trained")
     network: bool = Field(
         default=False,
@@ -347,9 +351,6 @@ class LPPOParams(TrainingParams):
             raise ValueError(f"reward_model is missing: {why}; name a stage that uses reward-model")
         if not self.rewards.reward_model and self.reward_model is not None:
             raise ValueError("reward_model is named but counts for nothing: set rewards.reward_model, e.g. to 1")
-        for name in ("more_demonstrations", "unlikelihood"):
-            if getattr(self, name) and not self.demonstrations:
-                raise ValueError(f"{name} counts for nothing: set demonstrations, e.g. to 0.5")
         if not self.rewards.earn(questions=self.question_scenes > 0):
             raise ValueError("rewards are all 0, so there is nothing to learn")
         if self.bounds.max_over_refusal is not None and not (

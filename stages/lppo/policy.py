@@ -170,6 +170,12 @@ class Policy:
         chosen = hidden[scene, packed.predictors[responses.mask]]
         return self.logprobs(chosen), self.values(chosen)
 
+    def first(self, prefixes: Prefixes) -> torch.Tensor:
+        """Log-probabilities of what every response may begin with: (scenes, rows, vocabulary), float32."""
+        with self._recomputing():
+            hidden = self.hidden(prefixes.embeddings, prefixes.tags, prefixes.tags, prefixes.crossing)
+        return self.logprobs(hidden.gather(1, prefixes.row_last[:, :, None].expand(-1, -1, hidden.shape[-1])))
+
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
         """Inside, activations are recomputed where that was asked for and a gradient is taken."""

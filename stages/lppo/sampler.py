@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from artifacts.errors import StageError
 from stages.data.prompt_sets import Prompt
+from stages.lppo.params import CONTRASTED
 from stages.lppo.rollout import Scene
 
 Question = tuple[Prompt, str]
@@ -52,13 +53,14 @@ class ExitSampler:
         return self.exits if steps else ()
 
     def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
-        """`n` exits: all different while there are enough, since a step learns more from different ones."""
-        drawn: list[int] = []
-        while len(drawn) < n:
-            some = min(n - len(drawn), len(self.exits))
-            order = rng.choice(len(self.exits), size=some, replace=False, p=self.probabilities())
-            drawn += [self.exits[int(index)] for index in order]
-        return drawn
+        """`n` exits in random order, each as often as its share of `n` says, to the next whole number up or down.
+
+        Systematic resampling (Kitagawa, 1996): one random number places `n` points at equal distances over the shares
+        laid end to end. So exits that fail alike all differ while there are enough, and the worst still gets its share.
+        """
+        points = (rng.random() + np.arange(n)) / n
+        drawn = np.searchsorted(self.probabilities().cumsum()[:-1], points, side="right")
+        return [self.exits[int(index)] for index in rng.permutation(drawn)]
 
     def update(self, failed: Mapping[int, Sequence[bool]]) -> None:
         """Take in what harmful prompts met at each exit in one step: True is an answer that was no refusal."""
@@ -112,7 +114,7 @@ class SceneSampler:
         images: how many images there are.
         questions: of images, by number, the questions whose answers are known.
         question_scenes: scenes of such questions, after the others.
-        helpings: how many sets of scenes a step may take; no prompt comes twice before its set is used up.
+        contrasted: prompts of each kind in `contrasts`.
     """
 
     def __init__(
@@ -126,7 +128,7 @@ class SceneSampler:
         seed: int,
         questions: Mapping[int, Sequence[Question]] | None = None,
         question_scenes: int = 0,
-        helpings: int = 1,
+        contrasted: Mapping[str, int] | None = None,
     ):
         self.exits = exits
         self._pools = pools
@@ -136,7 +138,7 @@ class SceneSampler:
         self._seed = seed
         self._questions = {n: tuple(some) for n, some in (questions or {}).items() if len(some) >= per_scene}
         self._question_scenes = question_scenes
-        self._helpings = helpings
+        self._contrasted = contrasted or {}
         if question_scenes and not self._questions:
             raise StageError(
                 f"no image has {per_scene} questions with known answers",
@@ -147,17 +149,34 @@ class SceneSampler:
         """Iterations in all, where the recipe says `steps`."""
         return self.exits.steps(steps)
 
-    def scenes(self, step: int, helping: int = 0) -> list[Scene]:
-        """The states of one step; `helping`: which of its sets of scenes."""
-        draw = step * self._helpings + helping
-        rng = np.random.default_rng([self._seed, draw])
-        # Dealt like cards: the kinds come one after the other, so each scene gets some of each.
-        prompts = [self._pools[kind][draw * n + i] for kind, n in self._counts.items() for i in range(n)]
-        scenes = len(prompts) // self._per_scene
+    def scenes(self, step: int) -> list[Scene]:
+        """The states of one step."""
+        rng = np.random.default_rng([self._seed, step])
+        scenes = sum(self._counts.values()) // self._per_scene
         exits = self.exits.draw(rng, scenes + self._question_scenes, step)
-        images = rng.integers(self._images, size=scenes)
-        found = [Scene(exits[i], int(images[i]), tuple(prompts[i::scenes])) for i in range(scenes)]
+        found = self._dealt(rng, self._counts, step, exits[:scenes])
         return found + [self._question_scene(rng, exit) for exit in exits[scenes:]]
+
+    def contrasts(self, step: int, turn: int, turns: int) -> list[Scene]:
+        """Prompts whose answers' beginnings are contrasted in one of a step's `turns` gradients, `CONTRASTED` a scene.
+
+        No prompt comes twice before its set is used up.
+        """
+        rng = np.random.default_rng([self._seed, step, turn])
+        scenes = sum(self._contrasted.values()) // CONTRASTED
+        exits = self.exits.draw(rng, scenes, step)
+        return self._dealt(rng, self._contrasted, step * turns + turn, exits)
+
+    def _dealt(
+        self, rng: np.random.Generator, counts: Mapping[str, int], draw: int, exits: Sequence[int]
+    ) -> list[Scene]:
+        """The prompts of a draw, a scene an exit; like cards, kind by kind, so that each gets some of each."""
+        prompts = [self._pools[kind][draw * n + i] for kind, n in counts.items() for i in range(n)]
+        images = rng.integers(self._images, size=len(exits))
+        return [
+            Scene(exit, int(image), tuple(prompts[i :: len(exits)]))
+            for i, (exit, image) in enumerate(zip(exits, images, strict=True))
+        ]
 
     def _question_scene(self, rng: np.random.Generator, exit: int) -> Scene:
         image = int(rng.choice(sorted(self._questions)))

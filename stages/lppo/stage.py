@@ -222,7 +222,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "10"
+    code_version = "11"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 

@@ -30,7 +30,7 @@ class SFT(Learner):
         seed: int,
         workers: Workers,
     ):
-        super().__init__(policy, sampler, params, seed=seed, workers=workers)
+        super().__init__(policy, sampler, states, params, seed=seed, workers=workers)
         self.targets = Targets(
             policy,
             states,
@@ -51,15 +51,19 @@ class SFT(Learner):
         lengths = targets.mask.sum((1, 2))
         tokens = max(1.0, float(workers.total(lengths.sum().to(torch.float64))))
         first: torch.Tensor | None = None
-        for _ in range(params.epochs):
+        contrasted = 0.0
+        for epoch in range(params.epochs):
             surprise = add_gradient(
                 self.policy, prefixes, targets, list(range(len(mine))), params.micro_batch, tokens=tokens
             )
             first = surprise if first is None else first
+            contrasted += self.contrast(number, epoch, params.epochs)
             self.descend()
         assert first is not None
         means = (first / lengths.clamp(min=1)).tolist()
         rows = sorted(workers.everyone(list(zip(mine, means, strict=True))))
         exits = exit_means(scenes, [{"exit_loss": mean} for _, mean in rows])
         metrics = {"loss": float(workers.total(first.sum())) / tokens, "lr": self.lr}
+        if params.contrast:
+            metrics["contrast_loss"] = contrasted / params.epochs
         return StepReport(number + 1, scenes, [], metrics, exits)

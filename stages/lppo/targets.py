@@ -9,7 +9,6 @@ Targets of the baseline `sft`, and of the demonstrations that l-ppo may mix in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from artifacts.manifest import sha256_bytes
@@ -111,42 +110,6 @@ class Targets:
         return [*self._policy.encode(text), self._policy.end_of_turn]
 
 
-@dataclass(frozen=True)
-class Unlikely:
-    """Where no refusal should begin: unlikelihood training (Welleck et al., 2020, arXiv 1908.04319) of first tokens.
-
-    Refusals begin alike and answers do not, so the cross-entropy of both teaches to refuse first, harmless prompts too.
-    """
-
-    rows: torch.Tensor  # (scenes, rows) bool: harmless prompts whose target does not begin as refusals do
-    beginnings: torch.Tensor  # tokens that refusals begin with
-    weight: float
-
-    @classmethod
-    def among(cls, policy: Policy, scenes: Sequence[Scene], targets: Responses, weight: float) -> Unlikely:
-        """Of some scenes and their targets."""
-        import torch
-
-        beginnings = torch.tensor(sorted({policy.encode(text)[0] for text in REFUSALS}), device=policy.device)
-        rows = targets.mask[:, :, 0] & ~torch.isin(targets.tokens[:, :, 0], beginnings)
-        for s, scene in enumerate(scenes):
-            for r, prompt in enumerate(scene.prompts):
-                rows[s, r] &= prompt.intent != "harmful"
-        return cls(rows, beginnings, weight)
-
-    def loss(self, logprobs: torch.Tensor, mask: torch.Tensor, scenes: list[int]) -> torch.Tensor:
-        """-log(1 - P(a refusal begins)), summed over the rows of these scenes.
-
-        Args:
-            logprobs: (tokens, vocabulary), in the order of `mask.nonzero()`. mask: (scenes, rows, tokens) of theirs.
-        """
-        owner, row, place = mask.nonzero(as_tuple=True)
-        first = logprobs[(place == 0) & self.rows[scenes][owner, row]]
-        begins = first[:, self.beginnings].logsumexp(-1).exp()
-        found: torch.Tensor = -(1 - begins).clamp(min=1e-6).log().sum()
-        return found
-
-
 def add_gradient(
     policy: Policy,
     prefixes: Prefixes,
@@ -156,11 +119,8 @@ def add_gradient(
     *,
     tokens: float,
     weight: float = 1.0,
-    unlikely: Unlikely | None = None,
-    answers: float = 1.0,
 ) -> torch.Tensor:
-    """Add the gradient of `weight` times the cross-entropy of some scenes' targets, divided by `tokens`; and of what
-    should be unlikely there, divided by `answers`.
+    """Add the gradient of `weight` times the cross-entropy of some scenes' targets, divided by `tokens`.
 
     Returns: -log pi summed over each scene's target tokens, (all scenes,), 0 for those that are not in `scenes`.
     """
@@ -173,10 +133,7 @@ def add_gradient(
             continue
         logprobs, _ = policy.evaluate(prefixes[part], some)
         surprise = -chosen(logprobs, some.tokens[some.mask])
-        loss = weight * (surprise.sum() / tokens)
-        if unlikely is not None:
-            loss = loss + unlikely.weight * (unlikely.loss(logprobs, some.mask, part) / answers)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (weight * (surprise.sum() / tokens)).backward()  # type: ignore[no-untyped-call]
         owner, _, _ = some.mask.nonzero(as_tuple=True)
         found[part] = torch.zeros(len(part), device=policy.device).index_add(0, owner, surprise.detach())
     return found

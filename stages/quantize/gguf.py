@@ -118,7 +118,7 @@ class GGUFStage(Stage[GGUFParams]):
     """Checkpoint to GGUF; the same checkpoint and parameters give the same bytes."""
 
     name = "gguf"
-    code_version = "4"
+    code_version = "5"
     summary = "convert to GGUF and quantize with llama.cpp, image encoder included"
     accepts = ("checkpoint",)
     output_type = "gguf"
@@ -197,7 +197,7 @@ class GGUFStage(Stage[GGUFParams]):
         floats = context.scratch / f"{dtype.lower()}.gguf"
         if not floats.exists():
             context.scratch.mkdir(parents=True, exist_ok=True)
-            described = _described(source, base, params.type)
+            described = _described(source, base, params.type, context.key)
             convert_language_model(source.path, floats, context.scratch, dtype=dtype, name=name, metadata=described)
 
         context.progress(1, _STEPS, f"quantizing to {params.type}")
@@ -220,7 +220,7 @@ class GGUFStage(Stage[GGUFParams]):
                 scratch=context.scratch,
                 type=params.mmproj_type,
                 name=name,
-                metadata=_described(source, base, params.mmproj_type),
+                metadata=_described(source, base, params.mmproj_type, context.key),
                 cls=cls,
             )
         for one in fallbacks:
@@ -342,15 +342,16 @@ def _spec(folder: Path) -> ModelSpec | None:
         return None
 
 
-def _described(source: Artifact, base: str, type: str) -> dict[str, object]:
+def _described(source: Artifact, base: str, type: str, key: str) -> dict[str, object]:
     """The `general.*` keys that are known; nothing that changes from run to run.
 
-    Notable: no digest of the recipe. The file is a function of the checkpoint and of this stage's parameters, and other
-    recipes find it in the store; a published layout holds the recipe beside it.
+    Of the recipe the content key stands for what decides these bytes; a digest of the whole would make a file of its
+    own for every recipe that shares them.
     """
+    recipe = f", content key {key}" if key else ""
     found: dict[str, object] = {
         "general.quantized_by": "icet-pipeline",
-        "general.description": f"made by icet-pipeline, {type}, of the checkpoint {source.digest}",
+        "general.description": f"made by icet-pipeline, {type}, of the checkpoint {source.digest}{recipe}",
         # The converter would otherwise guess these from folder names.
         "general.basename": None,
         "general.finetune": None,
