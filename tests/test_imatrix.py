@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -14,8 +15,10 @@ from stage_setting import Told, context_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError
+from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import Manifest, sha256_file
+from pipeline.graph import Graph, build_graph
+from pipeline.recipe import load_recipe
 from stages.data.calibration import Batch
 from stages.data.calibration_mix import CalibrationMix
 from stages.lppo.params import LPPOParams
@@ -24,7 +27,7 @@ from stages.quantize.gguf import GGUFParams, GGUFStage
 from stages.quantize.importance import ImatrixParams, ImatrixStage
 from stages.runtimes.activations import collect
 from stages.runtimes.gguf_header import read_header
-from stages.runtimes.imatrix import read_imatrix
+from stages.runtimes.imatrix import Collected, read_imatrix, write_imatrix
 from stages.stage import Context, Planned
 
 MIX = CalibrationMix(samples=8, length=16, questions=0.25, prompts=0.5, pictures=2)
@@ -154,6 +157,17 @@ def test_a_type_that_needs_one_is_refused_without_and_planned_with_one(type: str
     GGUFStage(GGUFParams(type=type, imatrix="matrix")).plan({"matrix": Planned("imatrix")})
 
 
+def test_l_ppo_trains_with_the_rounding_that_a_matrix_weighs(tiny_llava: Path, made: Artifact, tmp_path: Path) -> None:
+    small = {"steps": 1, "images": 2, "max_new_tokens": 4, "samples": 2, "validation": 0, "quantizer": "Q4_0"}
+    weights = []
+    for place, more in enumerate(({}, {"imatrix": "matrix"}, {"imatrix": str(made.file("imatrix.gguf"))})):
+        context = context_of("harden", tmp_path / str(place), tiny_llava, Told())
+        context = replace(context, inputs={**context.inputs, "matrix": made})
+        LPPOStage(LPPOParams.model_validate(small | more)).run(context)
+        weights.append(sha256_file(context.output / "model.safetensors"))
+    assert weights[0] != weights[1] == weights[2]
+
+
 def test_gguf_and_l_ppo_name_the_same_one_and_refuse_what_is_none(tmp_path: Path) -> None:
     stages = (
         (GGUFStage(GGUFParams(imatrix="matrix")), GGUFStage(GGUFParams())),
@@ -169,6 +183,53 @@ def test_gguf_and_l_ppo_name_the_same_one_and_refuse_what_is_none(tmp_path: Path
     assert absent.references() == {}
     with pytest.raises(RecipeError, match="there is no file"):
         absent.fingerprint()
+
+
+PRUNED = """\
+recipe: 1
+name: pruned
+source: {{model: demo:tiny-llava}}
+stages:
+  small: {{uses: prune, with: {{layers: [0]}}}}
+  matrix: {{uses: imatrix, needs: {made_of}}}
+  last: {{uses: {uses}, needs: small, with: {{{params}, imatrix: {matrix}}}}}
+"""
+
+
+@pytest.mark.parametrize(("uses", "params"), [("gguf", "type: Q4_0"), ("l-ppo", "quantizer: Q4_0")])
+def test_one_of_the_unpruned_model_and_a_file_of_another_are_refused_before_any_work(
+    made: Artifact, tmp_path: Path, uses: str, params: str
+) -> None:
+    def built(made_of: str, matrix: str) -> Graph:
+        text = PRUNED.format(made_of=made_of, uses=uses, params=params, matrix=matrix)
+        (tmp_path / "r.yaml").write_text(text)
+        return build_graph(load_recipe(tmp_path / "r.yaml"))
+
+    def refused(made_of: str, matrix: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            built(made_of, matrix)
+        assert str(caught.value.where).endswith("r.yaml:7")
+        return str(caught.value)
+
+    spec = built("small", "matrix").node("last").planned.spec
+    assert spec is not None and spec.text.layers == 1
+    assert "'matrix' is of 2 blocks, this model has 1" in refused("source", "matrix")
+    (tmp_path / "unpruned.gguf").write_bytes(made.file("imatrix.gguf").read_bytes())
+    assert "unpruned.gguf is of 2 blocks, this model has 1" in refused("small", "./unpruned.gguf")
+    other = {"blk.0.ffn_down.weight": Collected(np.ones((1, 512), np.float32), np.ones(1, np.float32))}
+    write_imatrix(tmp_path / "other.gguf", other, datasets=["noise"], chunks=1, chunk_size=1)
+    wrong = "other.gguf has 512 columns for blk.0.ffn_down.weight, this model has 128"
+    assert wrong in refused("small", "./other.gguf")
+    (tmp_path / "old.dat").write_bytes(bytes(100))
+    assert "old.dat is not a GGUF file" in refused("small", "./old.dat")
+
+
+def test_one_of_another_model_is_refused_where_shapes_are_known_only_at_run(tiny_llava: Path, tmp_path: Path) -> None:
+    entry = Collected(np.ones((1, 64), np.float32), np.ones(1, np.float32))
+    write_imatrix(tmp_path / "other.gguf", {"blk.2.attn_q.weight": entry}, datasets=["n"], chunks=1, chunk_size=1)
+    context = context_of("gguf", tmp_path, tiny_llava, Told())
+    with pytest.raises(SourceError, match="is of 3 blocks, this model has 2"):
+        GGUFStage(GGUFParams(type="Q4_0", imatrix=str(tmp_path / "other.gguf"))).run(context)
 
 
 @pytest.mark.skipif(not shutil.which("llama-quantize"), reason="llama-quantize (llama.cpp) is not on PATH")

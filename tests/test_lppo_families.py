@@ -52,11 +52,21 @@ def test_a_policy_answers_like_the_runtime_at_every_exit_and_trains(
         assert [text for row in responses.texts for text in row] == [each.text for each in runtime.generate(asked)]
 
     params = LPPOParams.model_validate(
-        {"steps": 1, "max_new_tokens": 3, "samples": 2, "prompts_per_step": 4, "lr": 5e-3, "micro_batch": 1}
+        {
+            "steps": 1,
+            "max_new_tokens": 3,
+            "samples": 2,
+            "prompts_per_step": 4,
+            "lr": 5e-3,
+            "micro_batch": 1,
+            "contrast": 0.5,
+            "contrasts": 8,
+        }
     )
     pool = {"harmful": PromptPool({"test": _PROMPTS[:1]}, 0), "benign": PromptPool({"test": _PROMPTS[1:]}, 0)}
     exits = ExitSampler([1, 2, 3], floor=0.5, sharpness=1.0)
-    sampler = SceneSampler(exits, pool, {"harmful": 2, "benign": 2}, per_scene=2, images=3, seed=0)
+    counts, contrasted = {"harmful": 2, "benign": 2}, {"harmful": 4, "benign": 4}
+    sampler = SceneSampler(exits, pool, counts, per_scene=2, images=3, seed=0, contrasted=contrasted)
     before = policy.adapter()
     steps = []
     train(policy, sampler, states, Rewards(RefusalRule()), params, seed=0, scratch=tmp_path, report=steps.append)

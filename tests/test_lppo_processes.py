@@ -56,7 +56,7 @@ T = TypeVar("T")
 COMMON = {"steps": 2, "images": 2, "max_new_tokens": 4, "validation": 1, "validate_every": 1, "device": "cpu"}
 SHOWN = {"demonstrations": 0.5, "contrast": 0.5, "contrasts": 24}
 LPPO = {**COMMON, "samples": 2, "quantizer": "Q8_0"}
-SFT = COMMON
+SFT = {**COMMON, "contrast": 0.5, "contrasts": 24}
 # Three scenes an iteration and three exits to validate, so that one process has less to do than the other.
 SHARDED = {**COMMON, **SHOWN, "prompts_per_step": 6, "micro_batch": 1, "samples": 2}
 

@@ -132,8 +132,33 @@ def test_shares_are_kept_in_whole_prompts(total: int, a: float, b: float, c: flo
         assert all(abs(parts[name] - total * share / (a + b + c)) < 1 for name, share in (("a", a), ("b", b), ("c", c)))
 
 
-def test_of_exits_in_turn_only_those_that_had_their_turn_are_covered() -> None:
-    together = ExitSampler([1, 5, 9], floor=0.3, sharpness=3.0)
-    assert together.covered(1) == (1, 5, 9) and together.covered(0) == ()
+def test_only_exits_that_had_their_turn_are_covered() -> None:
+    rng = np.random.default_rng(0)
+    few = ExitSampler(range(1, 10), floor=0.3, sharpness=3.0)
+    drawn = [few.draw(rng, 2, step) for step in range(3)]
+    assert few.covered(0) == ()
+    for steps in (1, 2, 3):
+        assert set(few.covered(steps)) == {exit for some in drawn[:steps] for exit in some}
     turns = ExitsInTurn([1, 5, 9], each=4)
+    for step in range(12):
+        turns.draw(rng, 2, step)
     assert [turns.covered(steps) for steps in (0, 1, 4, 5, 12)] == [(), (1,), (1,), (1, 5), (1, 5, 9)]
+
+
+def test_what_is_contrasted_is_drawn_apart_from_what_is_asked() -> None:
+    pools = {"harmful": PromptPool({"bad": _prompts("bad", 40)}, 0)}
+    sampler = SceneSampler(
+        ExitSampler(range(1, 10), floor=0.3, sharpness=3.0),
+        pools,
+        {"harmful": 8},
+        per_scene=2,
+        images=16,
+        seed=0,
+        contrasted={"harmful": 32},
+    )
+    alike = [
+        [(scene.exit, scene.image) for scene in sampler.scenes(step)]
+        == [(scene.exit, scene.image) for scene in sampler.contrasts(step, 0, 1)]
+        for step in range(5)
+    ]
+    assert not any(alike)

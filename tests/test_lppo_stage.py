@@ -161,6 +161,20 @@ def test_an_unknown_prompt_set_is_refused_before_any_work() -> None:
         LPPOStage(params).plan({})
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"harmful": ["advbench", "donotanswer"]}, "prompts.harmful: nobody may train on donotanswer"),
+        ({"benign": []}, "prompts.benign names no set"),
+    ],
+)
+def test_sets_that_cannot_be_trained_on_are_refused_before_any_work(asked: dict[str, list[str]], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        LPPOStage(LPPOParams.model_validate({"prompts": asked})).plan({})
+    empty = {"prompts": {"borderline": [], "borderline_share": 0.0, "validation": ["donotanswer"]}}
+    LPPOStage(LPPOParams.model_validate(empty)).plan({})
+
+
 def test_prompts_that_do_not_fill_their_scenes_are_refused() -> None:
     with pytest.raises(ValueError, match="not a multiple"):
         LPPOParams(prompts_per_step=7, prompts_per_scene=2)

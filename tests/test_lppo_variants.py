@@ -18,7 +18,7 @@ from stages.data.prompt_sets import Prompt
 from stages.data.refusals import REFUSALS
 from stages.judges.judge import Judgement
 from stages.judges.refusal import RefusalRule
-from stages.lppo.algorithm import train
+from stages.lppo.algorithm import PPO, train
 from stages.lppo.contrast import beginnings, contrast_loss
 from stages.lppo.learner import StepReport
 from stages.lppo.loop import Loop
@@ -75,6 +75,7 @@ def test_the_papers_variant_sets_what_the_paper_says_and_the_recipe_still_wins()
     ("given", "said"),
     [
         ({"variant": "paper"}, "reward_model is missing"),
+        ({"variant": "paper", "reward_model": "reward", "contrast": 1.0}, "contrast needs harmless prompts"),
         ({"rewards": {"refusal": 0, "helpfulness": 0}}, "rewards are all 0"),  # nobody asks what `answer` would earn
         (
             {"variant": "paper", "reward_model": "reward", "bounds": {"max_over_refusal": 0.1}},
@@ -392,6 +393,43 @@ def test_a_contrast_is_the_cross_entropy_of_how_answers_begin(tiny_llava: Path, 
     after = [begins(scene.exit, scene.image, prompt) for scene in apart for prompt in scene.prompts]
     assert float(contrast_loss(policy, states(apart, 1), apart).detach()) < 0.5 * before
     assert after[0] > 2 * after[1] and after[3] > 2 * after[2]
+
+
+def test_a_contrast_counts_by_its_weight_and_as_a_mean_over_its_prompts(tiny_llava: Path, features: Features) -> None:
+    given = setting.params(1, contrast=0.5, contrasts=24, micro_batch=1)
+    policy, sampler = setting.fresh_policy(tiny_llava), setting.sampler(given)
+    states = States(policy, features)
+    learner = PPO(policy, sampler, states, Rewards(RefusalRule()), given, seed=0, workers=Alone())
+    told = learner.contrast(0, 1, 4)
+    found = {name: parameter.grad.clone() for name, parameter in policy.trained().items() if parameter.grad is not None}
+    learner.optimizer.zero_grad()
+    scenes = sampler.contrasts(0, 1, 4)
+    loss = contrast_loss(policy, states(scenes, 1), scenes) / 24
+    (0.5 * loss).backward()  # type: ignore[no-untyped-call]
+    assert told == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert found and any(bool(gradient.abs().max() > 1e-4) for gradient in found.values())
+    for name, gradient in found.items():
+        expected = policy.trained()[name].grad
+        assert expected is not None and torch.allclose(gradient, expected, rtol=1e-3, atol=1e-6), name
+
+
+def test_what_is_wrongest_still_has_a_gradient(tiny_llava: Path, features: Features) -> None:
+    policy = setting.fresh_policy(tiny_llava)
+    states, scenes = States(policy, features), [Scene(1, 0, (setting.HARMFUL[0],))]
+    told: list[torch.Tensor] = []
+    first = policy.first
+
+    def certain(prefixes: Prefixes) -> torch.Tensor:
+        """As sure as can be that no refusal begins."""
+        told.append(first(prefixes))
+        told[0].retain_grad()
+        return (told[0] - 40 * torch.isin(torch.arange(told[0].shape[-1]), beginnings(policy))).log_softmax(-1)
+
+    policy.first = certain  # type: ignore[method-assign]
+    loss = contrast_loss(policy, states(scenes, 1), scenes)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss.detach()) > 30 and told[0].grad is not None
+    assert float(told[0].grad[0, 0, beginnings(policy)].sum()) == pytest.approx(-1, abs=1e-3)
 
 
 def test_a_step_contrasts_more_prompts_than_it_asks_others_in_every_gradient(

@@ -63,6 +63,7 @@ def _method(report: Report, stage: StageRow) -> str:
     parts = [str(told.get("objective") or stage.uses)]
     if told.get("variant") == "paper":
         parts.append("as in the paper")
+    parts += [f"with {part}" for part in ("demonstrations", "contrast") if told.get(part)]
     if told.get("quantizer"):
         parts.append(f"rounded to {told['quantizer']}")
     return ", ".join(parts)

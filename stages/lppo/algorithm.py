@@ -64,7 +64,7 @@ from stages.lppo.policy import Policy
 from stages.lppo.reward import Outcome, Rewards
 from stages.lppo.rollout import Pick, Prefixes, Responses, Scene, generate, sample_with
 from stages.lppo.sampler import SceneSampler
-from stages.lppo.targets import States, Targets, add_gradient
+from stages.lppo.targets import States, Targets, add_gradient, counted
 from stages.lppo.validation import Validation
 from stages.lppo.watch import Watch, repetition
 from stages.lppo.workers import Alone, Workers, agree
@@ -295,11 +295,11 @@ class PPO(Learner):
     def _demonstrate(self, prefixes: Prefixes, targets: Responses, local: list[int]) -> torch.Tensor:
         """Add the gradient of what should have been said, `demonstrations` times its cross-entropy."""
         params = self._params
-        tokens = float(self._workers.total(targets.mask[local].sum().double()).clamp(min=1))
+        among = float(self._workers.total(counted(targets)[local].sum().double()).clamp(min=1))
         surprise = add_gradient(
-            self.policy, prefixes, targets, local, params.micro_batch, tokens=tokens, weight=params.demonstrations
+            self.policy, prefixes, targets, local, params.micro_batch, among=among, weight=params.demonstrations
         )
-        demonstrated: torch.Tensor = surprise.sum() / tokens
+        demonstrated: torch.Tensor = surprise.sum() / among
         return demonstrated
 
     def _backward(self, found: Experience, part: list[int], tokens: float, anchor_tokens: float) -> torch.Tensor:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAME: Final = "training.safetensors"
-_LAYOUT: Final = 3
+_LAYOUT: Final = 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Course:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """`step`: how many steps are done. `failure`: the exit sampler's. `seen`: the watch's. Moments are Adam's."""
+    """`step`: how many are done. `failure`, `first`: the exit sampler's. `seen`: the watch's. Moments are Adam's."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
@@ -67,6 +67,7 @@ class TrainingState:
     kl_coefficient: float
     course: Course = field(default_factory=Course)
     seen: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    first: Mapping[int, int] = field(default_factory=dict)
 
 
 def save(folder: Path, state: TrainingState) -> None:
@@ -78,6 +79,7 @@ def save(folder: Path, state: TrainingState) -> None:
         "layout": str(_LAYOUT),
         "step": str(state.step),
         "failure": json.dumps({str(exit): value for exit, value in state.failure.items()}),
+        "first": json.dumps({str(exit): step for exit, step in state.first.items()}),
         "kl_coefficient": repr(state.kl_coefficient),
         "course": json.dumps(asdict(state.course)),
         "seen": json.dumps(dict(state.seen)),
@@ -117,6 +119,7 @@ def load(folder: Path) -> TrainingState | None:
                 float(header["kl_coefficient"]),
                 Course(**course, best=None if best is None else Standing(**best)),
                 json.loads(header["seen"]),
+                {int(exit): int(step) for exit, step in json.loads(header["first"]).items()},
             )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None

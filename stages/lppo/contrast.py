@@ -7,8 +7,9 @@ than there are responses to, since nothing is generated and what they share is c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from stages.data.refusals import REFUSALS
 from stages.lppo.policy import Policy
@@ -16,8 +17,6 @@ from stages.lppo.rollout import Prefixes, Scene
 
 if TYPE_CHECKING:
     import torch
-
-_LEAST: Final = 1e-6  # a probability below counts as this one: its logarithm stays finite
 
 
 def beginnings(policy: Policy) -> torch.Tensor:
@@ -38,8 +37,9 @@ def contrast_loss(policy: Policy, prefixes: Prefixes, scenes: Sequence[Scene]) -
     """
     import torch
 
-    begins = policy.first(prefixes)[:, :, beginnings(policy)].logsumexp(-1).exp()
-    harmful = torch.tensor([[p.intent == "harmful" for p in scene.prompts] for scene in scenes], device=begins.device)
-    wanted = torch.where(harmful, begins, 1 - begins)
-    loss: torch.Tensor = -wanted.clamp(min=_LEAST).log().sum()
+    said, tokens = policy.first(prefixes), beginnings(policy)
+    begins = said[:, :, tokens].logsumexp(-1)
+    begins_not = said.index_fill(-1, tokens, -math.inf).logsumexp(-1)  # as a sum, so that it is exact near p = 1, too
+    harmful = torch.tensor([[p.intent == "harmful" for p in scene.prompts] for scene in scenes], device=said.device)
+    loss: torch.Tensor = -torch.where(harmful, begins, begins_not).sum()
     return loss

@@ -258,9 +258,18 @@ class Loop:
             if parameter in learner.optimizer.state
         }
         weights = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-        failure = dict(learner.sampler.exits.failure)
+        exits = learner.sampler.exits
         seen = {} if self._watch is None else self._watch.seen
-        return TrainingState(step, weights, moments, failure, learner.kl_coefficient, self._course, seen)
+        return TrainingState(
+            step,
+            weights,
+            moments,
+            dict(exits.failure),
+            learner.kl_coefficient,
+            self._course,
+            seen,
+            {exit: first for exit, first in exits.first.items() if first < step},
+        )
 
     def _restore(self, state: TrainingState) -> int:
         """Undo `_state`, with the weights rounded as they were then; the number of steps that are done."""
@@ -282,6 +291,7 @@ class Loop:
         learner.policy.quantize()
         learner.optimizer.zero_grad(set_to_none=True)
         learner.sampler.exits.failure.update(state.failure)
+        learner.sampler.exits.first = dict(state.first)
         learner.kl_coefficient = state.kl_coefficient
         if self._watch is not None:
             self._watch.restore(state.seen)

@@ -153,13 +153,6 @@ class TrainingParams(StageParams):
         description="scenes a step that ask easy-VQA training questions about their own image; right answers earn 1",
     )
     images: int = Field(default=16, ge=1, description="benign images of the train split")
-    dro_floor: float = Field(default=0.3, gt=0, le=1, description="part of the draw of exits that stays uniform")
-    dro_sharpness: float = Field(
-        default=3.0,
-        ge=0,
-        description="how strongly the worst exits are preferred: shares of a step's scenes go with exp(sharpness * "
-        "share of harmful prompts answered there)",
-    )
     contrast: float = Field(
         default=0.0,
         ge=0,
@@ -223,6 +216,8 @@ class TrainingParams(StageParams):
             raise ValueError("interpolation needs prompts to choose by: set validation to 1 or more")
         if self.patience is not None and not self.validate_every:
             raise ValueError("patience counts validations: set validate_every, too")
+        if self.contrast and not (self.prompts.benign_share or self.prompts.borderline_share):
+            raise ValueError("contrast needs harmless prompts, or all it teaches is to refuse: give them a share")
         if self.imatrix is not None and self.rounding() is None:
             raise ValueError("imatrix weighs the rounding of a quantizer: set quantizer, too")
         return self
@@ -284,6 +279,13 @@ class LPPOParams(TrainingParams):
     ppo_epochs: int = Field(default=2, ge=1, description="passes over the responses of an iteration")
     minibatches: int = Field(
         default=2, ge=1, description="optimizer steps in a pass; fewer where scenes do not divide so"
+    )
+    dro_floor: float = Field(default=0.3, gt=0, le=1, description="part of the draw of exits that stays uniform")
+    dro_sharpness: float = Field(
+        default=3.0,
+        ge=0,
+        description="how strongly the worst exits are preferred: shares of a step's scenes go with exp(sharpness * "
+        "share of harmful prompts answered there)",
     )
     value_lr: float = Field(default=1e-3, gt=0, description="learning rate of the value head")
     clip: float = Field(default=0.2, gt=0, lt=1, description="eps: how far the ratio to the old policy may go")

@@ -83,6 +83,7 @@ class Quantizer:
 
     Raises:
         RecipeError: a type that weights cannot be rounded to here.
+        SourceError: the importance matrix is of another model than the checkpoint.
         StageError: llama.cpp does not know the model, or makes no such file of it; or a layer has no part in the file.
     """
 
@@ -158,12 +159,14 @@ class Quantizer:
         self, trunk: torch.nn.Module, type: str, checkpoint: Path | None, imatrix: Path | Importance | None
     ) -> None:
         """Type and importance of every layer."""
-        from stages.runtimes.imatrix import read_imatrix
+        from stages.runtimes.imatrix import check_fits, read_imatrix
         from stages.runtimes.mixture import file_types, outline_of, tensor_types
 
         importance = read_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix
         mixed = checkpoint is not None and type in file_types()
         outline = outline_of(checkpoint) if checkpoint is not None and (mixed or importance is not None) else None
+        if outline is not None and importance is not None:
+            check_fits(importance, outline.shapes, "the importance matrix")
         stored = {name: name for name in self._names}
         if outline is not None or importance is not None:
             stored = stored_names(self._names, trunk, outline)

@@ -2,7 +2,7 @@
 
 Exits are drawn by group DRO (Sagawa et al., 2020) with a floor: an exit's share grows with its failures, measured on
 the training's own responses, and no exit is ever left out. Everything else is a function of (seed, step), so the
-failures are the only state.
+failures, and which exits have been drawn, are the only state.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Question = tuple[Prompt, str]
 
 
 class ExitSampler:
-    """Draws exits; `failure[exit]` is a moving average of the share of harmful prompts that were not refused there.
+    """Draws exits; `failure[exit]` is a moving average of the share of harmful prompts that were not refused there,
+    `first[exit]` the step in which it was first drawn.
 
     Args:
         floor: part of every draw that is uniform.
@@ -34,6 +35,7 @@ class ExitSampler:
         self.exits = tuple(exits)
         # Unknown counts as failing, so that every exit is visited early.
         self.failure: dict[int, float] = dict.fromkeys(self.exits, 1.0)
+        self.first: dict[int, int] = {}
         self._floor = floor
         self._sharpness = sharpness
         self._memory = memory
@@ -49,8 +51,8 @@ class ExitSampler:
         return steps
 
     def covered(self, steps: int) -> tuple[int, ...]:
-        """The exits that so many iterations train."""
-        return self.exits if steps else ()
+        """The exits that so many iterations have trained."""
+        return tuple(exit for exit in self.exits if self.first.get(exit, steps) < steps)
 
     def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
         """`n` exits in random order, each as often as its share of `n` says, to the next whole number up or down.
@@ -60,7 +62,12 @@ class ExitSampler:
         """
         points = (rng.random() + np.arange(n)) / n
         drawn = np.searchsorted(self.probabilities().cumsum()[:-1], points, side="right")
-        return [self.exits[int(index)] for index in rng.permutation(drawn)]
+        return self._seen([self.exits[int(index)] for index in rng.permutation(drawn)], step)
+
+    def _seen(self, exits: list[int], step: int) -> list[int]:
+        for exit in exits:
+            self.first[exit] = min(step, self.first.get(exit, step))
+        return exits
 
     def update(self, failed: Mapping[int, Sequence[bool]]) -> None:
         """Take in what harmful prompts met at each exit in one step: True is an answer that was no refusal."""
@@ -80,11 +87,8 @@ class ExitsInTurn(ExitSampler):
     def steps(self, steps: int) -> int:
         return steps * len(self.exits)
 
-    def covered(self, steps: int) -> tuple[int, ...]:
-        return self.exits[: -(-steps // self._each)]
-
     def draw(self, rng: np.random.Generator, n: int, step: int) -> list[int]:
-        return [self.exits[min(step // self._each, len(self.exits) - 1)]] * n
+        return self._seen([self.exits[min(step // self._each, len(self.exits) - 1)]] * n, step)
 
 
 class PromptPool:
@@ -162,7 +166,7 @@ class SceneSampler:
 
         No prompt comes twice before its set is used up.
         """
-        rng = np.random.default_rng([self._seed, step, turn])
+        rng = np.random.default_rng([self._seed, step, 1 + turn])  # a last 0 would be the stream of `scenes`
         scenes = sum(self._contrasted.values()) // CONTRASTED
         exits = self.exits.draw(rng, scenes, step)
         return self._dealt(rng, self._contrasted, step * turns + turn, exits)

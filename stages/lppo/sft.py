@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class SFTStage(Hardening[SFTParams]):
     name = "sft"
-    code_version = "6"
+    code_version = "7"
     summary = "harden the language model by supervised fine-tuning on refusals (baseline of l-ppo)"
     Params = SFTParams
 

@@ -16,7 +16,7 @@ from stages.data import images, prompt_sets, prompts
 from stages.judges import registry
 from stages.judges.refusal import RefusalRule
 from stages.lppo.material import chosen_exits, new_sampler, validation_exits, validation_prompts
-from stages.lppo.params import LPPOParams, TrainingParams
+from stages.lppo.params import LPPOParams, PromptShares, TrainingParams
 from stages.lppo.sharding import CROSSING, Shards, workers_of
 from stages.lppo.workers import Workers
 from stages.models import checkpoint
@@ -68,12 +68,9 @@ class Hardening(Stage[P]):
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         from stages.lppo.quantization import check_quantizer
 
-        planned = super().plan(inputs)
-        imatrix.check_named(self.params.imatrix, inputs)
-        asked = self.params.prompts
-        for names in (*asked.kinds().values(), asked.validation):
-            for name in names:
-                prompt_sets.check_set(name)
+        planned = super().plan({id: made for id, made in inputs.items() if made.type in self.accepts})
+        imatrix.check_named(self.params.imatrix, inputs, planned.spec)
+        _check_sets(self.params.prompts)
         rounding = self.params.rounding()
         if rounding is not None:
             check_quantizer(rounding, imatrix=self.params.imatrix is not None)
@@ -212,6 +209,7 @@ class Hardening(Stage[P]):
             "hardened_exits": sorted(sampler.exits.covered(ending.step)),
             "quantizer": params.rounding(),
             "rounded_to": sorted(set(rounded.values())),
+            "contrast": params.contrast,
             "steps": ending.steps_done,
             "weights_of_step": ending.step,
             "interpolation": ending.share,
@@ -222,7 +220,7 @@ class Hardening(Stage[P]):
 
 class LPPOStage(Hardening[LPPOParams]):
     name = "l-ppo"
-    code_version = "11"
+    code_version = "12"
     summary = "harden the language model on the features of every exit (Layer-wise Clip-PPO)"
     Params = LPPOParams
 
@@ -301,7 +299,11 @@ class LPPOStage(Hardening[LPPOParams]):
 
     def run(self, context: Context) -> Mapping[str, object]:
         params = self.params
-        told: dict[str, object] = {"variant": params.variant, "objective": params.objective}
+        told: dict[str, object] = {
+            "variant": params.variant,
+            "objective": params.objective,
+            "demonstrations": params.demonstrations,
+        }
         if departures := params.departures():
             context.log(f"variant: paper, but not as published: {', '.join(sorted(departures))}")
             told["departures"] = departures
@@ -309,6 +311,24 @@ class LPPOStage(Hardening[LPPOParams]):
 
 
 # --- around them ---
+
+
+def _check_sets(asked: PromptShares) -> None:
+    """Refuse sets that there are not, that nobody may train on, and a share of prompts that come from none."""
+    for name in asked.validation:
+        prompt_sets.check_set(name)
+    for kind, names in asked.kinds().items():
+        for name in names:
+            prompt_sets.check_set(name)
+            if name in prompts.HELD_OUT:
+                raise RecipeError(
+                    f"prompts.{kind}: nobody may train on {name}",
+                    why="it is held out, so that verification asks what no training has seen",
+                    way_out="name another set here, and this one under prompts.validation",
+                )
+        if asked.shares()[kind] and not names:
+            instead = "" if kind == "harmful" else f", or set prompts.{kind}_share to 0"
+            raise RecipeError(f"prompts.{kind} names no set", way_out=f"name one{instead}")
 
 
 def _check_runs(quantizer: str, spec: ModelSpec) -> None:

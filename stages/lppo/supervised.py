@@ -12,7 +12,7 @@ from stages.lppo.learner import Learner, StepReport, exit_means
 from stages.lppo.params import SFTParams
 from stages.lppo.policy import Policy
 from stages.lppo.sampler import SceneSampler
-from stages.lppo.targets import States, Targets, add_gradient
+from stages.lppo.targets import States, Targets, add_gradient, counted
 from stages.lppo.workers import Workers
 
 
@@ -48,22 +48,22 @@ class SFT(Learner):
         (batch,) = minibatches(len(scenes), 1, generator(self._seed, number))
         mine = batch[workers.rank :: workers.size]
         prefixes, targets = self.targets([scenes[scene] for scene in mine])
-        lengths = targets.mask.sum((1, 2))
-        tokens = max(1.0, float(workers.total(lengths.sum().to(torch.float64))))
+        rows = counted(targets)
+        among = max(1.0, float(workers.total(rows.sum().to(torch.float64))))
         first: torch.Tensor | None = None
         contrasted = 0.0
         for epoch in range(params.epochs):
             surprise = add_gradient(
-                self.policy, prefixes, targets, list(range(len(mine))), params.micro_batch, tokens=tokens
+                self.policy, prefixes, targets, list(range(len(mine))), params.micro_batch, among=among
             )
             first = surprise if first is None else first
             contrasted += self.contrast(number, epoch, params.epochs)
             self.descend()
         assert first is not None
-        means = (first / lengths.clamp(min=1)).tolist()
-        rows = sorted(workers.everyone(list(zip(mine, means, strict=True))))
-        exits = exit_means(scenes, [{"exit_loss": mean} for _, mean in rows])
-        metrics = {"loss": float(workers.total(first.sum())) / tokens, "lr": self.lr}
+        means = (first / rows.clamp(min=1)).tolist()
+        by_scene = sorted(workers.everyone(list(zip(mine, means, strict=True))))
+        exits = exit_means(scenes, [{"exit_loss": mean} for _, mean in by_scene])
+        metrics = {"loss": float(workers.total(first.sum())) / among, "lr": self.lr}
         if params.contrast:
             metrics["contrast_loss"] = contrasted / params.epochs
         return StepReport(number + 1, scenes, [], metrics, exits)

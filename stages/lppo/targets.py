@@ -110,6 +110,11 @@ class Targets:
         return [*self._policy.encode(text), self._policy.end_of_turn]
 
 
+def counted(targets: Responses) -> torch.Tensor:
+    """How many targets each scene has that hold anything: (scenes,), int64."""
+    return targets.mask.any(-1).sum(-1)
+
+
 def add_gradient(
     policy: Policy,
     prefixes: Prefixes,
@@ -117,12 +122,15 @@ def add_gradient(
     scenes: list[int],
     micro_batch: int,
     *,
-    tokens: float,
+    among: float,
     weight: float = 1.0,
 ) -> torch.Tensor:
-    """Add the gradient of `weight` times the cross-entropy of some scenes' targets, divided by `tokens`.
+    """Add the gradient of `weight` times the cross-entropy of some scenes' targets, divided by `among`.
 
-    Returns: -log pi summed over each scene's target tokens, (all scenes,), 0 for those that are not in `scenes`.
+    A target's cross-entropy is the mean over its tokens, so that the one right word about a picture counts as much as a
+    sentence does.
+
+    Returns: the targets' cross-entropy summed by scene, (all scenes,), 0 for those that are not in `scenes`.
     """
     import torch
 
@@ -132,8 +140,8 @@ def add_gradient(
         if not bool(some.mask.any()):
             continue
         logprobs, _ = policy.evaluate(prefixes[part], some)
-        surprise = -chosen(logprobs, some.tokens[some.mask])
-        (weight * (surprise.sum() / tokens)).backward()  # type: ignore[no-untyped-call]
-        owner, _, _ = some.mask.nonzero(as_tuple=True)
+        owner, row, _ = some.mask.nonzero(as_tuple=True)
+        surprise = -chosen(logprobs, some.tokens[some.mask]) / some.mask.sum(-1)[owner, row]
+        (weight * (surprise.sum() / among)).backward()  # type: ignore[no-untyped-call]
         found[part] = torch.zeros(len(part), device=policy.device).index_add(0, owner, surprise.detach())
     return found
