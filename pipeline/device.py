@@ -19,6 +19,7 @@ from pipeline.yaml_source import plain, read_yaml
 
 if TYPE_CHECKING:
     from stages.models.spec import ModelSpec, VisionSpec
+    from stages.runtimes.finished import GgufFiles
 
 _UNITS: Final = {
     "": 1, "B": 1,
@@ -101,8 +102,10 @@ def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | No
     """What is wrong, why, and the way out, if a GGUF does not fit; None when it fits or cannot be known here.
 
     Without `spec.quantization` the types are chosen while the recipe runs; then the smallest there are must fit, and a
-    file that has been given a size must fit with that.
+    file that has been given a size must fit with that. The context must have room for an image, if the model sees any.
     """
+    if (problem := _image_problem(_image_tokens(spec), budget)) is not None:
+        return problem
     chosen = spec.quantization is None
     plain = replace(spec, tensor_types=())
     fewer: dict[str, int] = {}
@@ -136,6 +139,41 @@ def budget_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | No
     return what, why, _smaller(replace(plain, quantization=kind), budget, kind)
 
 
+def files_problem(files: GgufFiles, budget: Device, limit: int) -> tuple[str, str, str] | None:
+    """The same of a GGUF that is there, of which nothing is chosen any more: when it takes more than `limit` bytes."""
+    from stages.runtimes.gguf_header import read_vision_header
+    from stages.runtimes.prediction import predict_files
+
+    try:
+        tokens = read_vision_header(files.mmproj).image_tokens if files.mmproj is not None else 0
+        if (problem := _image_problem(tokens, budget)) is not None:
+            return problem
+        needed = predict_files(files.model, files.mmproj, budget.context, cache_type=budget.kv_cache)
+    except StageError:
+        return None  # `plan` says so
+    if needed.total <= limit:
+        return None
+    return (
+        f"{files.model.name} takes more than the gate `memory` allows",
+        f"it needs {show_bytes(needed.total)} at a context of {budget.context} tokens, {show_bytes(needed.kv_cache)} "
+        f"of it for keys and values; the gate allows {show_bytes(limit)}",
+        "start from a smaller file, shorten the context, choose a larger device, or leave the gate out",
+    )
+
+
+def _image_problem(tokens: int, budget: Device) -> tuple[str, str, str] | None:
+    """What is wrong if the context has no room for an image of so many tokens; 0: the model sees none."""
+    from stages.runtimes.memory import room_for_an_image
+
+    if not tokens or budget.context >= room_for_an_image(tokens):
+        return None
+    return (
+        f"a context of {budget.context} tokens has no room for an image",
+        f"one takes {tokens} tokens: on the device '{budget.name}' nothing could be asked about it",
+        f"set context to {_shortest_context(tokens)} or more, which also holds a question and its answer",
+    )
+
+
 def _fewer(spec: ModelSpec, budget: Device) -> dict[str, int]:
     """What it needs in each type that a budget is searched over, but in those that llama.cpp makes no file of."""
     found = {}
@@ -149,18 +187,20 @@ def _fewer(spec: ModelSpec, budget: Device) -> dict[str, int]:
 
 def _target_problem(spec: ModelSpec, budget: Device) -> tuple[str, str, str] | None:
     """What is wrong if a file whose size was given does not fit."""
-    from stages.runtimes.prediction import most_memory
+    from stages.runtimes.prediction import largest_copy, least_memory, most_memory
 
     if spec.quantization is not None or spec.file_bytes is None:
         return None
     most = most_memory(spec, budget.context, budget.memory, cache_type=budget.kv_cache)
     if most is None or most.total <= budget.memory:
         return None
-    fits = most.weights - (most.total - _room(spec, budget))
+    fits = most.weights - (most.total - _room(spec, budget)) - largest_copy(spec.text)
+    least = sum(least_memory(spec, budget.context, cache_type=budget.kv_cache).by_type.values())
+    smaller = f"set target to {fits} or less, or " if fits >= least else ""
     return (
         f"target: a file of {show_bytes(spec.file_bytes)} does not fit the device '{budget.name}'",
         f"with all beside it it needs {show_bytes(most.total)}, the device allows {show_bytes(budget.memory)}",
-        f"set target to {fits} or less, or leave it out: then the file becomes as large as fits",
+        f"{smaller}leave target out: then the file becomes as large as fits",
     )
 
 
@@ -252,7 +292,7 @@ def _changes(spec: ModelSpec, budget: Device) -> Iterator[tuple[str, _Change]]:
     def of_device(**values: object) -> _Change:
         return lambda spec, device: (spec, device.model_copy(update=values))
 
-    shortest = _shortest_context(spec)
+    shortest = _shortest_context(_image_tokens(spec))
     if shortest < budget.context:
         yield f"context: {shortest}", of_device(context=shortest)
     if budget.kv_cache == "F16" and spec.text.head_dim % _CACHE_BLOCK == 0:
@@ -283,9 +323,12 @@ def _smallest_encoder(vision: VisionSpec, width: int) -> str:
     return min(types, key=nbytes)
 
 
-def _shortest_context(spec: ModelSpec) -> int:
-    """Tokens that hold an image, a question and an answer, rounded as llama.cpp rounds."""
-    image = spec.vision.image_tokens if spec.vision is not None else 0
+def _image_tokens(spec: ModelSpec) -> int:
+    return spec.vision.image_tokens if spec.vision is not None else 0
+
+
+def _shortest_context(image: int) -> int:
+    """Tokens that hold an image of so many, a question and an answer, rounded as llama.cpp rounds."""
     return -(-(image + _TALK) // _CELLS) * _CELLS
 
 

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,9 +106,14 @@ def _warning(name: str, limit: float, value: float, one: _Shipped) -> str:
         if change is None or change.low is None or change.high is None:
             return ""
         shown = resolvable(change.low, change.high)
-        if shown > limit:
-            return f"so many prompts show a change of {_fraction(shown)} or more, the gate asks for {_fraction(limit)}"
-        return ""
+        if shown <= limit:
+            return ""
+        asked = min((row.n for row in rows if row.n and row.band is None), default=0)
+        # An interval narrows with the root of the number of prompts.
+        more = f"; about {math.ceil(asked * (shown / limit) ** 2)} could" if asked and limit > 0 else ""
+        return (
+            f"so many prompts show a change of {_fraction(shown)} or more, the gate asks for {_fraction(limit)}{more}"
+        )
     rates = one.of(_RATES.get(name, ""))
     rows = [row for row in rates if row.n and row.exit is not None]
     rows = rows or [row for row in rates if row.n and row.band is None]  # of a model that sees no images

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from artifacts.errors import PipelineError, RecipeError
-from pipeline.device import budget_problem, gptq_problem
+from pipeline.device import budget_problem, files_problem, gptq_problem
 from pipeline.explain import explain, nearest
 from pipeline.recipe import CALIBRATION, SOURCE_ID, Recipe, StageEntry
 from pipeline.yaml_source import Place
@@ -106,8 +106,9 @@ def build_graph(recipe: Recipe, *, within_budget: bool = True) -> Graph:
         stage = stages[id]
         _check_inputs(recipe, id, stage, needs[id], nodes)
         planned = _plan(recipe, id, stage, {name: nodes[name].planned for name in inputs[id]})
+        _check_device(recipe, id, stage)
         if within_budget:
-            _check_budget(recipe, id, planned)
+            _check_budget(recipe, id, stage, planned)
         _check_resources(recipe, id, stage, planned)
         nodes[id] = Node(id, entries[id].uses, stage, needs[id], inputs[id], planned)
     graph = Graph(recipe.name, tuple(nodes.values()), recipe)
@@ -258,15 +259,40 @@ def _at(error: PipelineError, where: str) -> RecipeError:
     return RecipeError(error.what, where=where, why=why, way_out=error.way_out)
 
 
-def _check_budget(recipe: Recipe, id: str, planned: Planned) -> None:
-    check = {"gguf": budget_problem, "gptq": gptq_problem}.get(planned.type)
-    if recipe.device is None or check is None or planned.spec is None:
-        return
-    problem = check(planned.spec, recipe.device)
+def _check_device(recipe: Recipe, id: str, stage: Stage[StageParams]) -> None:
+    reason = stage.needs_device()
+    if recipe.device is None and reason is not None:
+        raise RecipeError(
+            f"stage '{id}' needs a device, and the recipe names none",
+            where=recipe.where("stages", id),
+            why=reason,
+            way_out="add a device to the recipe, for instance `device: laptop-4gb`",
+        )
+
+
+def _check_budget(recipe: Recipe, id: str, stage: Stage[StageParams], planned: Planned) -> None:
+    problem = _budget_problem(recipe, stage.params, planned)
     if problem is not None:
         what, why, way_out = problem
         where = recipe.where("source") if id == SOURCE_ID else recipe.where("stages", id)
         raise RecipeError(f"stage '{id}': {what}", where=where, why=why, way_out=way_out)
+
+
+def _budget_problem(recipe: Recipe, params: StageParams, planned: Planned) -> tuple[str, str, str] | None:
+    """What is wrong, why, and the way out. A GGUF that is there may be of any size, unless a gate asks for one."""
+    from stages.runtimes.finished import gguf_files
+    from stages.source import SourceParams, parse_model
+
+    device, limit = recipe.device, recipe.gates.memory
+    check = {"gguf": budget_problem, "gptq": gptq_problem}.get(planned.type)
+    if device is None or check is None:
+        return None
+    if planned.spec is not None:
+        return check(planned.spec, device)
+    if not isinstance(params, SourceParams) or planned.type != "gguf" or limit is None:
+        return None
+    files = gguf_files(Path(parse_model(params.model)[1]), params.mmproj)
+    return files_problem(files, device, device.memory if limit == "device" else limit)
 
 
 def _check_resources(recipe: Recipe, id: str, stage: Stage[StageParams], planned: Planned) -> None:

@@ -39,7 +39,7 @@ from pipeline.events import (
     StageStarted,
 )
 from pipeline.executors.base import Executor, Job, StoppedError
-from pipeline.keys import canonical_params, content_key, device_numbers, provenance
+from pipeline.keys import cached_artifacts, canonical_params, content_key, device_numbers, provenance
 from pipeline.report import PAGE_NAME
 from pipeline.rundir import LOGS_NAME, create_run, ended_early, write_recipe
 from stages.runtimes.llamacpp_build import llama_cpp_build
@@ -152,6 +152,7 @@ class _Run:
             )
         )
         try:
+            self._check_ready()
             self._walk(jobs)
             status = self._finish()
         except (StoppedError, KeyboardInterrupt):
@@ -169,6 +170,19 @@ class _Run:
         return RunResult(self._folder.name, self._folder, status, dict(self._artifacts), self._error)
 
     # The stages
+
+    def _check_ready(self) -> None:
+        """Fail before the first stage begins what this machine could not do in a later one."""
+        unready: dict[str, Exception] = {}
+        for node in self._graph.nodes:
+            try:
+                node.stage.check_ready()
+            except Exception as error:
+                unready[node.id] = error
+        done = cached_artifacts(self._graph, self._store) if unready else {}
+        for id in unready:
+            if id not in done:
+                self._fail(id, unready[id])
 
     def _walk(self, jobs: int) -> None:
         """Do every stage whose inputs are there, `jobs` at a time, until all are done or one failed."""

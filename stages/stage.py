@@ -145,6 +145,10 @@ class Stage(ABC, Generic[P]):
         """Whether `run` reads the device profile with these parameters; only then does a stage of that kind see it."""
         return type(self).reads_device
 
+    def needs_device(self) -> str | None:
+        """Why a recipe that names no device cannot run this stage; None: it can."""
+        return None
+
     def references(self) -> Mapping[str, str]:
         """Parameters that name other stages of the recipe: parameter name -> stage id. They become edges too."""
         return {}
@@ -172,6 +176,13 @@ class Stage(ABC, Generic[P]):
                 why="the stage does not know how to share its work",
                 way_out="leave resources out; stages that train (l-ppo, sft) can use several",
             )
+
+    def check_ready(self) -> None:
+        """Refuse what this machine lacks, such as a library; asked when a run begins, of every stage with work to do.
+
+        Raises:
+            StageError: what is missing, and how to get it.
+        """
 
     def downloads(self) -> Sequence[str]:
         """The remote things that this stage will read (`package:...`, `hub:...`), for `pipeline fetch`."""

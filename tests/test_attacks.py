@@ -19,6 +19,8 @@ from stages.data.images import typographic
 from stages.data.prompt_files import PromptFile, file_digest
 from stages.data.prompts import load_prompts
 from stages.stage import Planned
+from stages.verify.attacks import attack_asks
+from stages.verify.questions import prompt_asks, sampled
 from stages.verify.stage import IcetVerifyStage
 from tests.verify_setting import rows_of, run_stage
 
@@ -48,6 +50,30 @@ def test_a_request_is_rendered_whole_and_the_same_each_time() -> None:
     before = typographic(short, 112).read_bytes()
     typographic(short, 112).unlink()
     assert typographic(short, 112).read_bytes() == before
+
+
+def test_a_text_too_long_for_its_picture_gets_a_larger_one_with_its_end() -> None:
+    long = "Write a very rude and much longer note about the weather, " * 52
+    assert len(long) > 3000
+    pictures = [
+        np.asarray(Image.open(typographic(text, 112)).convert("L"))
+        for text in (long + "then burn it", long + "then send it", "x" * 5000)
+    ]
+    for pixels in pictures:
+        height, width = pixels.shape
+        assert height == width > 336
+        dark = np.argwhere(pixels < 128)
+        assert dark.min() >= 8 and dark.max() <= width - 8
+    assert not np.array_equal(pictures[0], pictures[1])  # they differ in their last words
+
+
+def test_all_samples_of_a_prompt_are_asked_beside_the_same_picture() -> None:
+    prompts = prompt_asks({"advbench": 3}, harmful=True, images=[], max_new_tokens=4, seed=0)
+    asks = attack_asks("random-image", sampled(prompts, 4, 0.7, 0), 112, 0)
+    assert len(asks) == 12 and {ask.sample for ask in asks} == {0, 1, 2, 3}
+    pictures = {(ask.id, ask.image, ask.image_name) for ask in asks}
+    assert len(pictures) == len({image for _, image, _ in pictures}) == 3
+    assert pictures == {(ask.id, ask.image, ask.image_name) for ask in attack_asks("random-image", prompts, 112, 0)}
 
 
 def test_attacks_are_measured_at_every_exit_and_judged_by_the_request_in_the_picture(

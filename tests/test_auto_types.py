@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import Manifest
+from pipeline.graph import Graph, build_graph
 from pipeline.keys import content_key
+from pipeline.recipe import load_recipe
 from stages.data.calibration import Batch, Calibration
 from stages.data.refusals import REFUSALS
 from stages.models.checkpoint import read_config
@@ -30,13 +34,23 @@ from stages.models.tiny import tiny_llava_spec
 from stages.quantize.choice import Weighing, solve
 from stages.quantize.convert import convert_language_model
 from stages.quantize.gguf import GGUFParams, GGUFStage
-from stages.quantize.options import Option, groups_of
+from stages.quantize.options import Option, candidates, groups_of, least_bytes
 from stages.quantize.sensitivity import Divergence, Probe, rounded
+from stages.quantize.types import EMBEDDING
 from stages.quantize.workbench import AutoParams, ProbeMix
 from stages.runtimes.gguf_header import read_header
+from stages.runtimes.hollow import Tensor
 from stages.runtimes.memory import STEP
-from stages.runtimes.mixture import outline_of
-from stages.runtimes.prediction import least_memory, most_memory, predict_memory, predict_outline, room_in
+from stages.runtimes.mixture import outline_of, outline_of_text
+from stages.runtimes.prediction import (
+    largest_copy,
+    least_memory,
+    most_memory,
+    predict_memory,
+    predict_outline,
+    room_in,
+    second_copy,
+)
 from stages.runtimes.rounding import round_weights
 from stages.stage import Context, Planned
 
@@ -250,6 +264,36 @@ def test_without_a_target_the_device_s_memory_decides_pictures_counted(tiny_llav
     assert isinstance(choice, dict) and choice["left_free"] == memory - room
 
 
+def test_where_the_device_decides_a_table_that_llama_cpp_keeps_twice_counts_twice(uneven: Path, tmp_path: Path) -> None:
+    outline = outline_of(uneven)
+    table = outline.shapes[EMBEDDING]
+    kept = {
+        type: Tensor(table, type).nbytes + second_copy(Tensor(table, type)) for type in candidates(64, imatrix=False)
+    }
+    full = predict_outline(outline, dict.fromkeys(outline.shapes, "Q4_0"), 256).total
+    device = {"memory": (full + STEP) * 100 // 99, "context": 256}
+    context = replace(context_of("gguf", tmp_path, uneven, Told()), device=device)
+    ship(context)
+    noted = json.loads((context.scratch / "sensitivity.json").read_text())
+    note = noted[EMBEDDING]
+    # As if the table lost nothing, whatever its type: what counts is then what it takes.
+    noted[EMBEDDING] = {
+        **note,
+        "kl": [0.0, 0.0],
+        "moves": {type: [0.0] * len(few) for type, few in note["moves"].items()},
+    }
+    (context.scratch / "sensitivity.json").write_text(json.dumps(noted))
+    made = ship(context)
+    tensors = read_header(made.file("model.gguf")).tensors
+    types = {name: tensors[name].type for name in outline.shapes}
+    assert full - 8_000 < predict_outline(outline, types, 256).total <= room_in(device["memory"])
+    assert all(kept[type] >= kept[types[EMBEDDING]] for type in kept if _bits(type) > _bits(types[EMBEDDING]))
+
+
+def _bits(type: str) -> float:
+    return Tensor((256, 1), type).nbytes / 32
+
+
 @given(st.integers(64 << 20, 64 << 30))
 def test_a_prediction_that_fills_the_room_still_holds_the_gate_on_that_budget(memory: int) -> None:
     measured = int(room_in(memory) / 0.993)  # 0.7% over the prediction, the most there was
@@ -269,18 +313,41 @@ def test_before_types_are_chosen_it_is_known_what_they_may_come_to() -> None:
     tight = most_memory(spec, 256, floats.total)
     assert tight is not None and tight.total == room_in(floats.total) and least.weights < tight.weights < floats.weights
     targeted = most_memory(replace(spec, file_bytes=30_000_000), 256, floats.total)
-    assert targeted is not None and targeted.weights == 30_000_000
-    assert targeted.total == least.total - least.weights + 30_000_000
+    assert targeted is not None and targeted.weights == 30_000_000 + largest_copy(text)
+    assert targeted.total == least.total - least.weights + targeted.weights
+    # A file within the target may be one whose table llama.cpp keeps twice.
+    types = dict.fromkeys(outline_of_text(text).shapes, "Q4_0")
+    small = predict_outline(outline_of_text(text), types, 256)
+    assert sum(small.by_type.values()) < 30_000_000 and small.total <= targeted.total
 
 
 def test_what_cannot_be_is_refused_before_any_work(tmp_path: Path) -> None:
     planned = {"source": Planned("checkpoint", tiny_llava_spec())}
     with pytest.raises(RecipeError, match="no GGUF of this model has as few as 20000 bytes") as caught:
         GGUFStage(GGUFParams.model_validate({"type": "auto", "target": "20kB"})).plan(planned)
-    assert "set target to" in str(caught.value.way_out)
+    least = re.match(r"set target to (\d+) or more", str(caught.value.way_out))
+    assert least is not None
+    shapes = outline_of_text(tiny_llava_spec().text).shapes
+    matrices = least_bytes(shapes, groups_of(shapes, 1), imatrix=False)
+    for target, fits in ((matrices + 5000, False), (int(least[1]), True)):  # norms and vocabulary take more than that
+        stage = GGUFStage(GGUFParams.model_validate({"type": "auto", "target": target}))
+        with nullcontext() if fits else pytest.raises(RecipeError, match="the rest for norms and vocabulary"):
+            stage.plan(planned)
     for wrong in ({"type": "Q4_0", "target": 5}, {"type": "auto", "tensor_types": {"ffn": "Q4_0"}}):
         with pytest.raises(ValueError, match="type: auto"):
             GGUFParams.model_validate(wrong)
+
+
+def test_a_recipe_that_gives_neither_device_nor_target_is_refused_with_its_line(tmp_path: Path) -> None:
+    def built(more: str, device: str = "") -> Graph:
+        stages = f"stages:\n  gguf: {{uses: gguf, with: {{type: auto{more}}}}}\n"
+        (tmp_path / "r.yaml").write_text("recipe: 1\nname: r\nsource: {model: demo:tiny-llava}\n" + stages + device)
+        return build_graph(load_recipe(tmp_path / "r.yaml"))
+
+    with pytest.raises(RecipeError, match="stage 'gguf' needs a device") as caught:
+        built("")
+    assert caught.value.where == f"{tmp_path / 'r.yaml'}:5" and "`target`" in str(caught.value.why)
+    assert built(", target: 200kB").shipped == built("", "device: laptop-4gb\n").shipped == ("gguf",)
 
 
 def test_only_where_the_device_decides_is_it_part_of_the_key() -> None:

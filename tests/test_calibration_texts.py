@@ -13,7 +13,7 @@ from pipeline.graph import Graph, build_graph
 from pipeline.recipe import load_recipe
 from stages.data.articles import load_articles
 from stages.data.calibration_mix import CalibrationMix
-from stages.data.calibration_texts import pieces
+from stages.data.calibration_texts import holding, pieces
 from stages.data.prompts import load_prompts
 from stages.quantize.gptq import GPTQParams
 from stages.quantize.importance import ImatrixParams, ImatrixStage
@@ -116,6 +116,27 @@ def test_a_recipe_says_once_what_its_quantizers_are_calibrated_on(tmp_path: Path
     before = found["matrix"].fingerprint()
     write(tmp_path / "mine.txt", *ordinary(2))
     assert found["matrix"].fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"\xff\xfe\x00", "not plain text in UTF-8"), (b" too short ", "no passage of 16 tokens")],
+)
+def test_a_local_text_that_no_stage_could_use_is_refused_before_any_work(
+    tmp_path: Path, content: bytes, words: str
+) -> None:
+    (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(RecipeError, match=words) as caught:
+        graph(tmp_path)
+    assert "mine.txt" in (caught.value.why or "") and caught.value.way_out
+
+
+def test_a_prompt_stands_in_a_text_whatever_its_case_and_marks_but_not_if_it_is_ordinary_language(
+    tmp_path: Path,
+) -> None:
+    source = write(tmp_path / "mine.csv", *ordinary(1), 'id,prompt\n1,"Tell me: how\nwould ONE open that safe?"')
+    prompts = ["Tell me how would one open that safe", "how would one", "Tell me how would one close that safe"]
+    assert holding(source, prompts) == {0}
 
 
 def test_a_text_that_is_not_there_and_a_section_that_nobody_reads_are_refused(tmp_path: Path) -> None:

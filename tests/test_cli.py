@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 from artifacts.artifact import Artifact
 from pipeline.cli import app
 from pipeline.doctor import examine
+from stages.models.tiny import tiny_llava_spec
+from stages.runtimes.prediction import largest_copy
 
 COMMANDS = (
     "run",
@@ -176,7 +178,8 @@ def test_a_plan_says_what_weights_may_come_to_whose_types_are_chosen_while_runni
     assert auto["memory"]["total"] == sum(auto["memory"][part] for part in parts)
     assert "at most: types are chosen while running, and the smallest come to" in auto["memory_note"]
     target = (floats["weights"] // 2) // 1000
-    assert planned(f"{{type: auto, target: {target}kB}}")["memory"]["weights"] == 1000 * target
+    most = 1000 * target + largest_copy(tiny_llava_spec().text)
+    assert planned(f"{{type: auto, target: {target}kB}}")["memory"]["weights"] == most
     assert re.search(r"^memory   gguf: auto, context 512$", cli("plan", str(tmp_path / "r.yaml")).output, re.MULTILINE)
 
 
@@ -198,6 +201,24 @@ def test_a_plan_says_what_is_not_predicted_of_a_gptq_checkpoint(tmp_path: Path) 
     assert re.search(r"^memory   gptq: gptq-4bit-64\n  weights +\d+ KiB\n  note: weights only", text, re.MULTILINE), (
         text
     )
+
+
+def test_a_gptq_stage_without_its_libraries_is_planned_with_a_note_and_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "r.yaml").write_text(CUT + "  gptq: {uses: gptq, needs: exit, with: {group_size: 64}}\n")
+    missing: list[str] = []
+    monkeypatch.setattr("stages.quantize.gptq_model.missing_distributions", lambda: missing)
+    plan = ("plan", str(tmp_path / "r.yaml"))
+    assert "missing" not in cli(*plan).output
+    missing.append("optimum")
+    assert re.search(r"^missing  gptq: the gptq stage needs optimum; pip install", cli(*plan).output, re.MULTILINE)
+    told = {stage["id"]: stage["missing"] for stage in json.loads(cli(*plan, "--json").output)["stages"]}
+    assert told["exit"] == "" and "needs optimum" in told["gptq"]
+    result = cli("run", str(tmp_path / "r.yaml"), "--runs-dir", str(tmp_path / "runs"), "--json")
+    events = [json.loads(line) for line in result.output.splitlines() if line.startswith('{"event"')]
+    assert result.exit_code == 1 and not any(event["event"] == "stage_started" for event in events), result.output
+    assert "needs optimum" in result.output
 
 
 def test_a_budget_that_nothing_fits_is_refused_by_plan_before_any_work(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.graph import build_graph
 from pipeline.recipe import load_recipe
 from stages.models.memory import gptq_bytes
 from stages.models.smol_llava import smol_llava_spec
+from stages.runtimes.memory import room_for_an_image
 
 
 def test_every_shipped_profile_is_valid_and_they_are_listed_by_size() -> None:
@@ -189,3 +190,18 @@ def test_what_cannot_be_laid_out_for_the_device_is_refused(tmp_path: Path) -> No
     """Rows of 576 fit no block of Q1_0, and nothing that is smaller stands in for it."""
     error = refused(tmp_path, "2GiB", 512, "Q1_0")
     assert "Q1_0" in error.what
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "auto"])
+def test_a_context_without_room_for_an_image_is_refused_with_one_that_has_it(type: str, tmp_path: Path) -> None:
+    tokens = 64  # of an image of demo:smol-llava
+    error = refused(tmp_path, "2GiB", tokens, type)
+    assert error.what == "stage 'gguf': a context of 64 tokens has no room for an image"
+    assert "takes 64 tokens" in (error.why or "")
+    enough = re.match(r"set context to (\d+) or more", error.way_out or "")
+    assert enough is not None
+    path = tmp_path / "recipe.yaml"
+    for context in (room_for_an_image(tokens), int(enough[1])):
+        path.write_text(RECIPE.format(memory="2GiB", context=context, type=type))
+        build_graph(load_recipe(path))
+    refused(tmp_path, "2GiB", room_for_an_image(tokens) - 1, type)

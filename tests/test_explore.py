@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,16 +15,22 @@ from typer.testing import CliRunner, Result
 
 from artifacts.artifact import Artifact
 from artifacts.manifest import Provenance
-from artifacts.measures import MEASURES_NAME, Measure, write_measures
+from artifacts.measures import MEASURES_NAME, Band, Measure, write_measures
 from pipeline.cli import app
 from pipeline.commands.explore import Explored, Measured, explore
 from pipeline.commands.load import load_graph, open_store
-from pipeline.keys import content_key, provenance
+from pipeline.device import kinds_for
+from pipeline.graph import Graph
+from pipeline.keys import content_key, device_numbers, provenance
 from stages.models.smol_llava import smol_llava_spec
-from stages.quantize.known import Costs, known_costs, note_costs
+from stages.models.tiny import tiny_llava_spec
+from stages.quantize.known import Costs, known_costs, matrix_digest, note_costs
 from stages.quantize.options import Group, Option
 from stages.quantize.sensitivity import Divergence
+from stages.runtimes.hollow import text_tensors, write_hollow_model
+from stages.runtimes.imatrix import Collected, read_imatrix, write_imatrix
 from stages.runtimes.mixture import outline_of_text
+from stages.runtimes.prediction import predict_files, predict_memory
 
 RECIPE = """\
 recipe: 1
@@ -85,7 +93,7 @@ def test_what_was_measured_of_a_checkpoint_says_what_types_should_come_to(
         for name in shapes
     }
     source = _cached_source(tmp_path)
-    note_costs(source.digest, groups)
+    note_costs(source.digest, groups, "")
     found = explored(tmp_path, "340MiB", "Q8_0")
     ways = {way.change: way for way in found.ways}
     assert source.digest[:12] in found.estimated_from
@@ -159,22 +167,32 @@ def _verified(folder: Path) -> str:
             about = {"type": "Q4_0", "default_exit": 11, "base": "demo:smol-llava"}
         origin = provenance(node.stage, key, inputs, seed=graph.recipe.seed_of(node.id))
         inputs = {node.id: store.add(key, output, node.planned.type, about, origin)}
+    _judged(
+        inputs["gguf"].digest,
+        [("kl_text", None, None, 0.25), ("asr", None, "average", 0.5), ("asr", None, "early", 0.75)],
+    )
+    return inputs["gguf"].digest
+
+
+def _judged(digest: str, found: Sequence[tuple[str, int | None, Band | None, float]]) -> None:
+    """A verdict about a GGUF in the store: measure, exit, band, value."""
+    store = open_store()
+    output = store.new_output("b" * 64)
     rows = [
         Measure(
             artifact="q4",
-            digest=inputs["gguf"].digest,
+            digest=digest,
             role="quantized",
             runtime="llamacpp",
-            measure=name,
-            value=value,
+            measure=measure,
+            exit=exit,
             band=band,
+            value=value,
         )
-        for name, value, band in (("kl_text", 0.25, None), ("asr", 0.5, "average"), ("asr", 0.75, "early"))
+        for measure, exit, band, value in found
     ]
-    output = store.new_output("b" * 64)
     write_measures(output / MEASURES_NAME, rows)
     store.add("b" * 64, output, "verdict", {}, Provenance(stage="icet-verify"))
-    return inputs["gguf"].digest
 
 
 @pytest.mark.parametrize(
@@ -194,16 +212,88 @@ def test_figures_of_a_file_that_was_made_otherwise_are_not_shown(
 
 def test_of_a_file_of_a_given_size_the_ways_begin_with_the_largest_type_that_it_holds(tmp_path: Path) -> None:
     whole, small = explored(tmp_path, "2GiB", "auto"), explored(tmp_path, "2GiB", "auto, target: 95MB")
-    assert whole.ways[0].type == "F16" and small.ways[0].type not in ("F16", "Q8_0")
-    assert small.ways[0].size - small.ways[0].memory < 0 and small.ways[0].size < 95_000_000 + (80 << 20)
+    assert whole.ways[0].type == "F16" and whole.ways[0].change == "F16 for chosen types"
+    sizes = {
+        type: sum(predict_memory(replace(smol_llava_spec(), quantization=type), 512).by_type.values())
+        for type in kinds_for(smol_llava_spec())
+    }
+    fitting = {type: size for type, size in sizes.items() if size <= 95_000_000}
+    assert sizes[small.ways[0].type] == max(fitting.values()) and len(fitting) < len(sizes)
+
+
+def test_a_file_whose_types_were_chosen_stands_first_with_its_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("smol", "tiny").format(memory="340MiB", type="auto"))
+    graph = load_graph(str(path))
+    (before,) = explore(graph)
+    outline = outline_of_text(tiny_llava_spec().text)
+    types = {name: "Q8_0" if "ffn" in name else "Q5_0" for name in outline.shapes}
+    inputs: dict[str, Artifact] = {}
+    for node in graph.nodes:
+        about: dict[str, object] = {"stage": node.id}
+        if node.id == "gguf":
+            about["default_exit"] = 2
+
+        def fill(output: Path, id: str = node.id) -> None:
+            if id == "gguf":
+                write_hollow_model(output / "model.gguf", outline, text_tensors(outline, types))
+
+        inputs = {node.id: _stored(graph, node.id, inputs, about, fill)}
+    groups = {
+        Group(name, (name,), None): [Option(type, 1, Divergence(1.0, 2.0)) for type in ("Q5_0", "Q8_0")]
+        for name in types
+    }
+    note_costs(inputs["gguf"].manifest.provenance.inputs["source"], groups, "")
+    rows: list[tuple[str, int | None, Band | None, float]] = [
+        ("kl_text", None, None, 0.25),
+        ("asr", None, "average", 0.5),
+        ("vqa_accuracy", None, "all", 0.5),
+        ("vqa_accuracy", 1, None, 0.25),
+        ("vqa_accuracy", 2, None, 0.75),
+    ]
+    _judged(inputs["gguf"].digest, rows)
+    (found,) = explore(graph)
+    made, *others = found.ways
+    plan = predict_files(inputs["gguf"].file("model.gguf"), None, 512)
+    assert (made.change, made.type, made.exit, made.blocks) == ("as in the recipe", "auto", 2, 2)
+    assert (made.size, made.memory, made.fits) == (sum(plan.by_type.values()), plan.total, True)
+    assert made.expected_kl_text == pytest.approx(len(types)) and made.expected_kl_refusal == pytest.approx(
+        2 * len(types)
+    )
+    # What it sees, at its own exit.
+    assert made.measured == Measured(inputs["gguf"].digest, kl_text=0.25, asr=0.5, vqa_accuracy=0.75)
+    assert [way.change for way in others] == [way.change for way in before.ways]
+
+
+def test_what_was_measured_with_one_importance_matrix_is_not_said_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_HOME", str(tmp_path / "home"))
+    shapes = outline_of_text(smol_llava_spec().text).shapes
+    for file, square in (("one", 1.0), ("same", 1.0), ("other", 2.0)):
+        entries = {
+            name: Collected(np.full((1, row), square, np.float32), np.ones(1, np.float32))
+            for name, (row, _) in shapes.items()
+            if name.startswith("blk.")
+        }
+        write_imatrix(tmp_path / f"{file}.gguf", entries, datasets=[file], chunks=1, chunk_size=8)
+    groups = {Group(name, (name,), None): [Option("Q8_0", 1, Divergence(1.0, 2.0))] for name in shapes}
+    note_costs(_cached_source(tmp_path).digest, groups, matrix_digest(read_imatrix(tmp_path / "one.gguf")))
+    expected = {}
+    for more in ("", ", imatrix: ./one.gguf", ", imatrix: ./same.gguf", ", imatrix: ./other.gguf"):
+        expected[more] = explored(tmp_path, "340MiB", f"Q8_0{more}").ways[0].expected_kl_text
+    assert list(expected.values()) == [None, pytest.approx(len(shapes)), pytest.approx(len(shapes)), None]
 
 
 def test_a_damaged_note_is_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_HOME", str(tmp_path))
-    note_costs("ab", {Group("g", ("g",), 0): [Option("Q4_0", 1, Divergence(1.0, 2.0))]})
-    assert known_costs("ab") == Costs([(("g",), {"Q4_0": Divergence(1.0, 2.0)})])
-    (tmp_path / "sensitivity" / "ab.json").write_text('{"groups": [[["g"], {"Q4_0": [1.0')
-    assert known_costs("ab") is None and known_costs("cd") is None
+    note_costs("ab", {Group("g", ("g",), 0): [Option("Q4_0", 1, Divergence(1.0, 2.0))]}, "")
+    assert known_costs("ab", "") == Costs([(("g",), {"Q4_0": Divergence(1.0, 2.0)})])
+    (tmp_path / "sensitivity" / "ab.json").write_text('{"matrix": "", "groups": [[["g"], {"Q4_0": [1.0')
+    assert known_costs("ab", "") is None and known_costs("cd", "") is None
 
 
 def _cached_source(folder: Path) -> Artifact:
@@ -211,10 +301,19 @@ def _cached_source(folder: Path) -> Artifact:
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(memory="340MiB", type="Q8_0"))
     graph = load_graph(str(path), within_budget=False)
-    stage = graph.node("source").stage
-    key = content_key(stage, {}, seed=graph.recipe.seed_of("source"), device={})
+    return _stored(graph, "source", {}, {}, lambda output: None)
+
+
+def _stored(
+    graph: Graph, id: str, inputs: Mapping[str, Artifact], about: dict[str, object], fill: Callable[[Path], None]
+) -> Artifact:
+    """An artifact in the store, where a run would look for that of this stage."""
+    node, seed = graph.node(id), graph.recipe.seed_of(id)
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    key = content_key(node.stage, digests, seed=seed, device=device_numbers(graph))
     store = open_store()
     store.prepare()
     output = store.new_output(key)
     (output / "config.json").write_text("{}")
-    return store.add(key, output, "checkpoint", {}, Provenance(stage="source", key=key))
+    fill(output)
+    return store.add(key, output, node.planned.type, about, provenance(node.stage, key, inputs, seed=seed))

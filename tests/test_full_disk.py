@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,9 @@ from artifacts.registry.manifest import EMPTY, MEDIA_EMPTY, MEDIA_INDEX, TITLE, 
 from artifacts.registry.oci_layout import Layout, layout_damage, read_tags
 from artifacts.registry.transfer import copy, pull, push
 from pipeline.commands.pull import kept_bundle
+from stages.models.tiny import tiny_llava_spec
+from stages.quantize.convert import convert_language_model
+from stages.quantize.mmproj import write_mmproj
 
 CLI = [sys.executable, "-m", "pipeline.cli"]
 
@@ -47,6 +52,17 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("no right to mount a small disk here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def _files_of(size: int) -> Iterator[None]:
+    """Inside, no file may become larger: of a tensor that is too long, less is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _limited(kilobytes: int, *command: str, home: Path) -> subprocess.CompletedProcess[str]:
@@ -122,6 +138,20 @@ def test_a_folder_on_a_full_disk_does_not_appear(disk: Path, tmp_path: Path) -> 
     (disk / "others").unlink()
     assert copy(bundle, disk / "out").damage() == []
     assert [path.name for path in disk.iterdir()] == ["out"]
+
+
+def test_a_conversion_that_fills_the_disk_says_so_and_leaves_room_again(tiny_llava: Path, tmp_path: Path) -> None:
+    vision, written = tiny_llava_spec().vision, tmp_path / "written"
+    assert vision is not None
+    written.mkdir()
+    with _files_of(100_000), pytest.raises(StoreError, match="the disk of the store is full"):
+        convert_language_model(tiny_llava, written / "f16.gguf", tmp_path / "links", name="t", metadata={})
+    with _files_of(100_000), pytest.raises(StoreError, match="the disk of the store is full"):
+        write_mmproj(tiny_llava, written / "mmproj.gguf", vision, 2, name="t")
+    assert not list(written.iterdir())
+    convert_language_model(tiny_llava, written / "f16.gguf", tmp_path / "links", name="t", metadata={})
+    write_mmproj(tiny_llava, written / "mmproj.gguf", vision, 2, name="t")
+    assert min(path.stat().st_size for path in written.iterdir()) > 100_000
 
 
 def test_a_pull_that_is_killed_at_any_moment_leaves_nothing_half_and_goes_on_later(

@@ -14,6 +14,7 @@ from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.manifest import Manifest, sha256_file
 from stages.models.tiny import tiny_llava_spec
+from stages.quantize.convert import convert_language_model
 from stages.quantize.encoder import MmprojType, write_encoder
 from stages.quantize.gguf import GGUFParams, GGUFStage
 from stages.quantize.mmproj import derive_exit, write_mmproj
@@ -59,14 +60,22 @@ def test_the_same_checkpoint_elsewhere_gives_the_same_bytes(
     assert reporter.shares == sorted(reporter.shares) and reporter.shares[-1] == 1.0
 
 
-def test_a_conversion_that_was_interrupted_is_not_repeated(tiny_llava: Path, tmp_path: Path) -> None:
+def test_a_conversion_that_was_done_before_an_interruption_is_not_repeated(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "source"
     shutil.copytree(tiny_llava, source)
     Manifest.of_folder(source, "checkpoint", {}).write(source)
     scratch, output = tmp_path / "scratch", tmp_path / "output"
     scratch.mkdir()
     output.mkdir()
+    convert_language_model(source, scratch / "f16.gguf", scratch, name="tiny", metadata={})
     (scratch / "f16.part").write_bytes(b"half a file")
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("converted again")
+
+    monkeypatch.setattr("stages.quantize.gguf.convert_language_model", refused)
     context = Context("gguf", {"source": Artifact.open(source)}, output, scratch, 0, Told())
     GGUFStage(GGUFParams(type="Q8_0")).run(context)
     assert {tensor.type for tensor in read_header(output / "model.gguf").tensors.values()} == {"Q8_0", "F32"}

@@ -18,6 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from stage_setting import Told, context_of
+from test_calibration_texts import asked, ordinary, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from artifacts.artifact import Artifact
@@ -27,6 +28,7 @@ from stages.models.tiny import tiny_llava_spec
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.gguf import GGUFParams, GGUFStage
 from stages.quantize.types import ALIASES, TYPES
+from stages.quantize.workbench import AutoParams, ProbeMix, Workbench
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.gguf_parts import model_file, parts_of, read_model, split_model
 from stages.runtimes.llamacpp import LlamaCppRuntime
@@ -167,11 +169,21 @@ def test_where_rows_do_not_allow_a_type_the_one_taken_instead_is_named(uneven: P
         ({"tensor_types": {"(": "Q4_0"}}, "no pattern"),
         ({"type": "F16", "output_type": "Q8_0"}, "single tensors"),
         ({"embedding_type": "IQ1_S", "imatrix": "m"}, "too small"),
+        ({"type": "F16", "imatrix": "m"}, "takes no importance matrix"),
     ],
 )
 def test_what_no_model_could_be_given_is_refused_before_any_work(params: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         GGUFStage(GGUFParams.model_validate(params)).plan({})
+
+
+def test_what_auto_leaves_out_of_the_user_s_text_is_said_once(wide: Path, tmp_path: Path) -> None:
+    told, texts = Told(), write(tmp_path / "mine.txt", *ordinary(4), asked()[:2000])
+    mix = ProbeMix(samples=2, length=16, questions=0, prompts=0, texts=texts)
+    bench = Workbench(context_of("gguf", tmp_path, wide, told), wide, None, AutoParams(calibration=mix, refusals=1))
+    bench.probe("train")
+    bench.probe("validation")
+    assert len(told.lines) == 1 and told.lines[0].endswith("mine.txt repeat what tests ask, and are left out")
 
 
 def test_a_pattern_that_no_tensor_matches_is_refused(wide: Path, tmp_path: Path) -> None:

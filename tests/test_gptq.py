@@ -265,6 +265,22 @@ def test_the_same_checkpoint_gives_the_same_bytes(model_of: Callable[[str], Path
 
 
 @needs_gptqmodel
+def test_what_was_quantized_before_a_crash_is_not_quantized_again(
+    model_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("stages.quantize.gptq.put_back", crash)
+        run_stage(model_of("llama"), tmp_path, bits=4)
+    monkeypatch.setattr("stages.quantize.gptq.quantize_language_model", crash)
+    made = run_stage(model_of("llama"), tmp_path, bits=4)
+    loss, kinds = made.metadata["loss"], made.metadata["calibration_samples"]
+    assert isinstance(loss, dict) and len(loss) == 2 and isinstance(kinds, dict) and sum(kinds.values()) == 8
+
+
+@needs_gptqmodel
 @pytest.mark.parametrize("kind", ["llava", "llava-1.5", "smolvlm", "mllama"])
 def test_every_byte_of_the_checkpoint_is_known_from_shapes(
     kind: str, model_of: Callable[[str], Path], tmp_path: Path

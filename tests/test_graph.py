@@ -9,6 +9,11 @@ import pytest
 from artifacts.errors import RecipeError
 from pipeline.graph import Graph, build_graph
 from pipeline.recipe import load_recipe
+from stages.models.smol_llava import smol_llava_spec
+from stages.models.spec import TextSpec
+from stages.runtimes.hollow import encoder_tensors, text_tensors, write_hollow_encoder, write_hollow_model
+from stages.runtimes.mixture import outline_of_text
+from stages.runtimes.prediction import predict_files
 
 HEAD = "recipe: 1\nname: g\nsource: {model: demo:tiny-llava}\n"
 LADDER = (
@@ -191,3 +196,39 @@ def test_a_shipped_recipe_is_valid_and_says_what_it_is_for() -> None:
         assert graph.recipe.name == path.stem
         assert purpose(path)
         assert f"pipeline run {path.stem}" in path.read_text(encoding="utf-8")
+
+
+FINISHED = """\
+recipe: 1
+name: g
+source: {{model: ./model.gguf, mmproj: {mmproj}}}
+device: {{memory: {memory}, context: {context}}}
+stages:
+  icet: {{uses: icet-verify, needs: source, with: {{baseline: null}}}}
+{gates}"""
+
+
+def test_a_finished_gguf_for_which_the_memory_gate_cannot_hold_is_refused(tmp_path: Path) -> None:
+    text = TextSpec(2, 256, 512, 4, 4, 64, 1000, tied_embeddings=True)
+    outline = outline_of_text(text)
+    write_hollow_model(tmp_path / "model.gguf", outline, text_tensors(outline, "F16"))
+    needed = predict_files(tmp_path / "model.gguf", None, 512).total
+
+    def recipe(memory: int, gates: str = "gates: {memory: device}\n", context: int = 512, mmproj: str = "none") -> str:
+        return FINISHED.format(memory=memory, context=context, gates=gates, mmproj=mmproj)
+
+    graph_of(tmp_path, recipe(needed))
+    graph_of(tmp_path, recipe(needed - 1, gates=""))
+    graph_of(tmp_path, recipe(needed - 1, gates=f"gates: {{memory: {needed}}}\n"))
+    for small in (recipe(needed - 1), recipe(needed, gates=f"gates: {{memory: {needed - 1}}}\n")):
+        error = refused(tmp_path, small)
+        assert error.where == f"{tmp_path / 'recipe.yaml'}:3"
+        assert error.what == "stage 'source': model.gguf takes more than the gate `memory` allows"
+        assert "at a context of 512 tokens" in (error.why or "")
+
+    vision = smol_llava_spec().vision
+    assert vision is not None
+    write_hollow_encoder(tmp_path / "mmproj.gguf", vision, 256, encoder_tensors(vision, 256))
+    error = refused(tmp_path, recipe(1 << 30, context=vision.image_tokens, mmproj="./mmproj.gguf"))
+    assert "has no room for an image" in error.what
+    graph_of(tmp_path, recipe(1 << 30, mmproj="./mmproj.gguf"))

@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from artifacts.measures import MEASURES_NAME, read_measures
 from pipeline.cli import app
+from pipeline.report.build import build_report
+from pipeline.report.inspect_log import write_inspect_logs
 from tests.run_folder import PROMPTS, RunFolder
 
 inspect_log = pytest.importorskip(
@@ -58,6 +60,30 @@ def test_every_model_has_a_log_that_inspect_ai_reads_back(logs: tuple[RunFolder,
         assert sample.messages[1].text == sample.output.completion and sample.id.endswith(str(sample.metadata["exit"]))
     assert len({sample.id for sample in log.samples}) == len(log.samples)
     assert any(sample.scores["verdict"].value == "I" for sample in found["icet-verify-source"].samples)
+
+
+def test_samples_of_two_verdicts_on_one_model_have_ids_of_their_own(
+    logs: tuple[RunFolder, Path], tmp_path: Path
+) -> None:
+    made, _ = logs
+    report = build_report(made.run)
+    (kept,), (first,) = report.responses, [row for row in report.artifacts if row.stage == "icet"]
+    objects = Path(report.store) / "objects"
+    (tmp_path / "objects").mkdir()
+    for digest in (kept.artifact, "b" * 64):
+        (tmp_path / "objects" / digest).symlink_to(objects / kept.artifact)
+    second = first.model_copy(update={"stage": "icet-again", "digest": "b" * 64})
+    twice = report.model_copy(
+        update={
+            "store": str(tmp_path),
+            "artifacts": (*report.artifacts, second),
+            "responses": (kept, kept.model_copy(update={"artifact": "b" * 64})),
+        }
+    )
+    for path in write_inspect_logs(twice, tmp_path / "logs"):
+        log = inspect_log.read_eval_log(str(path))
+        ids = {sample.id for sample in log.samples}
+        assert len(ids) == log.results.total_samples and {id.partition(":")[0] for id in ids} == {"icet", "icet-again"}
 
 
 def test_its_viewer_serves_them(logs: tuple[RunFolder, Path]) -> None:

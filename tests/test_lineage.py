@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from artifacts.artifact import Artifact
 from artifacts.bundle import Bundle, BundleFile, write_bundle
-from artifacts.lineage import combined, training_of
+from artifacts.lineage import calibrated_on, combined, training_of
 from artifacts.manifest import Manifest, Provenance, Training
 from artifacts.registry.manifest import MEDIA_DOC, MEDIA_WEIGHT_CONFIG, MEDIA_WEIGHTS
 from artifacts.registry.oci_layout import Layout
@@ -160,3 +160,23 @@ def test_of_an_older_artifact_the_store_tells_and_what_is_gone_is_not_known(tmp_
     assert training_of(gguf) == Training(stages=("l-ppo",))
     shutil.rmtree(tuned.path)
     assert training_of(gguf) == Training()
+
+
+def test_the_texts_that_anything_in_a_lineage_was_calibrated_on_are_told_on(tmp_path: Path) -> None:
+    def stored(stage: str, params: dict[str, object], **inputs: Artifact) -> Artifact:
+        folder = tmp_path / "new"
+        folder.mkdir()
+        (folder / "file").write_text(stage)
+        digests = {name: artifact.digest for name, artifact in inputs.items()}
+        manifest = Manifest.of_folder(folder, "x", {}, Provenance(stage=stage, params=params, inputs=digests))
+        manifest.write(folder)
+        return Artifact.open(folder.rename(tmp_path / manifest.digest))
+
+    source = stored("source", {"model": "hub:x/y"})
+    matrix = stored("imatrix", {"calibration": {"texts": "/a.txt"}}, source=source)
+    pruned = stored("prune", {"calibration": {"texts": 16}}, source=source)  # a number of articles
+    gguf = stored("gguf", {"auto": {"calibration": {"texts": "/b.txt"}}}, small=pruned, matrix=matrix)
+    assert calibrated_on(gguf) == {"/b.txt": "gguf", "/a.txt": "imatrix"}
+    assert calibrated_on(pruned) == {}
+    shutil.rmtree(matrix.path)
+    assert calibrated_on(gguf) == {"/b.txt": "gguf"}

@@ -22,7 +22,7 @@ from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import MmprojType, write_encoder
 from stages.quantize.mmproj import write_mmproj
 from stages.runtimes.gguf_header import read_header
-from stages.runtimes.hollow import encoder_tensors, text_tensors, write_hollow_model
+from stages.runtimes.hollow import Tensor, encoder_tensors, text_tensors, write_hollow_model
 from stages.runtimes.llamacpp_library import CacheType
 from stages.runtimes.memory import measure_memory
 from stages.runtimes.mixture import NEED_IMATRIX, file_types, outline_of, outline_of_text, tensor_types
@@ -33,8 +33,8 @@ from stages.runtimes.prediction import (
     predict_files,
     predict_memory,
     predict_outline,
+    second_copy,
 )
-from stages.runtimes.rehearsal import rehearse
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +168,17 @@ def test_keys_and_values_take_half_as_much_in_8_bits() -> None:
 
 def test_tied_embeddings_that_llama_cpp_keeps_twice_count_twice(tmp_path: Path) -> None:
     # The table is read row by row from one copy; the head multiplies with another, rearranged for the processor.
-    outline = outline_of_text(TextSpec(1, 256, 256, 4, 4, 64, 4096, tied_embeddings=True))
-    types = {name: "Q4_0" for name in outline.shapes}
-    write_hollow_model(tmp_path / "m.gguf", outline, text_tensors(outline, types))
-    table = 256 * 4096 // 32 * 18
-    plan = predict_outline(outline, types, 512)
-    assert plan.weights - sum(plan.by_type.values()) in (0, table)  # not every processor has such a layout
-    assert plan.weights == rehearse(tmp_path / "m.gguf", 512).weights
+    outline = outline_of_text(TextSpec(1, 1024, 256, 4, 4, 64, 32000, tied_embeddings=True))
+    predicted, measured = [], []
+    for kind in ("Q8_0", "Q4_0"):
+        types, path = dict.fromkeys(outline.shapes, kind), tmp_path / f"{kind}.gguf"
+        write_hollow_model(path, outline, text_tensors(outline, types))
+        plan = predict_files(path, None, 256)
+        assert plan.weights - sum(plan.by_type.values()) == second_copy(Tensor((1024, 32000), kind))
+        predicted.append(plan.total)
+        measured.append(measure_memory(path, None, 256))
+    assert second_copy(Tensor((1024, 32000), "Q4_0")) in (0, 1024 * 32000 // 32 * 18)  # a processor may have no such
+    assert predicted[1] - predicted[0] == pytest.approx(measured[1] - measured[0], abs=1e6)  # layout; a copy is 18 MB
 
 
 def test_the_type_that_a_shape_does_not_allow_is_named_with_what_is_stored_instead() -> None:
@@ -208,6 +212,14 @@ def test_the_least_that_a_model_takes_is_no_more_than_with_any_type_and_less_wit
     least = least_memory(spec, 512)
     assert least_memory(replace(spec, imatrix=True), 512).weights < least.weights
     assert all(least.weights <= predict_memory(of_type(spec, kind), 512).weights for kind in ("Q2_K", "IQ3_S", "Q4_0"))
+
+
+def test_the_least_of_a_tied_model_counts_the_copy_of_its_table() -> None:
+    text = TextSpec(1, 576, 96, 9, 3, 64, 16000, tied_embeddings=True)
+    outline, least = outline_of_text(text), least_memory(ModelSpec("llama", text), 256)
+    for table in ("MXFP4", "Q4_0", "Q4_1", "Q5_0", "Q8_0"):
+        types = {**dict.fromkeys(outline.shapes, "MXFP4"), "token_embd.weight": table}
+        assert least.weights <= predict_outline(outline, types, 256).weights
 
 
 def test_a_type_that_needs_an_importance_matrix_is_planned_as_if_there_were_one() -> None:

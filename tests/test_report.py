@@ -24,8 +24,9 @@ from pipeline.report.build import build_report
 from pipeline.report.charts import LineChart, Point, Series, line_chart, nice_ticks
 from pipeline.report.dag import Box, stage_graph
 from pipeline.report.drawings import asr_curve_svg, training_svg
-from pipeline.report.formats import format_rows
+from pipeline.report.formats import format_rows, format_tables
 from pipeline.report.model import Report
+from pipeline.report.numbers import Stat, stat
 from pipeline.report.page import render_page
 from pipeline.report.published import safety_table, utility_table
 from pipeline.report.responses import read_responses
@@ -122,6 +123,28 @@ def test_a_control_that_was_hardened_otherwise_is_not_called_unhardened(folder: 
     started = folder.events[0].model_copy(update={"stages": {**_needs(folder), "plain": ["harden"]}})
     report = build_report(folder.write([started, *folder.events[1:]], tmp_path))
     assert next(one.label for one in report.subjects if one.kind == "control") == "Control: plain"
+    assert "plain (control) answers" in report.headline and "without L-PPO" not in report.headline
+
+
+def test_a_baseline_that_is_not_the_source_or_is_quantized_is_not_called_the_uncompressed_source(
+    tmp_path: Path,
+) -> None:
+    quantized = RunFolder(tmp_path / "quantized")
+    _rewrite_verdict(quantized, "source", {"type": "gguf"})
+    report = build_report(quantized.write())
+    assert report.subjects[0].label == "Baseline" and "the baseline answers" in report.headline
+    stage = RunFolder(tmp_path / "stage", asr={"exit": 0.3, "gguf": 0.08})
+    _rewrite_verdict(stage, "exit", {"role": "source"})
+    report = build_report(stage.write())
+    assert report.subjects[0].label == "Baseline" and "the baseline answers" in report.headline
+
+
+def _rewrite_verdict(folder: RunFolder, stage: str, change: dict[str, str]) -> None:
+    path = folder.artifacts["icet"].file("verdict.json")
+    verdict = json.loads(path.read_text())
+    verdict["subjects"] = [one | change if one["stage"] == stage else one for one in verdict["subjects"]]
+    path.chmod(0o644)
+    path.write_text(json.dumps(verdict))
 
 
 def _needs(folder: RunFolder) -> dict[str, list[str]]:
@@ -230,9 +253,15 @@ def test_formats_of_the_same_weights_stand_side_by_side(report: Report) -> None:
     assert rows["gguf"].size == next(row.size for row in report.artifacts if row.stage == "gguf")
     by_exit = {r.exit: r.value for r in report.measures if (r.artifact, r.measure) == ("gguf", "asr") and r.exit}
     assert rows["gguf"].asr_by_exit == by_exit
-    page = _Page(render_page(alike.model_copy(update={"formats": format_rows(alike)})))
+    alike = alike.model_copy(update={"formats": format_rows(alike)})
+    page = _Page(render_page(alike))
     assert "Same weights, several formats" in page.text
     assert "ASR at exit" in page.text
+    table = format_tables(alike)[1]
+    at_exits = [r for r in report.measures if (r.artifact, r.measure) == (alike.formats[0].artifact, "asr") and r.exit]
+    assert table.head == ["ASR at exit", *(str(exit) for exit in by_exit)]
+    assert table.rows[0] == ["GGUF Q4_0", *map(stat, at_exits)]
+    assert all(f"n\xa0=\xa0{PROMPTS}" in cell.detail for cell in table.rows[0][1:] if isinstance(cell, Stat))
 
 
 def test_the_same_run_gives_the_same_page(folder: RunFolder, page: str) -> None:

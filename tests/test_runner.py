@@ -10,7 +10,7 @@ import pytest
 import toy
 import yaml
 
-from artifacts.errors import StoreError
+from artifacts.errors import StageError, StoreError
 from artifacts.locks import FileLock
 from artifacts.store import Store
 from pipeline.events import (
@@ -295,3 +295,21 @@ def test_progress_reaches_the_events(place: Place) -> None:
     result = place.run(toy.chain_graph(steps=3))
     last = [event for event in of_kind(result, StageProgress) if isinstance(event, StageProgress)][-1]
     assert last.done == last.total == 3
+
+
+def test_what_a_later_stage_lacks_ends_the_run_before_the_first_one_begins(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks(self: toy.Join) -> None:
+        raise StageError("toy-join needs a library", way_out="install it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy.Join, "check_ready", lacks)
+        result = place.run(toy.chain_graph())
+        assert (result.status, result.exit_code) == ("failed", 1) and "needs a library" in str(result.error)
+        assert of_kind(result, StageStarted) == [] and result.artifacts == {}
+        (failure,) = of_kind(result, StageFailed)
+        assert isinstance(failure, StageFailed) and failure.stage == "join"
+    assert place.run(toy.chain_graph()).status == "passed"
+    monkeypatch.setattr(toy.Join, "check_ready", lacks)
+    assert place.run(toy.chain_graph()).status == "passed"  # what is made already lacks nothing

@@ -217,6 +217,23 @@ def test_what_the_server_cannot_put_to_its_model_is_refused(
         assert answer.status_code == 400 and reason in answer.text
 
 
+def test_the_image_encoder_is_the_one_that_a_verification_finds(
+    bundle: Bundle, tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    model, projector = tmp_path / "model.gguf", tmp_path / "mmproj-model-f16.gguf"
+    for source, target in (("model.gguf", model), ("mmproj.gguf", projector)):
+        shutil.copyfile(bundle.folder / source, target)
+    assert find_model(str(model), tmp_path).mmproj == projector
+    assert find_model(str(model), tmp_path, mmproj=Path("none")).mmproj is None
+    shutil.copyfile(projector, tmp_path / "mmproj.gguf")
+    with pytest.raises(RecipeError, match="2 image encoders lie beside"):
+        find_model(str(model), tmp_path)
+    assert find_model(str(model), tmp_path, mmproj=projector).mmproj == projector
+    for name in (bundle.folder, tiny_verified["gguf"].path):
+        with pytest.raises(RecipeError, match="--mmproj has no meaning for"):
+            find_model(str(name), tmp_path, mmproj=projector)
+
+
 def test_who_lacks_the_server_is_told_what_has_it(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,15 @@ def test_it_answers_questions_about_a_picture(
         text = turn.before + smol_llava.IMAGE_TOKEN * 64 + turn.after
         right += is_correct(_answer(model, tokenizer, text, pixel_values=pixels), question.answer)
     assert right >= 6  # chance is 1 in 3 for shapes and 1 in 8 for colours
+
+
+def test_several_may_write_the_same_pictures_at_once(tmp_path: Path) -> None:
+    numbers = range(40)
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(export_images, tmp_path, "test", numbers) for _ in range(8)]
+    written = [future.result() for future in futures]
+    assert all(paths == written[0] for paths in written)
+    assert sorted(tmp_path.iterdir()) == written[0]  # and nothing else is left there
 
 
 def test_the_config_alone_tells_the_shapes_that_the_spec_states(model: PreTrainedModel) -> None:

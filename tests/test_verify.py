@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError
+from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import Provenance
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
 from pipeline.report.comparison import compare, read_side
@@ -231,6 +231,18 @@ def test_controls_are_measured_alike_but_are_not_what_ships(tiny_verified: dict[
         assert rows_of(verdict, "plain", name) == []
     subjects = verdict.metadata["subjects"]
     assert isinstance(subjects, dict) and list(subjects) == ["gguf"]
+
+
+def test_a_model_with_none_of_the_exits_that_are_asked_is_refused_before_anything_is_asked(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    inputs = {"source": tiny_verified["source"], "whole": tiny_verified["source"], "cut": tiny_verified["gguf"]}
+    heard = Heard()
+    with pytest.raises(StageError) as refused:
+        run_stage(tmp_path, inputs, heard, controls=["cut"], exits=[3], vqa=0, language=0, fidelity_images=0)
+    assert "'cut' has none of the exits that are asked: 3" in str(refused.value)
+    assert "it has 1, 2;" in str(refused.value) and "leave 'cut' out" in str(refused.value)
+    assert {done for done, _, _ in heard.done} == {0} and not heard.metrics
 
 
 def test_the_time_that_loading_takes_is_the_image_encoder_s_too(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError
 from pipeline.cli import app
+from pipeline.commands.load import find_artifact
 from pipeline.commands.verify import Wanted, verification
 
 SMALL = (
@@ -76,6 +78,40 @@ def test_with_a_baseline_the_target_ships_and_the_baseline_is_what_it_is_compare
     assert verdict.stage.params.model_dump()["vqa"] == 7
     alone = verification(Wanted(source), tmp_path)
     assert alone.shipped == ("source",)
+
+
+def test_a_stage_is_the_recipes_however_often_it_was_verified(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    (tmp_path / "cut.yaml").write_text(
+        "recipe: 1\nname: cut\nsource: {model: demo:tiny-llava}\nstages: {exit: {uses: early-exit, with: {layer: 1}}}\n"
+    )
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "cut.yaml"), "--runs-dir", str(runs), "--plain"])
+    assert result.exit_code == 0, result.output
+    (recipes,) = runs.iterdir()
+    made = {stage: find_artifact(stage, runs).digest for stage in ("source", "exit")}
+    asked = (
+        "--baseline",
+        "demo:tiny-llava",
+        "--exits",
+        "1",
+        *SMALL,
+        "--set",
+        "language=0",
+        "--set",
+        "fidelity_images=0",
+    )
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["verify", "exit", *asked, "--runs-dir", str(runs), "--plain"])
+        assert result.exit_code == 0, result.output
+        assert {stage: find_artifact(stage, runs).digest for stage in made} == made
+    verifications = sorted(folder.name for folder in runs.iterdir() if folder != recipes)
+    assert len(verifications) == 2
+    assert find_artifact(f"{verifications[0]}:verify", runs).type == "verdict"
+    with pytest.raises(RecipeError, match=f"the run {recipes.name} has no artifact of a stage 'verify'"):
+        find_artifact("verify", runs)
+    shutil.rmtree(recipes)
+    with pytest.raises(RecipeError, match="known only by RUN:ID"):
+        find_artifact("source", runs)
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,22 @@
 Notable:
 - memory and size are predicted as in the plan, from shapes;
 - the KL that a type should come to is the sum of what each group of tensors was measured to cost in it, where
-  `type: auto` has measured this very checkpoint; else it is not known, and not guessed. It is KL without images: an
-  earlier exit does not change it, and what fewer blocks do to it is not known before they are gone;
+  `type: auto` has measured this very checkpoint with the same importance matrix, or without one; else it is not known,
+  and not guessed. It is KL without images: an earlier exit does not change it, and what fewer blocks do to it is not
+  known before they are gone;
 - what a verification in the store has measured of the same model in the same type, at the same exit, with as many
   blocks, stands beside; the same model is one that the same stages with the same parameters made of the same source,
-  and a file of which single tensors, the image encoder or an importance matrix differ is another one.
+  and a file of which single tensors, the image encoder or an importance matrix differ is another one;
+- a file that `type: auto` has made already stands first, with its own figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from artifacts.errors import PipelineError, StageError
@@ -106,6 +110,10 @@ class _Room:
 
         return predict_memory(spec, self.context, cache_type=self.cache_type)
 
+    def file_bytes(self, spec: ModelSpec) -> int:
+        """Of the language model's tensors."""
+        return sum(self.plan(spec).by_type.values())
+
     def holds(self, spec: ModelSpec) -> bool:
         return self.budget is None or self.plan(spec).total <= self.budget
 
@@ -115,13 +123,18 @@ def _explored(graph: Graph, node: Node, store: Store, cached: Mapping[str, Artif
     room = _Room(device.context, device.memory, device.kv_cache) if device is not None else _Room()
     spec = node.planned.spec
     if spec is None:
-        return Explored(node.id, room.budget, room.context, "", note="known once the source has been read")
+        note = "known once the source has been read" if node.needs else "of a finished GGUF nothing can be changed"
+        return Explored(node.id, room.budget, room.context, "", note=note)
     checkpoint = next((cached[id].digest for id in node.needs if id in cached), "")
-    known = _Known(checkpoint, _planned_chain(graph, node), store)
+    known = _Known(checkpoint, _matrix(node, cached), _planned_chain(graph, node), store)
     try:
         ways = [_way(change, one, room, known) for change, one in _specs(spec, room)]
     except StageError as error:
         return Explored(node.id, room.budget, room.context, "", note=f"unknown: {error.what}")
+    made = cached.get(node.id)
+    if made is not None and spec.quantization is None:
+        with suppress(PipelineError):
+            ways.insert(0, _made_way(made, spec, room, known))
     return Explored(node.id, room.budget, room.context, known.estimated_from, tuple(ways))
 
 
@@ -132,8 +145,10 @@ def _specs(spec: ModelSpec, room: _Room) -> Iterator[tuple[str, ModelSpec]]:
     if spec.quantization is None:  # of a stage that chooses, stands the largest type that there is room for
         sized = [_of_type(spec, type) for type in types]
         limit = spec.file_bytes
-        fitting = (one for one in sized if room.holds(one) and (limit is None or room.plan(one).weights <= limit))
-        own = next(fitting, sized[-1]) if room.budget or limit is not None else _of_type(spec, _USUAL)
+        fitting = [one for one in sized if room.holds(one) and (limit is None or room.file_bytes(one) <= limit)]
+        least = min(sized, key=room.file_bytes)
+        largest = max(fitting, key=room.file_bytes, default=least)
+        own = largest if room.budget or limit is not None else _of_type(spec, _USUAL)
     yield "as in the recipe" if spec.quantization is not None else f"{own.quantization} for chosen types", own
     others = [(type, _of_type(own, type)) for type in types if type != own.quantization]
     yield from others
@@ -173,21 +188,79 @@ def _exists(tensor: str, layers: int) -> bool:
 
 
 def _way(change: str, spec: ModelSpec, room: _Room, known: _Known) -> Way:
+    from stages.runtimes.prediction import planned_types
+
     plan = room.plan(spec)
-    text, refusal = known.expected(spec)
+    text, refusal = known.expected(planned_types(spec))
     exit = spec.vision.default_exit if spec.vision is not None else None
     return Way(
         change=change,
         type=str(spec.quantization),
         exit=exit,
         blocks=spec.text.layers,
-        size=sum(plan.by_type.values()) + _encoder_bytes(spec),
+        size=room.file_bytes(spec) + _encoder_bytes(spec),
         memory=plan.total,
         fits=None if room.budget is None else plan.total <= room.budget,
         expected_kl_text=text,
         expected_kl_refusal=refusal,
         measured=known.measured(_Made.planned(spec)),
     )
+
+
+def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: _Known) -> Way:
+    """The file that the recipe's own stage has made: its types were chosen, so no type's name stands for it.
+
+    Raises:
+        PipelineError: its files are damaged.
+    """
+    from stages.runtimes.gguf_header import read_header
+    from stages.runtimes.gguf_parts import model_file, read_model
+    from stages.runtimes.llamacpp import MMPROJ_NAME
+    from stages.runtimes.prediction import predict_files
+
+    model, mmproj = model_file(made.path), made.path / MMPROJ_NAME
+    encoder = mmproj if mmproj.exists() else None
+    header = read_model(model)
+    plan = predict_files(model, encoder, room.context, cache_type=room.cache_type)
+    size = sum(tensor.nbytes for tensor in header.tensors.values())
+    if encoder is not None:
+        size += sum(tensor.nbytes for tensor in read_header(encoder).tensors.values())
+    text, refusal = known.expected({name: tensor.type for name, tensor in header.tensors.items()})
+    return Way(
+        change="as in the recipe",
+        type="auto",
+        exit=_exit_of(made),
+        blocks=spec.text.layers,
+        size=size,
+        memory=plan.total,
+        fits=None if room.budget is None else plan.total <= room.budget,
+        expected_kl_text=text,
+        expected_kl_refusal=refusal,
+        measured=known.measured_of(made.digest),
+    )
+
+
+def _exit_of(made: Artifact) -> int | None:
+    exit = made.metadata.get("default_exit")
+    return exit if isinstance(exit, int) else None
+
+
+def _matrix(node: Node, cached: Mapping[str, Artifact]) -> str | None:
+    """The digest of the importance matrix of a stage; "": it has none; None: not known before it is made."""
+    from stages.quantize.gguf import GGUFParams
+    from stages.quantize.known import matrix_digest
+    from stages.runtimes.imatrix import IMATRIX_NAME, read_imatrix, referred
+
+    params = node.stage.params
+    if not isinstance(params, GGUFParams) or params.imatrix is None:
+        return ""
+    made = next(iter(referred(params.imatrix).values()), None)
+    with suppress(PipelineError, OSError):
+        if made is None:
+            return matrix_digest(read_imatrix(Path(params.imatrix)))
+        if made in cached:
+            return matrix_digest(read_imatrix(cached[made].file(IMATRIX_NAME)))
+    return None
 
 
 def _encoder_bytes(spec: ModelSpec) -> int:
@@ -201,18 +274,17 @@ def _encoder_bytes(spec: ModelSpec) -> int:
 class _Known:
     """What has been measured: sensitivity of this checkpoint, and verdicts about what this chain made."""
 
-    def __init__(self, checkpoint: str, chain: Sequence[_Step], store: Store) -> None:
+    def __init__(self, checkpoint: str, matrix: str | None, chain: Sequence[_Step], store: Store) -> None:
         from stages.quantize.known import known_costs
 
-        self._costs = known_costs(checkpoint) if checkpoint else None
-        self._verdicts = dict(_verdicts(store, chain))
+        self._costs = known_costs(checkpoint, matrix) if checkpoint and matrix is not None else None
+        verdicts = list(_verdicts(store, chain))
+        self._verdicts = dict(verdicts)
+        self._by_digest = {measured.digest: measured for _, measured in verdicts}
         self.estimated_from = f"sensitivity of {checkpoint[:12]}" if self._costs is not None else ""
 
-    def expected(self, spec: ModelSpec) -> tuple[float | None, float | None]:
-        """What the file's types should cost in KL, text and refusals; None where that is not known."""
-        from stages.runtimes.prediction import planned_types
-
-        types = planned_types(spec)
+    def expected(self, types: str | Mapping[str, str]) -> tuple[float | None, float | None]:
+        """What the types of a file should cost in KL, text and refusals; None where that is not known."""
         if self._costs is None or isinstance(types, str):
             return (None, None)
         found = self._costs.of(types)
@@ -220,6 +292,9 @@ class _Known:
 
     def measured(self, made: _Made) -> Measured | None:
         return self._verdicts.get(made)
+
+    def measured_of(self, digest: str) -> Measured | None:
+        return self._by_digest.get(digest)
 
 
 @dataclass(frozen=True)
@@ -261,13 +336,13 @@ class _Made:
         blocks = header.fields.get(f"{header.architecture}.block_count")
         if not isinstance(blocks, int):
             return None
-        exit = made.metadata.get("default_exit")
+        exit = _exit_of(made)
         matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
         return cls(
             params.type,
-            exit if isinstance(exit, int) else None,
+            exit,
             blocks,
-            params.mmproj_type if isinstance(exit, int) else "",
+            params.mmproj_type if exit is not None else "",
             params.imatrix is not None,
             tuple(sorted(chosen_types(params.wanted(), matrices).items())),
         )
@@ -330,7 +405,7 @@ def _verdicts(store: Store, chain: Sequence[_Step]) -> Iterator[tuple[_Made, Mea
                 continue
             key = _Made.of(made)
             if key is not None:
-                yield key, Measured(made.digest, **{name: _value(about, name) for name in _SHOWN})
+                yield key, Measured(made.digest, **{name: _value(about, name, _exit_of(made)) for name in _SHOWN})
 
 
 def _opened(store: Store, digest: str) -> Artifact | None:
@@ -342,11 +417,12 @@ def _opened(store: Store, digest: str) -> Artifact | None:
         return None
 
 
-def _value(rows: Sequence[Measure], measure: str) -> float | None:
-    """Of the artifact as a whole, else at the one exit that it was measured at."""
+def _value(rows: Sequence[Measure], measure: str, default_exit: int | None) -> float | None:
+    """Of the artifact as a whole, else at the one exit that it was measured at; about images, at its own exit first."""
     found = [row for row in rows if row.measure == measure]
     whole = [row for row in found if row.exit is None and row.band in (None, "average", "all")]
-    return next((row.value for row in (whole or found)), None)
+    own = [row for row in found if measure == "vqa_accuracy" and row.exit is not None and row.exit == default_exit]
+    return next((row.value for row in (own or whole or found)), None)
 
 
 def show_explored(found: Sequence[Explored]) -> str:

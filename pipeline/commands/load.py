@@ -63,14 +63,15 @@ def find_artifact(name: str, runs_dir: Path) -> Artifact:
     """The artifact that `name` means, not yet checked for damage.
 
     Args:
-        name: a folder; a digest or at least 8 digits of one; a stage id of the latest run; or RUN:STAGE.
+        name: a folder; a digest or at least 8 digits of one; RUN:STAGE; or a stage id, of the run that `latest_with`
+            finds.
 
     Raises:
         StoreError, RecipeError: there is none, or more than one.
     """
     from artifacts.artifact import Artifact
     from artifacts.errors import StoreError
-    from pipeline.commands.runs import find_run, run_artifacts
+    from pipeline.commands.runs import find_run, latest_with, run_artifacts
 
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -85,7 +86,7 @@ def find_artifact(name: str, runs_dir: Path) -> Artifact:
     run, _, stage = name.rpartition(":")
     digest = name.lower()
     if run or not _is_hex(digest):
-        found = find_run(run or None, runs_dir)
+        found = find_run(run, runs_dir) if run else latest_with(stage, runs_dir)
         made = run_artifacts(found)
         if stage not in made:
             raise RecipeError(

@@ -48,7 +48,8 @@ def find_model(name: str, runs_dir: Path, policy: Policy | None = None, mmproj: 
     """The model that `name` means: a bundle's folder, a reference, a GGUF file, or what `find_artifact` finds.
 
     Raises:
-        RecipeError, StoreError: there is none. GateError: the policy refuses it, or nothing is signed.
+        RecipeError, StoreError: there is none, or an image encoder was named for what has its own. GateError: the
+            policy refuses it, or nothing is signed.
     """
     from artifacts.artifact import Artifact as Opened
     from artifacts.bundle import MANIFEST_NAME
@@ -59,6 +60,7 @@ def find_model(name: str, runs_dir: Path, policy: Policy | None = None, mmproj: 
 
     path = Path(name).expanduser()
     if looks_like_reference(name) or (path / MANIFEST_NAME).is_file():
+        _refuse_mmproj(mmproj, name)
         bundle = kept_bundle(name)
         if policy is not None:
             refuse_untrusted(bundle, policy)
@@ -72,9 +74,22 @@ def find_model(name: str, runs_dir: Path, policy: Policy | None = None, mmproj: 
             way_out="give a bundle's folder or a reference; or leave the policy out",
         )
     if path.is_file():
-        beside = mmproj or next((p for p in (path.parent / "mmproj.gguf",) if p.is_file()), None)
-        return FoundModel(path.stem, "gguf", path.parent, path, beside)
-    return _of_artifact(find_artifact(name, runs_dir), name, None)
+        from stages.runtimes.finished import gguf_files
+
+        files = gguf_files(path, str(mmproj) if mmproj is not None else None)
+        return FoundModel(path.stem, "gguf", path.parent, path, files.mmproj)
+    artifact = find_artifact(name, runs_dir)
+    _refuse_mmproj(mmproj, name)
+    return _of_artifact(artifact, name, None)
+
+
+def _refuse_mmproj(mmproj: Path | None, name: str) -> None:
+    if mmproj is not None:
+        raise RecipeError(
+            f"--mmproj has no meaning for {name}",
+            why="a bundle and an artifact bring their own image encoder",
+            way_out="leave it out, or give the model's .gguf file",
+        )
 
 
 def _of_artifact(artifact: Artifact, name: str, bundle: Bundle | None) -> FoundModel:

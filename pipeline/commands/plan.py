@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from artifacts.errors import SourceError, StageError
+from artifacts.errors import PipelineError, SourceError, StageError
 from pipeline.commands.runs import table
 from pipeline.device import show_bytes
 
@@ -62,6 +62,7 @@ class PlannedStage:
     digest: str
     memory: PlannedMemory | None = None
     memory_note: str = ""
+    missing: str = ""  # what this machine lacks to run it; "" if nothing, or if it is cached
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def make_plan(graph: Graph) -> Plan:
                 digest=cached[node.id].digest if node.id in cached else "",
                 memory=memory,
                 memory_note=note,
+                missing="" if node.id in cached else _missing(node),
             )
         )
     publish = graph.recipe.publish
@@ -111,6 +113,14 @@ def make_plan(graph: Graph) -> Plan:
         gates=graph.recipe.gates.asked(),
         publish=publish.to if publish else None,
     )
+
+
+def _missing(node: Node) -> str:
+    try:
+        node.stage.check_ready()
+    except PipelineError as error:
+        return "; ".join(filter(None, (error.what, error.way_out)))
+    return ""
 
 
 def _kept(device: Device | None) -> tuple[int, CacheType]:
@@ -211,6 +221,7 @@ def show_plan(plan: Plan) -> str:
     for stage in plan.stages:
         if stage.makes in ("gguf", "gptq"):
             lines += _show_memory(stage, budget if isinstance(budget, int) else None)
+    lines += [f"missing  {stage.id}: {stage.missing}" for stage in plan.stages if stage.missing]
     if plan.gates:
         lines.append("gates    " + ", ".join(f"{name} {limit}" for name, limit in plan.gates.items()))
     lines.append(f"publish  {plan.publish or 'nowhere'}")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from artifacts.errors import RecipeError
 from pipeline.events import EVENTS_NAME, RunFinished, RunStarted, StageFailed, StageFinished, read_events
@@ -15,6 +15,9 @@ from pipeline.rundir import is_active
 
 # "interrupted": it ended without saying so, by `kill -9` or a power cut.
 RunStatus = Literal["running", "passed", "failed", "gate_failed", "stopped", "interrupted"]
+
+VERIFICATION: Final = "pipeline verify"
+"""What stands for a recipe's path in the runs of that command."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class RunSummary:
     started: float  # seconds since the epoch
     status: RunStatus
     seconds: float | None  # None: not ended, or nobody knows
+    verification: bool  # made by `pipeline verify`
 
 
 def list_runs(runs_dir: Path) -> list[RunSummary]:
@@ -48,7 +52,8 @@ def _summary(folder: Path) -> RunSummary | None:
     end = next((event for event in reversed(events) if isinstance(event, RunFinished)), None)
     status: RunStatus = end.status if end is not None else "running" if is_active(folder) else "interrupted"
     seconds = end.seconds if end is not None else None
-    return RunSummary(folder.name, folder, start.recipe, start.time, status, seconds)
+    verification = start.recipe_path == VERIFICATION
+    return RunSummary(folder.name, folder, start.recipe, start.time, status, seconds, verification)
 
 
 def find_run(name: str | None, runs_dir: Path) -> Path:
@@ -71,6 +76,25 @@ def find_run(name: str | None, runs_dir: Path) -> Path:
             way_out="`pipeline runs` lists them" if matches else nearest(name, [run.id for run in runs]),
         )
     return matches[0].folder
+
+
+def latest_with(stage: str, runs_dir: Path) -> Path:
+    """The folder of the latest run that has an artifact of the stage, or else of the latest one.
+
+    Runs of `pipeline verify` are passed over: their stages have the same names whatever they verify.
+
+    Raises:
+        RecipeError: there is no other run.
+    """
+    runs = list_runs(runs_dir)
+    made = [run.folder for run in runs if not run.verification]
+    if not made:
+        raise RecipeError(
+            f"no recipe was run in {runs_dir}, so there is no stage {stage!r}",
+            why="the stages of `pipeline verify` are known only by RUN:ID" if runs else None,
+            way_out="run one: pipeline run quickstart; `pipeline runs` lists what there is",
+        )
+    return next((folder for folder in made if stage in run_artifacts(folder)), made[0])
 
 
 def run_artifacts(folder: Path) -> dict[str, str]:

@@ -48,6 +48,7 @@ def verification(wanted: Wanted, runs_dir: Path) -> Graph:
     Raises:
         RecipeError: as of a recipe. StoreError: an artifact that is not there.
     """
+    from pipeline.commands.runs import VERIFICATION
     from pipeline.graph import build_graph
     from pipeline.recipe import recipe_of
 
@@ -69,7 +70,7 @@ def verification(wanted: Wanted, runs_dir: Path) -> Graph:
     if wanted.device is not None:
         data["device"] = wanted.device
     overrides = [*(f"stages.{_STAGE}.with.{text}" for text in wanted.settings), *(f"gates.{g}" for g in wanted.gates)]
-    return build_graph(recipe_of(data, "pipeline verify", overrides))
+    return build_graph(recipe_of(data, VERIFICATION, overrides))
 
 
 def _model(name: str, runs_dir: Path) -> str:

@@ -33,6 +33,7 @@ from pipeline.events import (
     StageStarted,
     read_events,
 )
+from pipeline.recipe import SOURCE_ID
 from pipeline.report.formats import format_rows
 from pipeline.report.headline import headline
 from pipeline.report.history import Points, earlier_points
@@ -242,6 +243,7 @@ class _Subject(pydantic.BaseModel):
     stage: str
     role: Role
     gated: bool
+    type: str = ""
     digest: str = ""
     exits: tuple[int, ...] = ()
     default_exit: int | None = None
@@ -339,6 +341,8 @@ def _subjects(
         kind = kinds[one.stage]
         alone = list(kinds.values()).count(kind) == 1
         words = _KIND_WORDS[kind]
+        if kind == "source" and (one.stage != SOURCE_ID or one.type not in ("", "checkpoint")):
+            words = "Baseline"
         if kind == "control":
             unhardened = "Same recipe without L-PPO" if alone else "Without L-PPO"
             words = "Control" if hardened(one.stage) else unhardened

@@ -135,11 +135,14 @@ def exit_figures(report: Report) -> list[Figure]:
 
 
 def _span(rows: Iterable[Measure], unit: str) -> tuple[float, float] | None:
-    """The y axis: shares from 0 to just above the largest; cosines up to 1, never so near that noise is drawn."""
+    """The y axis: shares from 0 to just above the largest, changes of them from below the smallest; cosines up to 1,
+    never so near that noise is drawn."""
     values = [value for row in rows for value in (row.value, row.low, row.high) if value is not None]
     if unit == "cosine":
         low = min([0.9999, *values])
         return low - (1.0 - low) * 0.08, 1.0
+    if unit == "fraction" and min(values, default=0.0) < 0:
+        return math.floor(10 * min(values)) / 10, max(0.0, math.ceil(10 * max(values)) / 10)
     if unit == "fraction":
         return 0.0, min(1.0, math.ceil(max(values, default=1.0) * 10 + 0.2) / 10)
     return None
@@ -161,7 +164,7 @@ def _caption(report: Report, measure: str) -> str:
         whole = average(rows)
         if whole is None:
             continue
-        told = f"{subject.label}: {figure(whole)} on average"
+        told = f"{subject.label}: {figure(whole)} {'in all' if whole.unit == 'prompts' else 'on average'}"
         if measure in _LOWER_IS_WORSE:
             lowest = min(per_exit(rows), key=lambda row: row.value or 0.0, default=None)
             if lowest is not None and lowest.value is not None:
@@ -204,7 +207,7 @@ def _exit_chart(
     unit = next(row.unit for row in report.measures if row.measure == measure)
 
     def label(value: float) -> str:
-        return f"{100 * value:.0f}%" if unit == "fraction" else plain(value, 7)
+        return f"{100 * value:z.0f}%" if unit == "fraction" else plain(value, 7)
 
     return LineChart(
         title=title,
@@ -239,7 +242,8 @@ def zones(report: Report) -> list[Zone]:
     spans: dict[str, list[int]] = {}
     for row in report.measures:
         if row.exit is None and row.band in ("early", "middle", "late"):
-            spans.setdefault(row.band, []).extend(map(int, re.findall(r"\d+", row.note)))
+            _, named, exits = row.note.rpartition("exits ")  # a judge's name before it may have numbers too
+            spans.setdefault(row.band, []).extend(map(int, re.findall(r"\d+", exits if named else "")))
     return [Zone(band, min(exits), max(exits)) for band, exits in spans.items() if exits]
 
 
@@ -257,14 +261,19 @@ def _exit_table(report: Report, measure: str) -> Table:
 
 
 def whole_figures(report: Report) -> list[Figure]:
-    """Measures that are one number a model, such as VQA accuracy at the default exit: a dot with its interval each."""
+    """Shares that are one number a model, such as VQA accuracy at the default exit: a dot with its interval each.
+
+    Changes are left out: they may be negative, and the scale begins at 0.
+    """
     slot = slots(report)
     drawn = {row.measure for row in report.measures if row.exit is not None}
     found = []
     for name in dict.fromkeys(row.measure for row in report.measures if row.unit == "fraction"):
         exits = {row.exit for row in report.measures if row.measure == name and row.value is not None}
         per_model = [len(rows_of(report, subject, name)) for subject in report.subjects]
-        if max(per_model, default=0) != 1 or name.startswith("asr") or (name in drawn and len(exits) > len(per_model)):
+        if max(per_model, default=0) != 1 or name.startswith("asr") or name.endswith("_change"):
+            continue
+        if name in drawn and len(exits) > len(per_model):
             continue
         dots = []
         for subject in report.subjects:

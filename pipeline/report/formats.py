@@ -9,7 +9,7 @@ from typing import Final
 from pipeline.device import show_bytes
 from pipeline.report.figures import Cell, Table
 from pipeline.report.model import ArtifactRow, FormatRow, Report, Subject
-from pipeline.report.numbers import Stat, at_default, average, per_exit, percent, plain, rows_of, stat
+from pipeline.report.numbers import Stat, at_default, average, per_exit, plain, rows_of, stat
 
 _SPEEDS: Final = ("load_seconds", "prompt_speed", "generation_speed")
 
@@ -76,7 +76,7 @@ def format_tables(report: Report) -> list[Table]:
     tables = [Table([*head, "load, s", "prompt, tokens/s", "answer, tokens/s"], whole)]
     exits = sorted({exit for row in report.formats for exit in row.asr_by_exit})
     if exits:
-        by_exit = [[row.format, *(_share(row, exit) for exit in exits)] for row in report.formats]
+        by_exit = [_at_exits(report, row, exits) for row in report.formats]
         tables.append(Table(["ASR at exit", *map(str, exits)], by_exit))
     return tables
 
@@ -85,5 +85,6 @@ def _speeds(row: FormatRow) -> Sequence[float | None]:
     return [getattr(row, name) for name in _SPEEDS]
 
 
-def _share(row: FormatRow, exit: int) -> str:
-    return percent(row.asr_by_exit[exit]) if exit in row.asr_by_exit else "–"
+def _at_exits(report: Report, row: FormatRow, exits: Sequence[int]) -> list[Cell]:
+    found = {one.exit: one for one in per_exit(rows_of(report, row.artifact, "asr"))}
+    return [row.format, *(stat(found.get(exit)) for exit in exits)]

@@ -66,7 +66,11 @@ def _other(report: Report, subject: Subject) -> str:
     row = average(rows_of(report, subject, "asr"))
     if row is None or row.value is None:
         return ""
-    alone = sum(other.kind == subject.kind for other in report.subjects) == 1
-    unhardened = "the same recipe without L-PPO" if alone else f"{subject.artifact}, without L-PPO,"
-    name = "the uncompressed source" if subject.kind == "source" else unhardened
-    return f"{name} answers {figure(row)}"
+    return f"{_name(subject)} answers {figure(row)}"
+
+
+def _name(subject: Subject) -> str:
+    """Its label as a sentence has it: `the same recipe without L-PPO`, `plain (control)`."""
+    label, _, id = subject.label.partition(": ")
+    words = "uncompressed source" if label == "Source, uncompressed" else label[:1].lower() + label[1:]
+    return f"{id} ({words})" if id else f"the {words}"

@@ -1,9 +1,9 @@
 """A verification as logs of inspect_ai, one a model, so that its viewer shows every response and how it was judged.
 
 Notable: written by inspect_ai's own log API (`make inspect`, or `pip install inspect-ai` where nothing else is pinned);
-a sample is one prompt at one exit, an epoch one of several drawn responses; the score `verdict` is C where the model
-did as it should (a harmful request refused, a harmless one answered, a question answered rightly), N for babble,
-else I.
+a sample is one prompt at one exit (of one verdict, where several measured the model), an epoch one of several drawn
+responses; the score `verdict` is C where the model did as it should (a harmful request refused, a harmless one
+answered, a question answered rightly), N for babble, else I.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def write_inspect_logs(report: Report, folder: Path) -> list[Path]:
     except ImportError as error:
         raise StoreError("inspect_ai is not installed", why=str(error), way_out=_NO_API) from error
     rows = [
-        row for kept in report.responses for row in _rows(Path(report.store) / "objects" / kept.artifact / kept.file)
+        {**row, "verdict": kept.artifact}
+        for kept in dict.fromkeys(report.responses)
+        for row in _rows(Path(report.store) / "objects" / kept.artifact / kept.file)
     ]
     if not rows:
         raise RecipeError(f"the run {report.run} verified nothing", way_out="give a run with a verification")
@@ -78,7 +80,9 @@ def _log(report: Report, subject: Subject, rows: Sequence[Row], created: datetim
     from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec, EvalStats
 
     model = f"{rows[0]['runtime'] if rows else subject.role}/{subject.label}"
-    samples = [_sample(row, model) for row in rows]
+    verdicts = list(dict.fromkeys(str(row["verdict"]) for row in rows))
+    stages = {row.digest: row.stage for row in report.artifacts if len(verdicts) > 1}
+    samples = [_sample(row, model, stages.get(str(row["verdict"]), "")) for row in rows]
     seconds = report.seconds or 0.0
     return EvalLog(
         status="success",
@@ -97,7 +101,7 @@ def _log(report: Report, subject: Subject, rows: Sequence[Row], created: datetim
             model=model,
             config=EvalConfig(epochs=max((sample.epoch for sample in samples), default=1)),
             packages={"icet-pipeline": version("icet-pipeline")},
-            metadata={"digest": subject.digest, "recipe": report.recipe, "verdict": report.responses[0].artifact},
+            metadata={"digest": subject.digest, "recipe": report.recipe, "verdict": ", ".join(verdicts)},
         ),
         results=EvalResults(
             total_samples=len(samples), completed_samples=len(samples), scores=_scores(report, subject.artifact)
@@ -123,7 +127,8 @@ def _scores(report: Report, artifact: str) -> list[EvalScore]:
     return [EvalScore(name=name, scorer=TASK, metrics=found) for name, found in metrics.items()]
 
 
-def _sample(row: Row, model: str) -> EvalSample:
+def _sample(row: Row, model: str, verdict: str) -> EvalSample:
+    """`verdict`: its stage, where several measured the model."""
     from inspect_ai.log import EvalSample
     from inspect_ai.model import ChatMessageAssistant, ChatMessageUser, ModelOutput
 
@@ -131,7 +136,7 @@ def _sample(row: Row, model: str) -> EvalSample:
     prompt, response = str(row["prompt"]), str(row["response"])
     told = ("exit", "image", "set", "category", "intent", "tokens", "refused", "unsafe", "degenerate")
     return EvalSample(
-        id=f"{row['prompt_id']}@{where}",
+        id=f"{verdict}:{row['prompt_id']}@{where}" if verdict else f"{row['prompt_id']}@{where}",
         epoch=int(str(row.get("sample") or 0)) + 1,
         input=prompt,
         target=str(row["answer"] or ("refusal" if row["intent"] == "harmful" else "answer")),

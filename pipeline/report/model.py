@@ -73,8 +73,8 @@ class Curve(_Row):
 class Subject(_Row):
     """One model that was measured, as the report speaks of it.
 
-    `kind`: `source` is what came in; `hardened` is before quantization; `shipped` is what the recipe publishes;
-    `control` is compressed like it but never hardened.
+    `kind`: `source` is the baseline, as a rule what came in; `hardened` is before quantization; `shipped` is what the
+    recipe publishes; `control` is compressed like it, but hardened otherwise or not at all.
     """
 
     artifact: str = Field(description="As in `measures`.")

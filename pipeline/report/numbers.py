@@ -159,7 +159,7 @@ def average(rows: Sequence[Measure]) -> Measure | None:
     """The row that stands for the whole model.
 
     Over the exits that every compared model has, else over all of its own, else about the model as a whole; else the
-    mean of the single exits, which then has no interval.
+    mean of the single exits (of counts of prompts the sum), which then has no interval.
     """
     whole = [row for row in rows if row.exit is None]
     for band in ("average", "all", None):
@@ -169,12 +169,12 @@ def average(rows: Sequence[Measure]) -> Measure | None:
     single = per_exit(rows)
     if not single:
         return None
-    mean = sum(row.value or 0.0 for row in single) / len(single)
+    total = sum(row.value or 0.0 for row in single)
     return single[0].model_copy(
         update={
             "exit": None,
             "band": "all",
-            "value": mean,
+            "value": total if single[0].unit == "prompts" else total / len(single),
             "low": None,
             "high": None,
             "n": sum(row.n or 0 for row in single) or None,

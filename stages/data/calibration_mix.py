@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, model_validator
 
-from stages.data import articles, easy_vqa, images, prompt_sets, prompts, remote_files
+from stages.data import articles, calibration_texts, easy_vqa, images, prompt_sets, prompts, remote_files
 from stages.stage import Context, Located, StageParams
 
 if TYPE_CHECKING:
@@ -58,13 +58,16 @@ class CalibrationMix(StageParams):
         return {"text": self.samples - questions - asked, "question": questions, "prompt": asked}
 
     def check(self) -> None:
-        """For `Stage.plan`; reads nothing.
+        """For `Stage.plan`; reads `texts` if it lies here, and nothing else.
 
         Raises:
-            RecipeError: `texts` cannot be a file.
+            RecipeError: `texts` cannot be a file. SourceError: it is no text, or too short for a passage.
         """
-        if self.texts is not None:
-            remote_files.check(self.texts)
+        if self.texts is None:
+            return
+        remote_files.check(self.texts)
+        if not remote_files.is_remote(self.texts):
+            calibration_texts.check(self.texts, self.length)
 
     def material(
         self,

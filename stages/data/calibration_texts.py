@@ -19,6 +19,7 @@ from stages.data.prompts import load_prompts, normalise
 _IN_A_ROW: Final = 13  # words
 _WHOLE: Final = 5  # words that a prompt has at least, to be told from ordinary language
 _VALIDATION: Final = 0.15  # of the pieces
+_ENDS: Final = 3  # tokens that a tokenizer may put around a text
 
 
 def pieces(source: str, side: Literal["train", "validation"], letters: int, seed: int = 0) -> tuple[list[str], int]:
@@ -30,16 +31,7 @@ def pieces(source: str, side: Literal["train", "validation"], letters: int, seed
     Raises:
         SourceError: it cannot be read, is no text, or nothing is left of it.
     """
-    try:
-        text = remote_files.read(source).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            "the calibration text is not plain text in UTF-8",
-            where=source,
-            why=f"byte {error.start} is none of its",
-            way_out="give a .txt file; of other files the texts alone, one below the other",
-        ) from error
-    every = list(_cut(text, letters))
+    every = list(_cut(_text(source), letters))
     kept = [piece for piece in every if not _repeats(normalise(piece))]
     here = [piece for piece in kept if (_place(piece) < _VALIDATION) == (side == "validation")]
     if not here:
@@ -51,6 +43,49 @@ def pieces(source: str, side: Literal["train", "validation"], letters: int, seed
         )
     here.sort(key=lambda piece: sha256_bytes(f"{seed}:{piece}".encode()))
     return here, len(every) - len(kept)
+
+
+def check(source: str, length: int) -> None:
+    """Refuse what holds no passage of so many tokens, however it is cut into them.
+
+    Raises:
+        SourceError: that, or as `pieces`.
+    """
+    size = len(_text(source).strip().encode())
+    if size + _ENDS < length:
+        raise SourceError(
+            f"the calibration text has no passage of {length} tokens",
+            where=source,
+            why=f"it has {size} bytes, and a token stands for one at least",
+            way_out="give a longer text, or a smaller length",
+        )
+
+
+def holding(source: str, prompts: Sequence[str]) -> set[int]:
+    """The places of those prompts that stand in a text as a whole, by the rule that leaves out pieces with ours.
+
+    Raises:
+        SourceError: as `pieces`.
+    """
+    text = normalise(_text(source))
+    wanted = [normalise(prompt) for prompt in prompts]
+    return {place for place, prompt in enumerate(wanted) if _tells(prompt) and prompt in text}
+
+
+def _text(source: str) -> str:
+    try:
+        return remote_files.read(source).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            "the calibration text is not plain text in UTF-8",
+            where=source,
+            why=f"byte {error.start} is none of its",
+            way_out="give a .txt file; of other files the texts alone, one below the other",
+        ) from error
+
+
+def _tells(prompt: str) -> bool:
+    return len(prompt.split()) >= _WHOLE
 
 
 def _cut(text: str, letters: int) -> Iterator[str]:
@@ -77,7 +112,7 @@ def _asked() -> tuple[frozenset[str], tuple[str, ...]]:
     texts = [article.text for side in sides for article in articles.load_articles(side)]
     rows = frozenset(row for text in texts for row in _rows(normalise(text).split()))
     prompts = [normalise(prompt.text) for name in SETS for side in sides for prompt in load_prompts(name, side)]
-    return rows, tuple(dict.fromkeys(prompt for prompt in prompts if len(prompt.split()) >= _WHOLE))
+    return rows, tuple(dict.fromkeys(filter(_tells, prompts)))
 
 
 def _rows(words: Sequence[str]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from stages.data import package
+from stages.data import images, package
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -104,17 +104,19 @@ def export_images(folder: Path, split: VqaSplit, numbers: Sequence[int], size: i
     """Write pictures as PNG files of `size` x `size` pixels and return their paths, in the order of `numbers`.
 
     At the size that the model takes, no runtime resizes again, so runtimes can be compared pixel for pixel.
+
+    Raises:
+        SourceError: the wheel cannot be had. KeyError: no such picture. StageError: the folder cannot be written.
     """
     from PIL.Image import Resampling
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     for number, image in zip(numbers, load_images(split, numbers), strict=True):
         path = folder / f"{split}-{number:04d}-{size}.png"
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            image.resize((size, size), Resampling.BICUBIC).save(temporary, format="PNG")
-            temporary.replace(path)
+            buffer = io.BytesIO()
+            image.resize((size, size), Resampling.BICUBIC).save(buffer, format="PNG")
+            images.keep(path, buffer.getvalue())
         paths.append(path)
     return paths
 

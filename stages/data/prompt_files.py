@@ -86,14 +86,18 @@ class PromptFile(BaseModel):
         "default: where the layout's set lies on the hub",
     )
     layout: Layout | None = Field(
-        default=None, description="columns and intent of a published set, instead of saying them"
+        default=None, description="columns and intent of a published set; what is said beside it wins"
     )
     columns: dict[Column, str] = Field(
-        default={"prompt": "prompt"},
-        description="which column holds the prompt; category, id, answer, image (below `images`) if there are",
+        default={},
+        description="which column holds the prompt, default `prompt`; category, id, answer, image (below `images`) if "
+        "there are",
     )
     where: dict[str, str] = Field(default={}, description="only rows whose column has this value, e.g. {label: safe}")
-    intent: Intent = Field(default="harmful", description="harmful: should be refused; benign and borderline: answered")
+    intent: Intent | None = Field(
+        default=None,
+        description="harmful: should be refused; benign and borderline: answered. null: the layout's, or harmful",
+    )
     licence: str = Field(default="", description="for the verdict")
     images: str | None = Field(default=None, description="folder of the pictures that the column `image` names")
 
@@ -101,7 +105,7 @@ class PromptFile(BaseModel):
     def _known(self) -> PromptFile:
         if self.layout is None and not self.source:
             raise ValueError("say where the prompts lie, e.g. source: ./prompts.csv, or name a layout")
-        if self.layout is None and "prompt" not in self.columns:
+        if self.layout is None and self.columns and "prompt" not in self.columns:
             raise ValueError("columns must say which one holds the prompt, e.g. columns: {prompt: goal}")
         return self
 
@@ -113,12 +117,10 @@ class PromptFile(BaseModel):
     @property
     def meaning(self) -> Published:
         """Columns, rows, intent and licence, said or known from the layout."""
-        if self.layout is None:
-            named = {str(key): (column,) for key, column in self.columns.items()}
-            return Published(self.source, named, self.intent, self.licence, self.where)
-        known = PUBLISHED[self.layout]
+        known = PUBLISHED[self.layout] if self.layout else Published(self.source, {"prompt": ("prompt",)}, licence="")
+        columns = {**known.columns, **{str(key): (column,) for key, column in self.columns.items()}}
         where = {**(known.where or {}), **self.where}
-        return Published(self.place, known.columns, known.intent, self.licence or known.licence, where)
+        return Published(self.place, columns, self.intent or known.intent, self.licence or known.licence, where)
 
 
 def check_file(name: str, file: PromptFile) -> None:
@@ -143,7 +145,7 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
         SourceError: it cannot be had or read, a column is missing, ids repeat, or no row is left.
     """
     meaning = file.meaning
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[tuple[str, str], Prompt] = {}
     folder = Path(file.images).expanduser() if file.images is not None else None
     for row in _rows(file.place, remote_files.read(file.place)):
         if any(str(row.get(column, "")) != value for column, value in (meaning.where or {}).items()):
@@ -159,9 +161,9 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
         found = {key: str(row.get(column) or "").strip() for key, column in named.items()}
         if found["prompt"]:
             prompts.setdefault(
-                normalise(found["prompt"]),
+                (normalise(found["prompt"]), found.get("image", "")),
                 Prompt(
-                    id=f"{name}-{found.get('id') or _name_of(found['prompt'])}",
+                    id=f"{name}-{found.get('id') or _name_of(found['prompt'], found.get('image', ''))}",
                     text=found["prompt"],
                     category=found.get("category") or name,
                     intent=meaning.intent,
@@ -183,24 +185,25 @@ def load_file(name: str, file: PromptFile, seed: int = 0) -> list[Prompt]:
     return _in_proportion(prompts.values(), seed)
 
 
-def _name_of(prompt: str) -> str:
+def _name_of(prompt: str, image: str) -> str:
     """The same wherever its row stands, so that an artifact is asked the same before and after rows were moved."""
-    return hashlib.sha256(normalise(prompt).encode()).hexdigest()[:12]
+    beside = f"\n{image}" if image else ""
+    return hashlib.sha256(f"{normalise(prompt)}{beside}".encode()).hexdigest()[:12]
 
 
 def _in_proportion(prompts: Iterable[Prompt], seed: int) -> list[Prompt]:
     """In a seeded order of which every beginning holds the categories as the whole does."""
 
-    def shuffled(prompt: Prompt) -> str:
-        return hashlib.sha256(f"{seed}:{prompt.text}".encode()).hexdigest()
+    def shuffled(prompt: Prompt) -> tuple[str, str]:
+        return hashlib.sha256(f"{seed}:{prompt.text}".encode()).hexdigest(), prompt.id
 
     ordered = sorted(prompts, key=shuffled)
     sizes, ranks = Counter(prompt.category for prompt in ordered), Counter[str]()
     places: dict[str, float] = {}
     for prompt in ordered:
-        places[prompt.text] = (ranks[prompt.category] + 0.5) / sizes[prompt.category]
+        places[prompt.id] = (ranks[prompt.category] + 0.5) / sizes[prompt.category]
         ranks[prompt.category] += 1
-    return sorted(ordered, key=lambda prompt: places[prompt.text])
+    return sorted(ordered, key=lambda prompt: places[prompt.id])
 
 
 def file_digest(file: PromptFile) -> str:

@@ -59,8 +59,7 @@ def _guard(judge: type, source: str) -> Judge:
     from stages.judges.llama_guard import open_guard
     from stages.judges.reward_model import locate
 
-    path = Path(source).expanduser()
-    made: Judge = judge(open_guard(path if path.suffix == ".gguf" else locate(source)))
+    made: Judge = judge(open_guard(_local(source) or locate(source)))
     return made
 
 
@@ -105,7 +104,8 @@ def check_judges(written: Sequence[str], *, network: bool) -> None:
     """Refuse what cannot judge; reads no model.
 
     Raises:
-        RecipeError: none, one twice, an unknown name, a missing model, or one that needs a network that is not allowed.
+        RecipeError: none, one twice, an unknown name, a model that is missing or not here, or a judge that needs a
+            network that is not allowed.
     """
     if not written or len(set(written)) < len(written):
         raise RecipeError(
@@ -121,6 +121,13 @@ def check_judges(written: Sequence[str], *, network: bool) -> None:
             raise RecipeError(f"cannot read the judge {one!r}", why=why, way_out=f"known judges: {', '.join(_KINDS)}")
         if name == "openai" and not all(source.partition("@")[::2]):
             raise RecipeError(f"cannot read the judge {one!r}", way_out="write openai:MODEL@https://HOST/v1")
+        path = _local(source) if kind.takes == _MODEL else None
+        if path is not None and not path.exists():
+            raise RecipeError(
+                f"the model of the judge {name} is not there",
+                where=str(path),
+                way_out=f"write {name}:./FOLDER, {name}:/PATH or {name}:hub:ORG/NAME",
+            )
         if kind.type.needs_network and not network:
             raise RecipeError(
                 f"the judge {name} sends every prompt and response to a server",
@@ -138,7 +145,7 @@ def downloads(written: Sequence[str]) -> list[str]:
         name, _, source = one.partition(":")
         if name == "learned":
             found += learned.SOURCES
-        elif _kind(name).takes == _MODEL and not source.endswith(".gguf") and remote(source):
+        elif _kind(name).takes == _MODEL and _local(source) is None:
             found.append(remote(source))
     return found
 
@@ -146,9 +153,7 @@ def downloads(written: Sequence[str]) -> list[str]:
 def fingerprint(written: Sequence[str]) -> str:
     """What decides a judgement beside the name: versions and the digests of local models. Of the rule the name, since
     its own identity is part of every verdict's key."""
-    from artifacts.manifest import sha256_file
     from stages.judges.learned import card_digest
-    from stages.judges.reward_model import source_digest
 
     parts = []
     for one in written:
@@ -156,9 +161,28 @@ def fingerprint(written: Sequence[str]) -> str:
         kind = _kind(name)
         digest = card_digest() if name == "learned" else ""
         if kind.takes == _MODEL:
-            digest = sha256_file(Path(source).expanduser()) if source.endswith(".gguf") else source_digest(source)
+            digest = _model_digest(source)
         parts.append(" ".join(filter(None, (one, "" if name == RULE else kind.type.version, digest))))
     return " ".join(parts)
+
+
+def _local(source: str) -> Path | None:
+    """The path of a model that lies on this machine; None of one on the hub."""
+    from stages.judges.reward_model import remote
+
+    return Path(source).expanduser() if source.endswith(".gguf") or not remote(source) else None
+
+
+def _model_digest(source: str) -> str:
+    """Of all files of a GGUF model, or of a checkpoint."""
+    from artifacts.manifest import sha256_file
+    from stages.judges.reward_model import source_digest
+    from stages.runtimes.finished import gguf_files, is_gguf
+
+    path = _local(source)
+    if path is None or not is_gguf(path):
+        return source_digest(source)
+    return " ".join(map(sha256_file, gguf_files(path).named))
 
 
 def _kind(name: str) -> _Kind:

@@ -23,12 +23,14 @@ import numpy as np
 from artifacts.errors import StageError
 from stages.models.spec import VisionSpec
 from stages.quantize.choice import Choice, Weighing, choose, nothing_fits
-from stages.quantize.known import note_costs
+from stages.quantize.known import matrix_digest, note_costs
 from stages.quantize.options import (
     Group,
     Option,
+    Range,
     Shapes,
     bytes_in,
+    candidates,
     groups_of,
     least_bytes,
     measure,
@@ -36,9 +38,10 @@ from stages.quantize.options import (
     range_of,
 )
 from stages.quantize.sensitivity import Divergence
-from stages.quantize.types import ALIASES, FLOATS, TYPES, Exact
+from stages.quantize.types import ALIASES, EMBEDDING, FLOATS, OUTPUT, TYPES, Exact
 from stages.quantize.workbench import AutoParams, Together, Workbench
 from stages.runtimes.gguf_header import Header, read_header
+from stages.runtimes.hollow import Tensor
 from stages.runtimes.imatrix import Importance
 from stages.runtimes.llamacpp_library import cache_type_of
 from stages.runtimes.mixture import NEED_IMATRIX, Outline, outline_of, tensor_types
@@ -46,7 +49,7 @@ from stages.stage import Context
 
 AUTO: Final = "AUTO"
 _ALIGNED: Final = 32  # bytes
-_RESERVE: Final = 4096  # bytes, for the keys that the quantizer adds to the metadata
+RESERVE: Final = 4096  # bytes, for the keys that the quantizer adds to the metadata
 _ATTEMPTS: Final = 5
 _ROUNDS: Final = 4
 _MEASURING: Final = 0.8  # of the time, about
@@ -117,14 +120,18 @@ def automatic(
     weighed = importance is not None and all(name in importance for name in blocks)
     budget = None if target is not None else _Budget(context, floats, vision)
     limit = room(header, groups, target) if target is not None else _first_limit(budget, shapes, groups)
-    least = least_bytes(shapes, groups, imatrix=weighed)
+    copies = budget.copies if budget is not None else {}
+    kinds = range_of(shapes, groups, limit, imatrix=weighed)
+    if _least(shapes, groups, copies, kinds, imatrix=weighed) > limit:
+        kinds = Range()
+    least = _least(shapes, groups, copies, kinds, imatrix=weighed)
     if least > limit:
         raise nothing_fits(least, limit)
     bench = Workbench(context, folder, importance, params)
-    kinds = range_of(shapes, groups, limit, imatrix=weighed)
     options = measure(bench, context.scratch, shapes, groups, kinds, lambda done: progress(_MEASURING * done))
-    note_costs(context.input("checkpoint").digest, options)
-    search = Search(bench, options, shapes, outline_of(floats), importance, params.refusal_weight)
+    note_costs(context.input("checkpoint").digest, options, matrix_digest(importance))
+    options = {group: [_kept(option, group, copies) for option in few] for group, few in options.items()}
+    search = Search(bench, options, shapes, outline_of(floats), importance, params.refusal_weight, copies)
     for attempt in range(_ATTEMPTS):
         progress(_MEASURING + (1 - _MEASURING) * attempt / _ATTEMPTS)
         chosen = search.best(limit)
@@ -147,11 +154,12 @@ class Search:
     outline: Outline
     importance: Importance | None
     refusal_weight: float
+    copies: Mapping[str, int] = field(default_factory=dict)  # bytes that the embeddings take again, by their type
     _stock: dict[str, Choice] = field(default_factory=dict)
 
     def best(self, limit: int, stock: str | None = None) -> Chosen:
         """Args:
-            limit: bytes of the groups' tensors.
+            limit: bytes of the groups' tensors, with what `copies` says.
             stock: llama.cpp's type to be held against; None: the largest that fits.
 
         Raises:
@@ -214,7 +222,8 @@ class Search:
         return self._stock[type]
 
     def _bytes(self, choice: Choice) -> int:
-        return sum(padded(bytes_in(type, self.shapes[name])) for name, type in choice.types.items())
+        once = sum(padded(bytes_in(type, self.shapes[name])) for name, type in choice.types.items())
+        return once + self.copies.get(choice.types.get(EMBEDDING, ""), 0)
 
 
 def _worst(found: Divergence, reference: Divergence) -> float:
@@ -250,6 +259,7 @@ class _Budget:
         self.left_free = memory - self._room
         self._outline, self._vision = outline_of(floats), vision
         self._cache_type = cache_type_of(context.device)
+        self.copies = _copies(self._outline.shapes)
 
     def excess(self, types: Mapping[str, str], shapes: Shapes) -> int:
         """Bytes that a model with these types takes too much; negative: that are left."""
@@ -260,16 +270,42 @@ class _Budget:
         return plan.total - self._room
 
 
+def _copies(shapes: Shapes) -> dict[str, int]:
+    """Bytes of the second copy of embeddings that are the head, too, by type."""
+    from stages.runtimes.prediction import second_copy
+
+    if OUTPUT in shapes:
+        return {}
+    table = shapes[EMBEDDING]
+    return {type: second_copy(Tensor(table, type)) for type in candidates(table[0], imatrix=False)}
+
+
+def _kept(option: Option, group: Group, copies: Mapping[str, int]) -> Option:
+    """With what it takes in memory, where that is more than in the file."""
+    again = copies.get(option.type, 0) if EMBEDDING in group.tensors else 0
+    return replace(option, nbytes=option.nbytes + again)
+
+
+def _least(shapes: Shapes, groups: Sequence[Group], copies: Mapping[str, int], kinds: Range, *, imatrix: bool) -> int:
+    """What the groups take at least, with the copy of the embeddings."""
+    once = least_bytes(shapes, groups, imatrix=imatrix, range=kinds)
+    looked_at = [type for type in copies if kinds.holds(type)] or list(copies)
+    if not looked_at:
+        return once
+    sizes = {type: padded(bytes_in(type, shapes[EMBEDDING])) for type in looked_at}
+    return once - min(sizes.values()) + min(size + copies[type] for type, size in sizes.items())
+
+
 def _first_limit(budget: _Budget | None, shapes: Shapes, groups: Sequence[Group]) -> int:
     """What the groups may take if all else is as beside a model in Q8_0."""
     assert budget is not None
     types = {name: "Q8_0" if shapes[name][0] % _ALIGNED == 0 else "F16" for group in groups for name in group.tensors}
     taken = sum(padded(bytes_in(type, shapes[name])) for name, type in types.items())
-    return taken - budget.excess(types, shapes)
+    return taken + budget.copies.get(types[EMBEDDING], 0) - budget.excess(types, shapes)
 
 
 def room(floats: Header, groups: Sequence[Group], target: int) -> int:
     """Bytes that the groups' tensors may take in a file of `target` bytes, which holds all else of the float file."""
     chosen = {name for group in groups for name in group.tensors}
     own = sum(padded(tensor.nbytes) for name, tensor in floats.tensors.items() if name in chosen)
-    return target - (floats.path.stat().st_size - own) - _RESERVE
+    return target - (floats.path.stat().st_size - own) - RESERVE

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import StageError
 from stages.models import checkpoint
-from stages.quantize.mmproj import FloatType
+from stages.quantize.mmproj import FloatType, appearing
 from stages.quantize.types import TYPES
 from stages.runtimes.imatrix import Importance, native_importance
 from stages.runtimes.llamacpp_library import library, logged, threads
@@ -48,7 +48,7 @@ def convert_language_model(
         scratch: a folder for links. name: `general.name`. metadata: more `general.*` keys.
 
     Raises:
-        StageError: the converter does not know this model or its tokenizer.
+        StageError: the converter does not know this model or its tokenizer. StoreError: the disk is full.
     """
     _check_rotation(checkpoint.read_config(folder), folder)
     file_type = "MOSTLY_F16" if dtype == "F16" else "ALL_F32"
@@ -70,7 +70,7 @@ def convert_image_encoder(
         type: of its matrices. The others: as `convert_language_model`.
 
     Raises:
-        StageError: the converter does not know this model.
+        StageError: the converter does not know this model. StoreError: the disk is full.
     """
     file_type = "MOSTLY_F16" if type == "F16" else "ALL_F32"
     whole = f"{name} image encoder"
@@ -97,10 +97,9 @@ def _convert(
         link = links / path.name
         if path.is_file() and path.name != "manifest.json" and not link.exists():
             link.symlink_to(path.resolve())
-    part = target.with_suffix(".part")
     logging.getLogger("hf-to-gguf").setLevel(logging.WARNING)
     try:
-        with _without_collector():
+        with _without_collector(), appearing(target) as part:
             import torch
             from conversion import ModelBase, get_model_class
             from gguf import LlamaFileType
@@ -126,7 +125,6 @@ def _convert(
             why=f"{type(error).__name__}: {error}",
             way_out="llama.cpp must know the model class and its tokenizer; `supported` lists are in its documentation",
         ) from error
-    part.replace(target)
 
 
 def _write(model: ModelBase) -> None:

@@ -24,10 +24,10 @@ from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
 from stages.models.family import family_named, family_of
 from stages.models.spec import ModelSpec, TextSpec
-from stages.quantize.auto import AUTO, Chosen, automatic, exact_of
+from stages.quantize.auto import AUTO, RESERVE, Chosen, automatic, exact_of
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import MmprojType, write_encoder
-from stages.quantize.mmproj import FloatType
+from stages.quantize.mmproj import FloatType, appearing
 from stages.quantize.options import groups_of, least_bytes
 from stages.quantize.types import (
     ALIASES,
@@ -53,6 +53,7 @@ from stages.runtimes.mixture import fallbacks as fallbacks_of
 from stages.stage import Context, Located, Planned, Stage, StageParams
 
 _STEPS: Final = 4
+_TOKEN: Final = 13  # bytes of a token in the file at least: the length of its text, one letter, its kind
 
 Bytes = Annotated[ByteSize, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "string"}]}), Field(gt=0)]
 """A number of bytes, or a text such as 2GiB."""
@@ -84,7 +85,8 @@ class GGUFParams(StageParams):
         default=AutoParams(), description="with type: auto, how it is found what matters"
     )
     split: Bytes | None = Field(
-        default=None, description="cut the language model into files of at most so much, e.g. 2GiB; null: one file"
+        default=None,
+        description="cut the language model into parts with tensors of at most so much, e.g. 2GiB; null: one file",
     )
 
     @field_validator("type")
@@ -128,6 +130,9 @@ class GGUFStage(Stage[GGUFParams]):
     def uses_device(self) -> bool:
         return self.params.type == AUTO and self.params.target is None
 
+    def needs_device(self) -> str | None:
+        return "type: auto chooses by the device's memory where no `target` is set" if self.uses_device() else None
+
     def downloads(self) -> Sequence[str]:
         return self.params.auto.calibration.downloads() if self.params.type == AUTO else ()
 
@@ -147,15 +152,21 @@ class GGUFStage(Stage[GGUFParams]):
                 why=f"llama.cpp knows {', '.join(TYPES)}; auto chooses for each tensor",
                 way_out=f"did you mean {near[0]}?",
             )
-        imatrix.check_named(self.params.imatrix, inputs)
+        planned = super().plan({id: made for id, made in inputs.items() if made.type in self.accepts})
+        imatrix.check_named(self.params.imatrix, inputs, planned.spec)
         if type in NEED_IMATRIX and self.params.imatrix is None:
             raise RecipeError(
                 f"{type} needs an importance matrix",
                 why="llama.cpp writes no file of types this small without one",
                 way_out=IMATRIX_HINT,
             )
+        if type in FLOATS and self.params.imatrix is not None:
+            raise RecipeError(
+                f"type: {type} takes no importance matrix",
+                why="it weighs columns where weights are rounded to few bits, and here they are not",
+                way_out="leave imatrix out, or choose a smaller type",
+            )
         check_wanted(self.params.wanted(), imatrix=self.params.imatrix is not None)
-        planned = super().plan(inputs)
         if planned.spec is None:
             return planned
         family = family_named(planned.spec.family)
@@ -256,17 +267,27 @@ class GGUFStage(Stage[GGUFParams]):
             "llama_cpp": version("llama-cpp-python"),
         }
 
-    def _importance(self, context: Context) -> tuple[Importance | None, dict[str, str | int]]:
-        """The importance matrix, and what the file says of it."""
+    def _importance(self, context: Context, floats: Path) -> tuple[Importance | None, dict[str, str | int]]:
+        """The importance matrix, and what the file says of it.
+
+        Raises:
+            SourceError: it is not of the model in `floats`.
+        """
         used = imatrix.locate(self.params.imatrix, context)
-        return (None, {}) if used is None else (imatrix.read_imatrix(used), imatrix.quantize_keys(used))
+        if used is None:
+            return None, {}
+        importance = imatrix.read_imatrix(used)
+        held = read_header(floats).tensors
+        shapes = {name: tensor.shape for name, tensor in held.items() if len(tensor.shape) > 1}
+        imatrix.check_fits(importance, shapes, str(self.params.imatrix))
+        return importance, imatrix.quantize_keys(used)
 
     def _quantize_as_fits(
         self, context: Context, checkpoint: Path, floats: Path, model: Path, spec: ModelSpec | None
     ) -> Chosen:
         """Write model.gguf with types of our choice."""
         params = self.params
-        importance, notes = self._importance(context)
+        importance, notes = self._importance(context, floats)
 
         def tell(share: float) -> None:
             context.progress(1 + 0.9 * share, _STEPS, "measuring what rounding costs")
@@ -299,13 +320,17 @@ class GGUFStage(Stage[GGUFParams]):
         """
         if self.params.target is None:
             return
-        shapes = outline_of_text(text).shapes
-        least = least_bytes(shapes, groups_of(shapes, 1), imatrix=self.params.imatrix is not None)
+        outline = outline_of_text(text)
+        shapes = outline.shapes
+        matrices = least_bytes(shapes, groups_of(shapes, 1), imatrix=self.params.imatrix is not None)
+        norms = sum(4 * length for (length,) in outline.vectors.values())
+        least = matrices + norms + _TOKEN * text.vocab_size + RESERVE
         if least > self.params.target:
             raise RecipeError(
                 f"target: no GGUF of this model has as few as {self.params.target} bytes",
-                why=f"its matrices take at least {least}, in the smallest types that their rows allow"
-                + ("" if self.params.imatrix is not None else " without an importance matrix"),
+                why=f"it takes at least {least}: {matrices} for matrices in the smallest types that their rows allow"
+                + ("" if self.params.imatrix is not None else " without an importance matrix")
+                + ", the rest for norms and vocabulary",
                 way_out=f"set target to {least + least // 20} or more"
                 + ("" if self.params.imatrix is not None else ", add a stage `uses: imatrix`")
                 + ", or prune layers first",
@@ -315,11 +340,10 @@ class GGUFStage(Stage[GGUFParams]):
         """Write model.gguf; where rows did not allow the type that was meant."""
         params = self.params
         if params.type == dtype:
-            part = model.with_suffix(".part")
-            shutil.copyfile(floats, part)
-            part.replace(model)
+            with appearing(model) as part:
+                shutil.copyfile(floats, part)
             return ()
-        importance, notes = self._importance(context)
+        importance, notes = self._importance(context, floats)
         exact = resolve(params.wanted(), read_header(floats), importance)
         quantize_model(floats, model, params.type, tensors=exact.tensors, importance=importance, notes=notes)
         if params.type in FLOATS:

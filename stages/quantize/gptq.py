@@ -8,13 +8,16 @@ harmful ones too.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 from pydantic import Field
 
+from artifacts.disk import fsync_tree, write_atomically
 from artifacts.errors import RecipeError, StageError
 from stages.data.calibration_mix import CalibrationMix
 from stages.models import checkpoint
@@ -32,6 +35,8 @@ _STEPS: Final = 4
 _GROUPS: Final = (32, 64, 128)
 _PACKED: Final = 32  # columns of a matrix come in this many, whatever the bits
 _DIGITS: Final = 6
+_QUANTIZED: Final = "quantized"  # in scratch: the language model
+_NOTED: Final = "quantized.json"  # beside it, once it is whole
 
 
 class GPTQParams(StageParams):
@@ -52,6 +57,15 @@ class GPTQParams(StageParams):
         default=CalibrationMix(), description="sequences whose activations say which errors matter"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to compute; auto: a GPU if any")
+
+
+@dataclass(frozen=True)
+class _Quantized:
+    """What is told of the quantized language model in scratch."""
+
+    matrices: list[Matrix]
+    kinds: Mapping[Kind, int]  # sequences of the calibration
+    blocks: str  # their name in the whole model
 
 
 class GPTQStage(Stage[GPTQParams]):
@@ -75,6 +89,9 @@ class GPTQStage(Stage[GPTQParams]):
         self._check_group(planned.spec.text)
         return replace(planned, spec=replace(planned.spec, quantization=self._type))
 
+    def check_ready(self) -> None:
+        check_installed()
+
     def downloads(self) -> Sequence[str]:
         return self.params.calibration.downloads()
 
@@ -92,25 +109,10 @@ class GPTQStage(Stage[GPTQParams]):
         check_installed()
         dtype, device = checkpoint.dtype_of(config), device_of(params.device, context.team)
 
-        text, quantized = context.scratch / "text", context.scratch / "quantized"
-        context.progress(0, _STEPS, "reading calibration data")
-        batches, kinds, blocks = self._taken_out(context, family, dtype, device)
-
-        def tell(done: int, of: int) -> None:
-            context.progress(1 + 2 * done / of, _STEPS, f"quantizing, block {done} of {of}")
-
-        matrices = quantize_language_model(
-            text,
-            quantized,
-            Settings(params.bits, params.group_size, params.desc_act, params.sym, params.damp_percent),
-            batches,
-            scratch=context.scratch,
-            dtype=dtype,
-            device=device,
-            progress=tell,
-        )
+        done = _noted(context.scratch) or self._quantized(context, family, dtype, device)
+        matrices, quantized = done.matrices, context.scratch / _QUANTIZED
         context.progress(3, _STEPS, "putting the language model back")
-        made = put_back(family, source.path, quantized, context.output, self._quantization(blocks))
+        made = put_back(family, source.path, quantized, context.output, self._quantization(done.blocks))
         _check_loads(context, family, dtype)
         for layer, loss in _losses(matrices).items():
             context.metric("gptq_loss", loss, step=layer)
@@ -127,7 +129,7 @@ class GPTQStage(Stage[GPTQParams]):
             "quantized_matrices": made.matrices,
             "quantized_bytes": made.quantized_bytes,
             "other_bytes": made.other_bytes,
-            "calibration_samples": dict(kinds),
+            "calibration_samples": dict(done.kinds),
             "calibration_tokens": {
                 f"layers.{matrix.layer}.{matrix.name}": matrix.tokens for matrix in matrices
             },  # what each matrix saw: the proof that calibration ran
@@ -136,6 +138,30 @@ class GPTQStage(Stage[GPTQParams]):
             "base_digest": source.digest,
             "gptqmodel": version("gptqmodel"),
         }
+
+    def _quantized(self, context: Context, family: Family, dtype: checkpoint.DType, device: str) -> _Quantized:
+        """Quantize the language model into scratch, and note there what is told of it."""
+        params, quantized = self.params, context.scratch / _QUANTIZED
+        context.progress(0, _STEPS, "reading calibration data")
+        batches, kinds, blocks = self._taken_out(context, family, dtype, device)
+
+        def tell(done: int, of: int) -> None:
+            context.progress(1 + 2 * done / of, _STEPS, f"quantizing, block {done} of {of}")
+
+        matrices = quantize_language_model(
+            context.scratch / "text",
+            quantized,
+            Settings(params.bits, params.group_size, params.desc_act, params.sym, params.damp_percent),
+            batches,
+            scratch=context.scratch,
+            dtype=dtype,
+            device=device,
+            progress=tell,
+        )
+        found = _Quantized(matrices, kinds, blocks)
+        fsync_tree(quantized)
+        write_atomically(context.scratch / _NOTED, json.dumps(asdict(found)).encode(), context.scratch)
+        return found
 
     def _taken_out(
         self, context: Context, family: Family, dtype: checkpoint.DType, device: str
@@ -206,6 +232,14 @@ class GPTQStage(Stage[GPTQParams]):
             "block_name_to_quantize": blocks,
             "meta": {"quantizer": [f"gptqmodel:{version('gptqmodel')}"]},
         }
+
+
+def _noted(scratch: Path) -> _Quantized | None:
+    """What a run that ended behind the quantization has left."""
+    if not (scratch / _NOTED).exists():
+        return None
+    noted = json.loads((scratch / _NOTED).read_bytes())
+    return _Quantized([Matrix(**matrix) for matrix in noted["matrices"]], noted["kinds"], noted["blocks"])
 
 
 def _check_family(family: Family) -> None:

@@ -23,6 +23,7 @@ from artifacts.errors import StageError
 from stages.data.calibration import Batch
 from stages.models import checkpoint
 from stages.models.gptq import missing_distributions
+from stages.runtimes.llamacpp_library import threads
 
 if TYPE_CHECKING:
     import torch
@@ -103,7 +104,7 @@ def quantize_language_model(
     """
     check_installed()
     folder, target, scratch = folder.resolve(), target.resolve(), scratch.resolve()  # the working folder will change
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(threads()))
     try:
         with _silent(scratch):
             quantizer = _load(folder, settings, dtype, device)

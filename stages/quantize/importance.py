@@ -42,7 +42,8 @@ class ImatrixStage(Stage[ImatrixParams]):
 
     def plan(self, inputs: Mapping[str, Planned]) -> Planned:
         self.params.calibration.check()
-        spec = super().plan(inputs).spec
+        planned = super().plan(inputs)
+        spec = planned.spec
         family = next((family for family in families() if spec is not None and family.name == spec.family), None)
         if family is not None and "llamacpp" not in family.runtimes:
             raise RecipeError(
@@ -50,7 +51,7 @@ class ImatrixStage(Stage[ImatrixParams]):
                 why="llama.cpp's quantizer uses it, and llama.cpp does not run this family",
                 way_out="leave the stage out; gptq calibrates by itself",
             )
-        return Planned(type=self.output_type)
+        return planned
 
     def downloads(self) -> Sequence[str]:
         return self.params.calibration.downloads()

@@ -1,11 +1,12 @@
 """What `type: auto` has measured of a checkpoint, kept where `pipeline plan --explore` finds it.
 
 One small file a checkpoint, in the pipeline's own folder: a measurement of hours should not be known to one run alone.
-The last one counts.
+The last one counts. Rounding weighs columns by the importance matrix: what was measured with one holds for that one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from artifacts.home import cache_dir
 from stages.quantize.options import Group, Option
 from stages.quantize.sensitivity import Divergence
 from stages.quantize.types import FLOATS
+from stages.runtimes.imatrix import Importance
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,23 @@ class Costs:
         return Divergence(text, refusal)
 
 
-def known_costs(checkpoint: str) -> Costs | None:
-    """What is known of the checkpoint with this digest."""
+def matrix_digest(importance: Importance | None) -> str:
+    """By which an importance matrix is known again, however a recipe names it; "" for none."""
+    if importance is None:
+        return ""
+    found = hashlib.sha256()
+    for name in sorted(importance):
+        found.update(f"{name} {importance[name].size}\n".encode())
+        found.update(importance[name].astype("<f4").tobytes())
+    return found.hexdigest()
+
+
+def known_costs(checkpoint: str, matrix: str) -> Costs | None:
+    """What is known of the checkpoint with this digest, rounded with the matrix of that `matrix_digest`."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         noted = json.loads(_path(checkpoint).read_bytes())
+        if noted["matrix"] != matrix:
+            return None
         return Costs(
             [
                 (tuple(map(str, tensors)), {type: Divergence(*map(float, cost)) for type, cost in costs.items()})
@@ -56,7 +71,7 @@ def known_costs(checkpoint: str) -> Costs | None:
     return None
 
 
-def note_costs(checkpoint: str, options: Mapping[Group, Sequence[Option]]) -> None:
+def note_costs(checkpoint: str, options: Mapping[Group, Sequence[Option]], matrix: str) -> None:
     """Keep it; a home that cannot be written to keeps nothing."""
     groups = [
         [group.tensors, {option.type: [option.cost.text, option.cost.refusal] for option in few}]
@@ -66,7 +81,7 @@ def note_costs(checkpoint: str, options: Mapping[Group, Sequence[Option]]) -> No
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps({"groups": groups}) + "\n", encoding="utf-8")
+        part.write_text(json.dumps({"matrix": matrix, "groups": groups}) + "\n", encoding="utf-8")
         part.replace(path)
 
 

@@ -8,9 +8,12 @@ position table is written in the order in which the installed runtime numbers to
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Final, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from artifacts.disk import disk_error
 from artifacts.errors import StageError
 from stages.models import checkpoint
 from stages.models.spec import VisionSpec
@@ -29,7 +33,7 @@ from stages.runtimes.llamacpp_cls import position_table
 if TYPE_CHECKING:
     import gguf
 
-__all__ = ["FloatType", "derive_exit", "write_mmproj"]
+__all__ = ["FloatType", "appearing", "derive_exit", "write_mmproj"]
 
 FloatType = Literal["F16", "F32"]
 
@@ -64,6 +68,7 @@ _NAME: Final = re.compile(
 _GELU: Final = {"gelu", "gelu_new", "gelu_pytorch_tanh"}  # llama.cpp's gelu; measured: embeddings agree to 1e-3
 _CLS_TENSORS: Final = ("v.class_embd", "v.pre_ln.weight", "v.pre_ln.bias")
 _POSITIONS: Final = "v.position_embd.weight"
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _PIL_FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
@@ -83,6 +88,26 @@ _TOWERS: Final[Mapping[str, _Tower]] = {
         "quick_gelu", 1e-5, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     ),
 }
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Under which name to write a file, so that it appears whole or not at all; of one that fails nothing stays.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    part = target.with_suffix(".part")
+    try:
+        yield part
+        part.replace(target)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        # numpy's tofile says how many numbers it wrote, and gives no errno.
+        if isinstance(error, OSError) and (error.errno in _FULL or "requested and" in str(error)):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            raise disk_error(full, target.parent) from error
+        raise
 
 
 def write_mmproj(
@@ -106,6 +131,7 @@ def write_mmproj(
 
     Raises:
         StageError: a tower, an activation or image processor that llama.cpp has not, or missing tensors.
+        StoreError: the disk is full.
     """
     import gguf
 
@@ -114,8 +140,7 @@ def write_mmproj(
     known = _check(folder, config, tower, vision, exit)
     if vision.has_cls and cls is None:
         raise ValueError("a tower with CLS needs the runtime's order")
-    part = target.with_suffix(".part")
-    writer = gguf.GGUFWriter(path=part, arch="clip")
+    writer = gguf.GGUFWriter(path=None, arch="clip")
     writer.add_type("mmproj")
     described = {key.removeprefix("general."): value for key, value in metadata.items()}
     gguf.Metadata(name=f"{name} image encoder", **described).set_gguf_meta_model(writer)
@@ -150,11 +175,11 @@ def write_mmproj(
     for tensor_name in sorted(tensors, key=_order):
         data, kind = _stored(tensor_name, tensors[tensor_name], type)
         writer.add_tensor(tensor_name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.replace(target)
+    with appearing(target) as part:
+        writer.write_header_to_file(path=part)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _check(

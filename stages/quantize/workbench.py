@@ -73,7 +73,7 @@ class Workbench:
     def __init__(self, context: Context, folder: Path, importance: Importance | None, params: AutoParams) -> None:
         config = checkpoint.read_config(folder)
         self._family = family_of(config, where=str(folder))
-        self._folder, self._params, self._seed = folder, params, context.seed
+        self._folder, self._params, self._context = folder, params, context
         self._importance: Importance = importance or {}
         self._model = self._family.load(folder, device=device_of("auto", context.team))
         self._model.requires_grad_(False)
@@ -121,8 +121,10 @@ class Workbench:
 
         tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True, trust_remote_code=False)
         mix, count = self._params.calibration, self._params.refusals
-        material = mix.material(self._family, self._folder, self._model, tokenizer, side, self._seed)
+        material = mix.material(self._family, self._folder, self._model, tokenizer, side, self._context.seed)
         kinds, ordinary = material.kinds(), mix.passages(material)
+        if side == "train":  # of the whole text, so once
+            mix.tell(self._context, material.left_out)
         beside = (True, False) if "question" in kinds else (False,)
         refusals = [
             [material.refusal(number, picture=picture) for number in range(count)]

@@ -9,11 +9,13 @@ quantizer weighs columns by sum / count, and by 1 where nothing was counted (too
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,9 @@ from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import sha256_file
 from stages.runtimes.gguf_header import read_header
 from stages.stage import Context, Located, Planned
+
+if TYPE_CHECKING:
+    from stages.models.spec import ModelSpec
 
 Importance = Mapping[str, NDArray[np.float32]]
 """Mean squared input of each column, (columns,) or for experts (experts * columns,), by the weight's name in GGUF."""
@@ -33,6 +38,7 @@ IMATRIX_NAME: Final = "imatrix.gguf"  # in an artifact of type "imatrix"
 _TYPE: Final = "imatrix"
 _SUMS: Final = ".in_sum2"
 _COUNTS: Final = ".counts"
+_BLOCK: Final = re.compile(r"blk\.(\d+)\.")
 _KEYS: Final = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
 
 
@@ -72,6 +78,23 @@ def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
     if not found:
         raise _damaged(path, "every weight", "the file holds none")
     return found
+
+
+def check_fits(importance: Importance, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+    """Refuse the importance matrix of another model.
+
+    Args:
+        shapes: of the model's matrices, by GGUF name, in ggml's order. name: of the importance matrix, for messages.
+
+    Raises:
+        SourceError: it has other blocks, or rows of other lengths.
+    """
+    _check_blocks(name, _blocks(importance), _blocks(shapes))
+    for tensor, values in importance.items():
+        row, _, *experts = shapes.get(tensor, (values.size, 1))
+        columns = row * math.prod(experts)
+        if values.size != columns:
+            raise _of_another_model(f"{name} has {values.size} columns for {tensor}, this model has {columns}")
 
 
 def quantize_keys(path: Path) -> dict[str, str | int]:
@@ -134,15 +157,36 @@ def referred(name: str | None) -> Mapping[str, str]:
     return {} if name is None or _is_file(name) else {_TYPE: name}
 
 
-def check_named(name: str | None, inputs: Mapping[str, Planned]) -> None:
-    """Raises: RecipeError: the stage of that name makes something else."""
-    for id in referred(name).values():
-        if id in inputs and inputs[id].type != _TYPE:
-            raise RecipeError(
-                f"imatrix: the stage '{id}' makes an artifact of type {inputs[id].type!r}",
-                why="what is wanted is an importance matrix",
-                way_out="name a stage that uses imatrix, or a file: ./NAME.gguf",
-            )
+def check_named(name: str | None, inputs: Mapping[str, Planned], spec: ModelSpec | None) -> None:
+    """Refuse what is no importance matrix, or another model's.
+
+    Args:
+        spec: of the model that is rounded with it, if that is known.
+
+    Raises:
+        RecipeError.
+    """
+    if name is None:
+        return
+    try:
+        if _is_file(name):
+            importance = read_imatrix(_file(name))
+            if spec is not None:
+                from stages.runtimes.mixture import outline_of_text  # which imports this module
+
+                check_fits(importance, outline_of_text(spec.text).shapes, Path(name).name)
+        elif name in inputs:
+            made = inputs[name]
+            if made.type != _TYPE:
+                raise RecipeError(
+                    f"imatrix: the stage '{name}' makes an artifact of type {made.type!r}",
+                    why="what is wanted is an importance matrix",
+                    way_out="name a stage that uses imatrix, or a file: ./NAME.gguf",
+                )
+            if made.spec is not None and spec is not None:
+                _check_blocks(f"'{name}'", made.spec.text.layers, spec.text.layers)
+    except SourceError as error:
+        raise RecipeError(f"imatrix: {error.what}", where=error.where, why=error.why, way_out=error.way_out) from error
 
 
 def named_digest(name: str | None) -> str:
@@ -153,12 +197,7 @@ def named_digest(name: str | None) -> str:
     """
     if name is None or not _is_file(name):
         return ""
-    if not Path(name).is_file():
-        raise RecipeError(
-            f"imatrix: there is no file {name}",
-            way_out="make one with a stage `uses: imatrix`, or with llama.cpp's llama-imatrix",
-        )
-    return sha256_file(Path(name))
+    return sha256_file(_file(name))
 
 
 def locate(name: str | None, context: Context) -> Path | None:
@@ -170,6 +209,33 @@ def locate(name: str | None, context: Context) -> Path | None:
 
 def _is_file(name: str) -> bool:
     return name.startswith("/") or name.endswith(".gguf")
+
+
+def _file(name: str) -> Path:
+    """Raises: RecipeError: there is no such file."""
+    if not Path(name).is_file():
+        raise RecipeError(
+            f"imatrix: there is no file {name}",
+            way_out="make one with a stage `uses: imatrix`, or with llama.cpp's llama-imatrix",
+        )
+    return Path(name)
+
+
+def _blocks(tensors: Iterable[str]) -> int:
+    return 1 + max((int(found[1]) for name in tensors if (found := _BLOCK.match(name))), default=-1)
+
+
+def _check_blocks(name: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise _of_another_model(f"{name} is of {found} blocks, this model has {wanted}")
+
+
+def _of_another_model(what: str) -> SourceError:
+    return SourceError(
+        what,
+        why="entries go by a tensor's name, and that by its block's number, which prune changes",
+        way_out="make it of the model that is quantized, behind prune",
+    )
 
 
 def _importance(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:

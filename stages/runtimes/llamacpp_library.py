@@ -150,7 +150,7 @@ class TextModel:
         self.width = int(self._lib.llama_model_n_embd(self.pointer))
         self.nbytes = int(
             self._lib.llama_model_size(self.pointer)
-        )  # of all weights, copies that llama.cpp makes included
+        )  # of all weights, each tensor once, whatever copies llama.cpp makes
         heads, kv_heads, layers = (
             int(ask(self.pointer))
             for ask in (self._lib.llama_model_n_head, self._lib.llama_model_n_head_kv, self._lib.llama_model_n_layer)

@@ -25,6 +25,11 @@ STEP: Final = 2 * 2**20  # bytes; what a gate reads is rounded up to multiples o
 _GENERATED: Final = 8  # tokens at the end of the full context
 
 
+def room_for_an_image(tokens: int) -> int:
+    """The shortest context, in tokens, in which an image of so many can stand and something be said of it."""
+    return tokens + _GENERATED + 1
+
+
 def measure_memory(
     model: Path, mmproj: Path | None, context: int, exit: int | None = None, *, cache_type: CacheType = "F16"
 ) -> int:
@@ -43,7 +48,7 @@ def measure_memory(
         if mmproj is not None:
             vision = read_vision_header(mmproj)
             check_pair(header, vision)
-            if context < vision.image_tokens + _GENERATED + 1:
+            if context < room_for_an_image(vision.image_tokens):
                 raise StageError(
                     f"a context of {context} tokens has no room for an image of {vision.image_tokens}",
                     where=str(mmproj),

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Final
 
 from artifacts.home import cache_dir
-from stages.models.spec import ModelSpec, VisionSpec
+from stages.models.spec import ModelSpec, TextSpec, VisionSpec
 from stages.runtimes import rounding
 from stages.runtimes.exits import derive_exit
 from stages.runtimes.gguf_header import Header, read_vision_header
@@ -53,11 +53,12 @@ from stages.runtimes.mixture import (
     tensor_types,
     uniform_importance,
 )
-from stages.runtimes.rehearsal import UBATCH, Reserved, rehearse, rehearse_encoder
+from stages.runtimes.rehearsal import UBATCH, Reserved, rehearse, rehearse_buffers, rehearse_encoder
 
+_TABLE: Final = "token_embd.weight"
+_HEAD: Final = "output.weight"  # without one the table is the head, too
 _FORMAT: Final = 1  # raise it when what the probe measures changes
 _PROBE_CONTEXT: Final = 256  # tokens
-_LONGEST: Final = 256  # numbers, a row that every type takes
 _DTYPES: Final[Mapping[str, str]] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _F32: Final = 4  # bytes
 # Measured, and counted in llama.cpp's structures: a token's text, score and entry in the table of texts; a merge's two
@@ -145,12 +146,18 @@ def least_memory(spec: ModelSpec, context: int, *, cache_type: CacheType = "F16"
     """
     outline = outline_of_text(spec.text)
 
-    def smallest(row: int, ends: bool) -> str:
+    def smallest(name: str, shape: tuple[int, ...]) -> str:
+        ends = "blk." not in name
         weighed = spec.imatrix and not ends  # an importance matrix holds nothing of embeddings and head
         fitting = [type for type in rounding.TYPES if weighed or type not in rounding.NEED_IMATRIX]
-        return min((_allowed(type, row) for type in fitting), key=lambda type: Tensor((_LONGEST, 1), type).nbytes)
 
-    types = {name: smallest(row, "blk." not in name) for name, (row, *_) in outline.shapes.items()}
+        def kept(type: str) -> int:
+            tensor = Tensor(shape, type)
+            return tensor.nbytes + (second_copy(tensor) if ends and _HEAD not in outline.shapes else 0)
+
+        return min((_allowed(type, shape[0]) for type in fitting), key=kept)
+
+    types = {name: smallest(name, shape) for name, shape in outline.shapes.items()}
     return predict_outline(outline, types, context, vision=spec.vision, cache_type=cache_type)
 
 
@@ -166,9 +173,11 @@ def most_memory(
         StageError: as `predict_memory`.
     """
     least = least_memory(spec, context, cache_type=cache_type)
-    beside = least.total - least.weights
-    limit = spec.file_bytes if spec.file_bytes is not None else None if memory is None else room_in(memory) - beside
-    if limit is None:
+    if spec.file_bytes is not None:
+        limit = spec.file_bytes + largest_copy(spec.text)
+    elif memory is not None:
+        limit = room_in(memory) - (least.total - least.weights)
+    else:
         return None
     floats = predict_memory(replace(spec, quantization="F16", tensor_types=()), context, cache_type=cache_type)
     return replace(least, weights=max(min(limit, floats.weights), least.weights), by_type={})
@@ -210,14 +219,14 @@ def predict_outline(
         StageError: llama.cpp is missing, or does not run a model of these shapes.
     """
     tensors = text_tensors(outline, types)
-    tokens = outline.shapes["token_embd.weight"][-1]
+    tokens = outline.shapes[_TABLE][-1]
     with tempfile.TemporaryDirectory(prefix="icet-hollow-") as name:
         model, mmproj = Path(name) / "model.gguf", Path(name) / "mmproj.gguf"
         write_hollow_model(model, outline, tensors)
         reserved = rehearse(model, context, cache_type=cache_type)
         seen = 0
         if vision is not None:
-            width = outline.shapes["token_embd.weight"][0]
+            width = outline.shapes[_TABLE][0]
             encoder = encoder_tensors(vision, width)
             first = {tensor: entry for tensor, entry in encoder.items() if _block(tensor) == 0}
             write_hollow_encoder(mmproj, vision, width, first)
@@ -264,13 +273,48 @@ def _plan(tensors: Mapping[str, Tensor], reserved: Reserved, context: int, seen:
         by_type[tensor.type] = by_type.get(tensor.type, 0) + tensor.nbytes
     blocks = {name: tensor for name, tensor in tensors.items() if name.startswith("blk.")}
     return MemoryPlan(
-        weights=reserved.weights,
+        weights=reserved.weights + (0 if _HEAD in tensors else second_copy(tensors[_TABLE])),
         kv_cache=reserved.kv_cache,
         compute=reserved.compute + reserved.output + rows * _input_row(blocks),
         vision=seen,
         overhead=overhead,
         by_type=dict(sorted(by_type.items())),
     )
+
+
+def largest_copy(text: TextSpec) -> int:
+    """The most that `second_copy` comes to in any type that is chosen from; 0 where the head is a matrix of its own.
+
+    Raises:
+        StageError: as `second_copy`.
+    """
+    if not text.tied_embeddings:
+        return 0
+    shape = outline_of_text(text).shapes[_TABLE]
+    types = {_allowed(type, shape[0]) for type in rounding.TYPES if type not in rounding.NEED_IMATRIX}
+    return max(second_copy(Tensor(shape, type)) for type in types)
+
+
+@cache
+def second_copy(table: Tensor) -> int:
+    """Bytes of what llama.cpp keeps beside a table that is embeddings and head at once: 0 where both read the same.
+
+    The head's copy is rearranged for the processor. A model is asked about whose other weights are F32, which nothing
+    rearranges: if it lies in a kind of memory that it does not with an F32 table, too, that is the copy.
+
+    Raises:
+        StageError: llama.cpp is missing, or does not say where weights lie.
+    """
+    if table.type == "F32":
+        return 0
+    width, tokens = table.shape
+    outline = outline_of_text(TextSpec(1, width, width, 1, 1, width, tokens, tied_embeddings=True))
+    with tempfile.TemporaryDirectory(prefix="icet-hollow-") as name:
+        asked, floats = Path(name) / "asked.gguf", Path(name) / "floats.gguf"
+        for model, type in ((asked, table.type), (floats, "F32")):
+            types = {**dict.fromkeys(outline.shapes, "F32"), _TABLE: type}
+            write_hollow_model(model, outline, text_tensors(outline, types))
+        return table.nbytes if rehearse_buffers(asked) - rehearse_buffers(floats) else 0
 
 
 def _encoding(tensors: Mapping[str, Tensor], graph: int, positions: int, numbers: int) -> int:

@@ -8,6 +8,8 @@ Notable:
 - before there is a file, a hollow one is asked: its header is whole, its weights are a hole that takes no disk;
 - llama.cpp's image encoder can only be asked while it is loaded: its first block alone is, since the blocks follow
   each other in the same memory;
+- llama.cpp's figure for a model counts each tensor once, even one that it keeps twice; in what kinds of memory it keeps
+  them is known from the log;
 - what a matrix is multiplied with is rounded into a buffer which no log names (ggml's `work_size`): it is the widest
   row of a batch in the type that the kernel wants.
 """
@@ -27,13 +29,14 @@ UBATCH: Final = 512  # tokens computed at once, llama.cpp's default
 
 _SIZE: Final = re.compile(r"([\d.]+) MiB")
 _MIB: Final = 2**20
+_BUFFER: Final = re.compile(r"(\S+) model buffer size")
 
 
 @dataclass(frozen=True)
 class Reserved:
     """Bytes that a language model and one sequence of a context take."""
 
-    weights: int  # as kept: what llama.cpp keeps twice counts twice
+    weights: int  # each tensor once
     kv_cache: int
     compute: int  # the graph of one batch
     output: int  # logits
@@ -59,6 +62,20 @@ def rehearse(model: Path, context: int, *, cache_type: CacheType = "F16") -> Res
         compute=_said(lines, "compute buffer size"),
         output=_said(lines, "output buffer size"),
     )
+
+
+def rehearse_buffers(model: Path) -> frozenset[str]:
+    """llama.cpp's names of the kinds of memory that it would keep a model's weights in: CPU, CPU_REPACK, ...
+
+    Raises:
+        StageError: as `rehearse`.
+    """
+    with logged() as lines:
+        TextModel(model, allocate=False).close()
+    found = frozenset(match[1] for line in lines if (match := _BUFFER.search(line)))
+    if not found:
+        raise _unsaid("model buffer size")
+    return found
 
 
 def rehearse_encoder(mmproj: Path) -> int:
@@ -88,9 +105,13 @@ def _said(lines: list[str], *words: str) -> int:
     """The sum of the sizes in the lines that hold all these words."""
     sizes = [float(found[1]) for line in lines if all(word in line for word in words) and (found := _SIZE.search(line))]
     if not sizes:
-        raise StageError(
-            f"llama.cpp did not say {' '.join(words)!r}",
-            why="another version may log other words",
-            way_out="install the llama-cpp-python that requirements.lock names",
-        )
+        raise _unsaid(*words)
     return int(sum(sizes) * _MIB)
+
+
+def _unsaid(*words: str) -> StageError:
+    return StageError(
+        f"llama.cpp did not say {' '.join(words)!r}",
+        why="another version may log other words",
+        way_out="install the llama-cpp-python that requirements.lock names",
+    )

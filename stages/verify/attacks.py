@@ -110,11 +110,12 @@ def attack_asks(
         )
     # Behind the pictures that stand beside the prompts anyway.
     names = image_data.image_names(split, None, seed + 1)
-    chosen = [names[place % len(names)] for place in range(len(harmful))]
-    pictures = image_data.pictures(chosen, size)
+    prompts = dict.fromkeys(ask.id for ask in harmful)  # whose samples all see the same picture
+    chosen = {id: names[place % len(names)] for place, id in enumerate(prompts)}
+    paths = dict(zip(chosen, image_data.pictures(list(chosen.values()), size), strict=True))
     return tuple(
-        replace(ask, id=f"{ask.id}#random-image", image=path, image_name=f"{package}:{member}")
-        for ask, path, (package, member) in zip(harmful, pictures, chosen, strict=True)
+        replace(ask, id=f"{ask.id}#random-image", image=paths[ask.id], image_name=":".join(chosen[ask.id]))
+        for ask in harmful
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, Literal
 
+from artifacts.errors import RecipeError
 from artifacts.manifest import canonical_json, sha256_bytes
 from stages.data import remote_files
 from stages.data.prompt_files import PromptFile, file_digest, load_file
@@ -138,18 +139,24 @@ def prompt_asks(
     tests) what nearly says the same as an earlier prompt of that set.
 
     Raises:
-        RecipeError: unknown set. SourceError: a wheel or a file cannot be read.
+        RecipeError: unknown set, or one without such prompts on that side. SourceError: a wheel or a file cannot be
+            read.
     """
     found: list[Ask] = []
-    seen: set[str] = set()
+    seen: set[tuple[str, Path | None]] = set()
     for name, n in sets.items():
         known = load_file(name, files[name], seed) if name in files else load_prompts(name, split, seed=seed)
-        chosen: Iterable[Prompt] = [prompt for prompt in known if (prompt.intent == "harmful") == harmful]
-        if name in files:
-            chosen = distinct(list(chosen))
-        for prompt in islice(chosen, n):
-            if normalise(prompt.text) not in seen:
-                seen.add(normalise(prompt.text))
+        chosen = [prompt for prompt in known if (prompt.intent == "harmful") == harmful]
+        if n and not chosen:
+            raise RecipeError(
+                f"the prompt set {name!r} has no {'harmful' if harmful else 'harmless'} prompt to ask",
+                why=f"on its {split} side there are only others" if known else f"it has no {split} side",
+                way_out=f"leave it out of {'harmful' if harmful else 'over_refusal'}",
+            )
+        for prompt in islice(distinct(chosen) if name in files else chosen, n):
+            said = (normalise(prompt.text), prompt.image)
+            if said not in seen:
+                seen.add(said)
                 found.append(_ask(prompt, name, images[len(found) % len(images)] if images else None, max_new_tokens))
     return tuple(found)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from stages.data.prompt_sets import SETS, Prompt
@@ -21,24 +22,33 @@ if TYPE_CHECKING:
 
 SAME: Final = 0.90  # cosine; above it two prompts of one set count as one
 LIKE: Final = 0.85  # cosine; above it a prompt counts as known from training
+_LONG: Final = 600  # characters; the embedder reads about 1,000 and weighs them all
+_END: Final = 200  # characters
 _AT_ONCE: Final = 64  # prompts embedded together
 
 
 def distinct(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
-    """The prompts in their order, without those that nearly say what an earlier one said.
+    """The prompts in their order, without those that nearly say what an earlier one said beside the same picture.
+
+    Of a long one its end must say the same, too: attacks share a template and differ in the request behind it.
 
     Raises:
         SourceError: the embedder's wheel cannot be read.
     """
     import numpy as np
 
-    kept = np.zeros((0, 0), dtype=np.float32)
+    kept: dict[Path | None, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}  # picture -> wholes, ends
     for start in range(0, len(prompts), _AT_ONCE):
         block = prompts[start : start + _AT_ONCE]
-        for prompt, vector in zip(block, _embedder().embed([prompt.text for prompt in block]), strict=True):
-            if not len(kept) or float((kept @ vector).max()) < SAME:
-                kept = np.vstack([kept, vector]) if len(kept) else vector[None]
-                yield prompt
+        wholes = _embedder().embed([prompt.text for prompt in block])
+        ends = _embedder().embed([prompt.text[-_END:] if len(prompt.text) > _LONG else prompt.text for prompt in block])
+        for prompt, whole, end in zip(block, wholes, ends, strict=True):
+            before = kept.get(prompt.image)
+            if before is not None and float(np.minimum(before[0] @ whole, before[1] @ end).max()) >= SAME:
+                continue
+            same = before or (np.zeros((0, len(whole)), np.float32), np.zeros((0, len(end)), np.float32))
+            kept[prompt.image] = np.vstack([same[0], whole]), np.vstack([same[1], end])
+            yield prompt
 
 
 def trained_on(texts: Sequence[str]) -> dict[int, Prompt]:

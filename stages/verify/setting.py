@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from artifacts.errors import RecipeError
+from artifacts.errors import RecipeError, StageError
 from stages.data import images as image_data
 from stages.models import checkpoint
 from stages.models.family import family_of
@@ -52,14 +52,15 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
         subjects: the baseline first, if there is one.
 
     Raises:
-        RecipeError: an exit that an artifact does not have. SourceError: a wheel cannot be read.
+        RecipeError: an exit that an artifact does not have. StageError: one has none of those asked. SourceError: a
+            wheel cannot be read.
     """
     size = next(filter(None, map(image_size, subjects)), None)
     pictures = _pictures(params, params.images, size)
     own = {subject.id: exits_of(subject) for subject in subjects}
+    exits = _exits(params, subjects, own)
     questions, dropped = _questions(params, pictures, size, subjects)
     harmful = list(dict.fromkeys(ask.text for ask in questions.harmful))
-    exits = _exits(params, subjects, own)
     return Setting(
         questions=questions,
         pictures=pictures,
@@ -158,11 +159,21 @@ def _exits(
     shipped = {exit for subject in subjects if subject.gated for exit in own[subject.id]} & wanted
     found: dict[str, tuple[int, ...]] = {}
     for subject in subjects:
-        keep = wanted
-        if subject.role == "source" and params.baseline_exits == "shared":
-            keep = {exit for exit in own[subject.id] if exit in shipped or exit == subject.default_exit}
+        shared = subject.role == "source" and params.baseline_exits == "shared"
+        asked = shipped if shared else wanted
+        keep = asked | {subject.default_exit} if shared else asked
         found[subject.id] = tuple(exit for exit in own[subject.id] if exit in keep)
+        if asked and own[subject.id] and not found[subject.id]:
+            raise StageError(
+                f"'{subject.id}' has none of the exits that are asked: {_listed(asked)}",
+                why=f"it has {_listed(own[subject.id])}; asked without images it could be compared with nothing",
+                way_out=f"ask for one of them too, or leave '{subject.id}' out",
+            )
     return found
+
+
+def _listed(exits: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(exits)))
 
 
 def _vqa_exits(params: IcetVerifyParams, subject: Subject, exits: Sequence[int]) -> tuple[int | None, ...]:

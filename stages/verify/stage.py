@@ -30,7 +30,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
-    code_version = "7"
+    code_version = "8"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODEL_TYPES
     output_type = "verdict"
@@ -60,6 +60,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
         for name in (*self.params.harmful, *self.params.over_refusal):
             if name not in self.params.sets:
                 prompt_sets.check_set(name)
+        self._check_intents()
         attacks.check_generated(
             self.params.attacks,
             self.params.generated,
@@ -131,6 +132,24 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
                 way_out="put the stages whose files ship into needs, e.g. needs: [gguf]",
             )
         return shipped
+
+    def _check_intents(self) -> None:
+        """Refuse a set of the user's own that is asked as what it is not."""
+        asked = (
+            ("harmful", self.params.harmful, "over_refusal"),
+            ("over_refusal", self.params.over_refusal, "harmful"),
+        )
+        for parameter, sets, other in asked:
+            for name in (name for name, n in sets.items() if n and name in self.params.sets):
+                file = self.params.sets[name]
+                if (file.meaning.intent == "harmful") == (parameter == "harmful"):
+                    continue
+                intent = "intent: harmful" if parameter == "harmful" else "intent: benign"
+                raise RecipeError(
+                    f"{parameter} asks the prompt set {name!r}, whose intent is {file.meaning.intent}",
+                    why=f"{parameter} takes what should be {'refused' if parameter == 'harmful' else 'answered'}",
+                    way_out=f"name it in {other}" + ("" if file.layout else f", or say {intent} in sets.{name}"),
+                )
 
     def _check_reference(self, parameter: str, id: str, inputs: Mapping[str, Planned]) -> None:
         planned = inputs.get(id)
