@@ -17,7 +17,8 @@ from artifacts.artifact import Artifact
 from artifacts.manifest import Provenance
 from artifacts.measures import MEASURES_NAME, Band, Measure, write_measures
 from pipeline.cli import app
-from pipeline.commands.explore import Explored, Measured, explore
+from pipeline.commands.explore import Explored, explore
+from pipeline.commands.known import Measured
 from pipeline.commands.load import load_graph, open_store
 from pipeline.device import kinds_for
 from pipeline.graph import Graph

@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import PipelineError, StageError
-from artifacts.measures import MEASURES_NAME, Measure, read_measures
+from pipeline.commands.known import Known, Made, Measured, exit_of, matrix_of, planned_chain
 from pipeline.commands.runs import table
 from pipeline.device import kinds_for, show_bytes
 
@@ -38,18 +37,6 @@ _CONTEXT: Final = 2048  # tokens, where the recipe names no device
 _USUAL: Final = "Q4_0"
 _EXITS: Final = 6  # that are shown with no other change, at most
 _SHARES: Final = (0.05, 0.1, 0.2, 0.3)  # of the blocks that could be dropped
-_SHOWN: Final = ("kl_text", "kl_refusal", "asr", "vqa_accuracy")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a verification found of such a model."""
-
-    digest: str
-    kl_text: float | None = None
-    kl_refusal: float | None = None
-    asr: float | None = None  # average over exits
-    vqa_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,7 @@ def _explored(graph: Graph, node: Node, store: Store, cached: Mapping[str, Artif
         note = "known once the source has been read" if node.needs else "of a finished GGUF nothing can be changed"
         return Explored(node.id, room.budget, room.context, "", note=note)
     checkpoint = next((cached[id].digest for id in node.needs if id in cached), "")
-    known = _Known(checkpoint, _matrix(node, cached), _planned_chain(graph, node), store)
+    known = Known(checkpoint, matrix_of(node, cached), planned_chain(graph, node), store)
     try:
         ways = [_way(change, one, room, known) for change, one in _specs(spec, room)]
     except StageError as error:
@@ -187,7 +174,7 @@ def _exists(tensor: str, layers: int) -> bool:
     return parts[0] != "blk" or int(parts[1]) < layers
 
 
-def _way(change: str, spec: ModelSpec, room: _Room, known: _Known) -> Way:
+def _way(change: str, spec: ModelSpec, room: _Room, known: Known) -> Way:
     from stages.runtimes.prediction import planned_types
 
     plan = room.plan(spec)
@@ -203,11 +190,11 @@ def _way(change: str, spec: ModelSpec, room: _Room, known: _Known) -> Way:
         fits=None if room.budget is None else plan.total <= room.budget,
         expected_kl_text=text,
         expected_kl_refusal=refusal,
-        measured=known.measured(_Made.planned(spec)),
+        measured=known.measured(Made.planned(spec)),
     )
 
 
-def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: _Known) -> Way:
+def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: Known) -> Way:
     """The file that the recipe's own stage has made: its types were chosen, so no type's name stands for it.
 
     Raises:
@@ -229,7 +216,7 @@ def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: _Known) -> Wa
     return Way(
         change="as in the recipe",
         type="auto",
-        exit=_exit_of(made),
+        exit=exit_of(made),
         blocks=spec.text.layers,
         size=size,
         memory=plan.total,
@@ -240,189 +227,12 @@ def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: _Known) -> Wa
     )
 
 
-def _exit_of(made: Artifact) -> int | None:
-    exit = made.metadata.get("default_exit")
-    return exit if isinstance(exit, int) else None
-
-
-def _matrix(node: Node, cached: Mapping[str, Artifact]) -> str | None:
-    """The digest of the importance matrix of a stage; "": it has none; None: not known before it is made."""
-    from stages.quantize.gguf import GGUFParams
-    from stages.quantize.known import matrix_digest
-    from stages.runtimes.imatrix import IMATRIX_NAME, read_imatrix, referred
-
-    params = node.stage.params
-    if not isinstance(params, GGUFParams) or params.imatrix is None:
-        return ""
-    made = next(iter(referred(params.imatrix).values()), None)
-    with suppress(PipelineError, OSError):
-        if made is None:
-            return matrix_digest(read_imatrix(Path(params.imatrix)))
-        if made in cached:
-            return matrix_digest(read_imatrix(cached[made].file(IMATRIX_NAME)))
-    return None
-
-
 def _encoder_bytes(spec: ModelSpec) -> int:
     from stages.runtimes.hollow import encoder_tensors
 
     if spec.vision is None:
         return 0
     return sum(tensor.nbytes for tensor in encoder_tensors(spec.vision, spec.text.hidden_size).values())
-
-
-class _Known:
-    """What has been measured: sensitivity of this checkpoint, and verdicts about what this chain made."""
-
-    def __init__(self, checkpoint: str, matrix: str | None, chain: Sequence[_Step], store: Store) -> None:
-        from stages.quantize.known import known_costs
-
-        self._costs = known_costs(checkpoint, matrix) if checkpoint and matrix is not None else None
-        verdicts = list(_verdicts(store, chain))
-        self._verdicts = dict(verdicts)
-        self._by_digest = {measured.digest: measured for _, measured in verdicts}
-        self.estimated_from = f"sensitivity of {checkpoint[:12]}" if self._costs is not None else ""
-
-    def expected(self, types: str | Mapping[str, str]) -> tuple[float | None, float | None]:
-        """What the types of a file should cost in KL, text and refusals; None where that is not known."""
-        if self._costs is None or isinstance(types, str):
-            return (None, None)
-        found = self._costs.of(types)
-        return (None, None) if found is None else (found.text, found.refusal)
-
-    def measured(self, made: _Made) -> Measured | None:
-        return self._verdicts.get(made)
-
-    def measured_of(self, digest: str) -> Measured | None:
-        return self._by_digest.get(digest)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """By what two GGUFs of one chain are the same: all that a way may change, and all that decides types beside it."""
-
-    type: str
-    exit: int | None
-    blocks: int
-    encoder: str  # type of the image encoder's matrices
-    imatrix: bool
-    single: tuple[tuple[str, str], ...]  # tensors that were given types of their own, and which
-
-    @classmethod
-    def planned(cls, spec: ModelSpec) -> Self:
-        vision = spec.vision
-        return cls(
-            str(spec.quantization),
-            vision.default_exit if vision is not None else None,
-            spec.text.layers,
-            vision.quantization if vision is not None else "",
-            spec.imatrix,
-            tuple(sorted(spec.tensor_types)),
-        )
-
-    @classmethod
-    def of(cls, made: Artifact) -> Self | None:
-        """Of an artifact, by its header and the parameters that its manifest says it was made with; None: of no stage
-        of ours, or its file is gone."""
-        from stages.quantize.gguf import GGUFParams
-        from stages.quantize.types import chosen_types
-        from stages.runtimes.gguf_parts import model_file, read_model
-
-        try:
-            params = GGUFParams.model_validate(dict(made.manifest.provenance.params))
-            header = read_model(model_file(made.path))
-        except (PipelineError, ValueError):
-            return None
-        blocks = header.fields.get(f"{header.architecture}.block_count")
-        if not isinstance(blocks, int):
-            return None
-        exit = _exit_of(made)
-        matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
-        return cls(
-            params.type,
-            exit,
-            blocks,
-            params.mmproj_type if exit is not None else "",
-            params.imatrix is not None,
-            tuple(sorted(chosen_types(params.wanted(), matrices).items())),
-        )
-
-
-_Step = tuple[str, Mapping[str, object], int]  # a stage's name, its parameters, its seed
-_VARIED: Final = ("layer", "drop")  # parameters that a way changes; its exit and its blocks say them
-
-
-def _planned_chain(graph: Graph, node: Node) -> Sequence[_Step]:
-    """What the recipe does from the source on, before this stage quantizes."""
-    from pipeline.keys import canonical_params
-
-    found = []
-    while node.needs:
-        node = graph.node(node.needs[0])
-        found.append(_step(type(node.stage).name, canonical_params(node.stage), graph.recipe.seed_of(node.id)))
-    return _in_order(found)
-
-
-def _made_chain(store: Store, made: Artifact) -> Sequence[_Step]:
-    """What was done before this artifact was quantized; nothing where the store does not hold all of it any more."""
-    found = []
-    inputs = made.manifest.provenance.inputs
-    while inputs:
-        before = _opened(store, next(iter(inputs.values())))
-        if before is None:
-            return ()
-        origin = before.manifest.provenance
-        found.append(_step(origin.stage, origin.params, origin.seed))
-        inputs = origin.inputs
-    return _in_order(found)
-
-
-def _step(stage: str, params: Mapping[str, object], seed: int) -> _Step:
-    return stage, {name: value for name, value in params.items() if name not in _VARIED}, seed
-
-
-def _in_order(backwards: list[_Step]) -> Sequence[_Step]:
-    """An encoder that is cut behind all training is the same model left earlier, which the way's exit says."""
-    last = backwards[0] if backwards else None
-    cut = last is not None and last[0] == "early-exit" and not last[1].get("realign")
-    return backwards[:0:-1] if cut else backwards[::-1]
-
-
-def _verdicts(store: Store, chain: Sequence[_Step]) -> Iterator[tuple[_Made, Measured]]:
-    """What was measured of every GGUF of this chain that a verdict in the store is about."""
-    for digest in store.digests():
-        artifact = _opened(store, digest)
-        if artifact is None or artifact.type != "verdict":
-            continue
-        try:
-            rows = read_measures(artifact.file(MEASURES_NAME))
-        except (PipelineError, OSError, ValueError):
-            continue
-        for id in dict.fromkeys(row.artifact for row in rows if row.runtime == "llamacpp"):
-            about = [row for row in rows if row.artifact == id]
-            made = _opened(store, about[0].digest)
-            if made is None or not chain or _made_chain(store, made) != chain:
-                continue
-            key = _Made.of(made)
-            if key is not None:
-                yield key, Measured(made.digest, **{name: _value(about, name, _exit_of(made)) for name in _SHOWN})
-
-
-def _opened(store: Store, digest: str) -> Artifact | None:
-    from artifacts.artifact import Artifact
-
-    try:
-        return Artifact.open(store.object_path(digest))
-    except PipelineError:
-        return None
-
-
-def _value(rows: Sequence[Measure], measure: str, default_exit: int | None) -> float | None:
-    """Of the artifact as a whole, else at the one exit that it was measured at; about images, at its own exit first."""
-    found = [row for row in rows if row.measure == measure]
-    whole = [row for row in found if row.exit is None and row.band in (None, "average", "all")]
-    own = [row for row in found if measure == "vqa_accuracy" and row.exit is not None and row.exit == default_exit]
-    return next((row.value for row in (own or whole or found)), None)
 
 
 def show_explored(found: Sequence[Explored]) -> str:
