@@ -96,7 +96,7 @@ def test_an_error_is_json_for_programs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["inspect", "chat"])
 def test_an_artifact_that_is_not_there_is_said_so(tmp_path: Path, command: str) -> None:
     assert "no artifact deadbeef" in message(cli(command, "deadbeef"), 1)
-    assert "there are no runs" in message(cli(command, "gguf", "--runs-dir", str(tmp_path)), 2)
+    assert "no recipe was run in" in message(cli(command, "gguf", "--runs-dir", str(tmp_path)), 2)
     assert "no artifact at" in message(cli(command, str(tmp_path)), 1)
     assert f"there is no {tmp_path / 'none'}" in message(cli(command, str(tmp_path / "none")), 2)
 
