@@ -6,7 +6,7 @@ What a model could refuse, if it used what it sees: logistic regression on the l
 fitted on the train side of the prompt sets that the quickstart trains on, asked of the validation side and of
 Do-Not-Answer, which nothing trains on. CHECKPOINT is a folder or an artifact's path (`pipeline inspect exit`). Beside
 it, the same on TF-IDF vectors of characters: what wording alone tells. Writes benchmarks/results/refusal_probe.json.
-About 3 minutes on two cores.
+A minute on two cores.
 """
 
 from __future__ import annotations
