@@ -48,6 +48,12 @@ class Artifact:
     def metadata(self) -> dict[str, object]:
         return self.manifest.metadata
 
+    @property
+    def default_exit(self) -> int | None:
+        """The exit that a model calls its own; None if it says nothing."""
+        found = self.metadata.get("default_exit")
+        return found if isinstance(found, int) else None
+
     def file(self, name: str) -> Path:
         """The path of one file of the artifact.
 

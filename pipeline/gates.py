@@ -266,8 +266,7 @@ def _shipped(graph: Graph, artifacts: Mapping[str, Artifact]) -> list[_Shipped]:
 
 def _default_exit(graph: Graph, id: str, artifacts: Mapping[str, Artifact]) -> int | None:
     artifact = artifacts.get(id)
-    recorded = artifact.metadata.get("default_exit") if artifact is not None else None
-    if isinstance(recorded, int):
-        return recorded
+    if artifact is not None and artifact.default_exit is not None:
+        return artifact.default_exit
     spec = graph.node(id).planned.spec
     return spec.vision.default_exit if spec is not None and spec.vision is not None else None

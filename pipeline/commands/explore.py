@@ -21,7 +21,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import PipelineError, StageError
-from pipeline.commands.known import Known, Made, Measured, exit_of, matrix_of, planned_chain
+from pipeline.commands.known import Known, Made, Measured, matrix_of, planned_chain
 from pipeline.commands.runs import table
 from pipeline.device import kinds_for, show_bytes
 
@@ -216,7 +216,7 @@ def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: Known) -> Way
     return Way(
         change="as in the recipe",
         type="auto",
-        exit=exit_of(made),
+        exit=made.default_exit,
         blocks=spec.text.layers,
         size=size,
         memory=plan.total,

@@ -99,15 +99,14 @@ class Made:
         blocks = header.fields.get(f"{header.architecture}.block_count")
         if not isinstance(blocks, int):
             return None
-        exit = exit_of(made)
-        matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+        exit = made.default_exit
         return cls(
             params.type,
             exit,
             blocks,
             params.mmproj_type if exit is not None else "",
             params.imatrix is not None,
-            tuple(sorted(chosen_types(params.wanted(), matrices).items())),
+            tuple(sorted(chosen_types(params.wanted(), header.matrices).items())),
         )
 
 
@@ -168,7 +167,7 @@ def _verdicts(store: Store, chain: Sequence[Step]) -> Iterator[tuple[Made, Measu
                 continue
             key = Made.of(made)
             if key is not None:
-                yield key, Measured(made.digest, **{name: _value(about, name, exit_of(made)) for name in _SHOWN})
+                yield key, Measured(made.digest, **{name: _value(about, name, made.default_exit) for name in _SHOWN})
 
 
 def _opened(store: Store, digest: str) -> Artifact | None:
@@ -186,11 +185,6 @@ def _value(rows: Sequence[Measure], measure: str, default_exit: int | None) -> f
     whole = [row for row in found if row.exit is None and row.band in (None, "average", "all")]
     own = [row for row in found if measure == "vqa_accuracy" and row.exit is not None and row.exit == default_exit]
     return next((row.value for row in (own or whole or found)), None)
-
-
-def exit_of(made: Artifact) -> int | None:
-    exit = made.metadata.get("default_exit")
-    return exit if isinstance(exit, int) else None
 
 
 def matrix_of(node: Node, cached: Mapping[str, Artifact]) -> str | None:

@@ -268,7 +268,7 @@ class Loop:
             learner.kl_coefficient,
             self._course,
             seen,
-            {exit: first for exit, first in exits.first.items() if first < step},
+            dict(exits.first),
         )
 
     def _restore(self, state: TrainingState) -> int:

@@ -65,11 +65,12 @@ def new_sampler(params: TrainingParams, exits: Sequence[int], seed: int) -> Scen
             for name in params.prompts.kinds()[kind]
         }
         pools[kind] = PromptPool(sets, seed)
-    drawn = ExitSampler(exits, floor=1.0, sharpness=0.0)  # nothing says which are the worst where nothing is answered
-    if isinstance(params, LPPOParams):
+    if not isinstance(params, LPPOParams):
+        drawn = ExitSampler(exits, floor=1.0, sharpness=0.0)  # nothing is answered, so nothing says which are the worst
+    elif params.variant == "paper":
+        drawn = ExitsInTurn(exits, params.steps)
+    else:
         drawn = ExitSampler(exits, floor=params.dro_floor, sharpness=params.dro_sharpness)
-        if params.variant == "paper":
-            drawn = ExitsInTurn(exits, params.steps)
     return SceneSampler(
         drawn,
         pools,

@@ -66,7 +66,7 @@ class ExitSampler:
 
     def _seen(self, exits: list[int], step: int) -> list[int]:
         for exit in exits:
-            self.first[exit] = min(step, self.first.get(exit, step))
+            self.first.setdefault(exit, step)
         return exits
 
     def update(self, failed: Mapping[int, Sequence[bool]]) -> None:

@@ -114,7 +114,7 @@ def automatic(
         StageError: nothing fits, or the model is not built as decoders are.
     """
     header = read_header(floats)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    shapes = header.matrices
     groups = groups_of(shapes, params.blocks)
     blocks = [name for group in groups if group.first is not None for name in group.tensors]
     weighed = importance is not None and all(name in importance for name in blocks)

@@ -219,19 +219,17 @@ def quantize_model(
     keys = _key_overrides(lib, notes)
     if notes:
         params.kv_overrides = keys
-    part = target.with_suffix(".part")
     _give_back_memory()
-    with logged() as lines:
-        status = int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(part), params))
-    if status:
-        part.unlink(missing_ok=True)
-        raise StageError(
-            f"llama.cpp could not quantize to {type}",
-            where=str(source),
-            why=" | ".join(lines[-4:]) or "llama.cpp gave no reason",
-            way_out="choose another type",
-        )
-    part.replace(target)
+    with appearing(target) as part:
+        with logged() as lines:
+            status = int(lib.llama_model_quantize(os.fsencode(source), os.fsencode(part), params))
+        if status:
+            raise StageError(
+                f"llama.cpp could not quantize to {type}",
+                where=str(source),
+                why=" | ".join(lines[-4:]) or "llama.cpp gave no reason",
+                way_out="choose another type",
+            )
 
 
 def _tensor_overrides(lib: ModuleType, tensors: Mapping[str, str]) -> ctypes.Array[ctypes.Structure]:

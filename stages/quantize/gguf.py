@@ -43,7 +43,7 @@ from stages.quantize.types import (
 from stages.quantize.workbench import AutoParams
 from stages.quantize.written import check_answers, check_tensors
 from stages.runtimes import imatrix
-from stages.runtimes.gguf_header import read_header
+from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.gguf_parts import MODEL_NAME, split_model
 from stages.runtimes.imatrix import ImatrixName, Importance
 from stages.runtimes.llamacpp import MMPROJ_NAME
@@ -267,7 +267,7 @@ class GGUFStage(Stage[GGUFParams]):
             "llama_cpp": version("llama-cpp-python"),
         }
 
-    def _importance(self, context: Context, floats: Path) -> tuple[Importance | None, dict[str, str | int]]:
+    def _importance(self, context: Context, floats: Header) -> tuple[Importance | None, dict[str, str | int]]:
         """The importance matrix, and what the file says of it.
 
         Raises:
@@ -277,9 +277,7 @@ class GGUFStage(Stage[GGUFParams]):
         if used is None:
             return None, {}
         importance = imatrix.read_imatrix(used)
-        held = read_header(floats).tensors
-        shapes = {name: tensor.shape for name, tensor in held.items() if len(tensor.shape) > 1}
-        imatrix.check_fits(importance, shapes, str(self.params.imatrix))
+        imatrix.check_fits(importance, floats.matrices, str(self.params.imatrix))
         return importance, imatrix.quantize_keys(used)
 
     def _quantize_as_fits(
@@ -287,7 +285,8 @@ class GGUFStage(Stage[GGUFParams]):
     ) -> Chosen:
         """Write model.gguf with types of our choice."""
         params = self.params
-        importance, notes = self._importance(context, floats)
+        header = read_header(floats)
+        importance, notes = self._importance(context, header)
 
         def tell(share: float) -> None:
             context.progress(1 + 0.9 * share, _STEPS, "measuring what rounding costs")
@@ -302,7 +301,7 @@ class GGUFStage(Stage[GGUFParams]):
             replace(spec.vision, quantization=params.mmproj_type) if spec is not None and spec.vision else None,
             tell,
         )
-        exact = exact_of(chosen.choice, {name: tensor.shape for name, tensor in read_header(floats).tensors.items()})
+        exact = exact_of(chosen.choice, {name: tensor.shape for name, tensor in header.tensors.items()})
         quantize_model(floats, model, exact.file_type, tensors=exact.tensors, importance=importance, notes=notes)
         context.metric("kl_text", chosen.measured.text)
         context.metric("kl_refusal", chosen.measured.refusal)
@@ -343,8 +342,9 @@ class GGUFStage(Stage[GGUFParams]):
             with appearing(model) as part:
                 shutil.copyfile(floats, part)
             return ()
-        importance, notes = self._importance(context, floats)
-        exact = resolve(params.wanted(), read_header(floats), importance)
+        header = read_header(floats)
+        importance, notes = self._importance(context, header)
+        exact = resolve(params.wanted(), header, importance)
         quantize_model(floats, model, params.type, tensors=exact.tensors, importance=importance, notes=notes)
         if params.type in FLOATS:
             return ()

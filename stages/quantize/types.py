@@ -170,7 +170,7 @@ def resolve(wanted: Wanted, header: Header, importance: Importance | None) -> Ex
         StageError: there is no head to give a type to, or a type needs an importance matrix that has no entry for the
             tensor.
     """
-    matrices = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    matrices = header.matrices
     check_patterns(wanted, matrices)
     chosen = chosen_types(wanted, matrices)
     exact = {}

@@ -50,6 +50,11 @@ class Header:
     def architecture(self) -> str:
         return str(self.fields.get("general.architecture", ""))
 
+    @property
+    def matrices(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is no vector, in ggml's order: what types are chosen for."""
+        return {name: tensor.shape for name, tensor in self.tensors.items() if len(tensor.shape) > 1}
+
     def integer(self, key: str) -> int | None:
         """A whole number of the metadata, None when the key is absent or something else."""
         value = self.fields.get(key)

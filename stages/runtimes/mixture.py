@@ -172,7 +172,7 @@ def outline_of(source: Path) -> Outline:
     if source.is_dir():
         return _converted(source)
     header = read_header(source)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items() if len(tensor.shape) > 1}
+    shapes = header.matrices
     vectors = {name: tensor.shape for name, tensor in header.tensors.items() if name not in shapes}
     # Tokenizers are long and decide nothing here.
     keys = {key: value for key, value in header.fields.items() if not key.startswith(("tokenizer.", "general."))}

@@ -37,8 +37,7 @@ class Subject:
     @property
     def default_exit(self) -> int | None:
         """The exit that the artifact calls its own; None if it says nothing."""
-        found = self.artifact.metadata.get("default_exit")
-        return found if isinstance(found, int) else None
+        return self.artifact.default_exit
 
     @property
     def runtime(self) -> RuntimeName:

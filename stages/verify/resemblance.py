@@ -41,7 +41,9 @@ def distinct(prompts: Sequence[Prompt]) -> Iterator[Prompt]:
     for start in range(0, len(prompts), _AT_ONCE):
         block = prompts[start : start + _AT_ONCE]
         wholes = _embedder().embed([prompt.text for prompt in block])
-        ends = _embedder().embed([prompt.text[-_END:] if len(prompt.text) > _LONG else prompt.text for prompt in block])
+        ends = wholes.copy()
+        if long := [place for place, prompt in enumerate(block) if len(prompt.text) > _LONG]:
+            ends[long] = _embedder().embed([block[place].text[-_END:] for place in long])
         for prompt, whole, end in zip(block, wholes, ends, strict=True):
             before = kept.get(prompt.image)
             if before is not None and float(np.minimum(before[0] @ whole, before[1] @ end).max()) >= SAME:
