@@ -1,7 +1,8 @@
 """The recipe: its schema, and how a file becomes one.
 
-Read, include, override, expand the matrix, validate: in that order. Every value keeps its file and line to the end, so
-that whatever is wrong, here or in a stage's own parameters, is said with its place and the nearest valid choice.
+Read with what it includes (`include`), override, expand the matrix, validate: in that order. Every value keeps its file
+and line to the end, so that whatever is wrong, here or in a stage's own parameters, is said with its place and the
+nearest valid choice.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from artifacts.errors import PipelineError, RecipeError
 from pipeline.device import ByteSize, Device, device, device_names
 from pipeline.explain import explain, nearest
+from pipeline.include import read_with_includes
 from pipeline.matrix import expand_matrix
 from pipeline.targets import Target
-from pipeline.yaml_source import Document, Mark, Place, Value, merge, parse_scalar, plain, read_yaml
+from pipeline.yaml_source import Document, Mark, Place, Value, parse_scalar, plain
 from stages.data.calibration_mix import CalibrationMix
 from stages.resources import Resources
 
@@ -218,7 +220,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: whatever is wrong with it that can be seen without its stages (see `graph.build_graph` for those).
     """
-    document = _read(path, ())
+    document = read_with_includes(path)
     for override in overrides:
         _override(document, override)
     return validate_recipe(document, path)
@@ -307,55 +309,6 @@ def _refuse_signer(recipe: Recipe, publish: Publish) -> None:
         for path in paths:
             if path is not None and not path.expanduser().is_file():
                 raise RecipeError(f"there is no {path}", where=recipe.where("publish", part))
-
-
-def _read(path: Path, including: tuple[Path, ...]) -> Document:
-    real = path.resolve()
-    if real in including:
-        chain = " -> ".join(str(item) for item in (*including[including.index(real) :], real))
-        raise RecipeError(f"{path} includes itself", where=str(including[-1]), why=chain, way_out="remove one include")
-    document = read_yaml(path)
-    included = document.data.pop("include", None)
-    if included is None:
-        return document
-    names = included if isinstance(included, list) else [included]
-    base: Document | None = None
-    for name in names:
-        where = str(document.mark(("include",)))
-        if not isinstance(name, str):
-            raise RecipeError("`include` takes a path or a list of paths", where=where)
-        target = path.parent / name
-        if not target.is_file():
-            raise RecipeError(
-                f"the included recipe {name!r} does not exist",
-                where=where,
-                why=f"looked for {target}",
-                way_out="paths in a recipe are relative to the recipe",
-            )
-        part = _read(target, (*including, real))
-        base = part if base is None else merge(base, part)
-    return document if base is None else _without_dropped(base, merge(base, document))
-
-
-def _without_dropped(base: Document, merged: Document) -> Document:
-    """Without the stages of an included recipe for which this one says null.
-
-    Raises:
-        RecipeError: it has no such stage.
-    """
-    known, stages = base.data.get("stages"), merged.data.get("stages")
-    if not isinstance(stages, dict):
-        return merged
-    for id in [id for id, entry in stages.items() if entry is None]:
-        if not isinstance(known, dict) or id not in known:
-            raise RecipeError(
-                f"there is no stage {id!r} to drop",
-                where=str(merged.mark(("stages", id))),
-                why="null drops a stage of an included recipe",
-                way_out=nearest(id, tuple(known) if isinstance(known, dict) else ()),
-            )
-        del stages[id]
-    return merged
 
 
 def _override(document: Document, text: str) -> None:
