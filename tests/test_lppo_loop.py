@@ -240,8 +240,11 @@ def test_a_validation_of_weights_that_were_taken_back_does_not_count(
 
 
 def test_training_ends_when_its_minutes_have_passed(policy: Policy, features: Features, tmp_path: Path) -> None:
-    ending = setting.run(policy, features, setting.params(1000, max_minutes=0.02), tmp_path)
+    reports: list[StepReport] = []
+    ending = setting.run(policy, features, setting.params(1000, max_minutes=0.02), tmp_path, reports.append)
     assert 1 <= ending.steps_done < 1000 and "minutes" in ending.reason
+    # What is still to do is told by the clock.
+    assert all(report.step <= report.steps < 1000 for report in reports) and reports[-1].steps == ending.steps_done
     state = training.load(tmp_path)
     assert state is not None and state.course.seconds >= 1.2
 

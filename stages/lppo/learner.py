@@ -30,6 +30,7 @@ class StepReport:
         step: counted from 1.
         outcomes: by scene and response; empty where nothing was sampled.
         metrics: of the step. exits: exit -> metrics of its scenes.
+        steps: how many there will be, as far as is known; 0: it is not.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepReport:
     outcomes: list[list[Outcome]]
     metrics: Mapping[str, float]
     exits: Mapping[int, Mapping[str, float]]
+    steps: int = 0
 
 
 class Learner(ABC):

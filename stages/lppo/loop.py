@@ -101,10 +101,10 @@ class Loop:
             if reason is not None:
                 return self._end(step, reason)
             step += 1
-            self._report(shown)
+            self._course = replace(self._course, seconds=before + time.monotonic() - since)
+            self._report(replace(shown, steps=self._expected(step)))
             if self._watch is not None:
                 self._watch.see(step, shown.metrics)
-            self._course = replace(self._course, seconds=before + time.monotonic() - since)
             if self._validate(step) or step % params.checkpoint_every == 0 or self._reason(step) is not None:
                 # Here and in `_restore`, so that going on from a checkpoint is the same as never having stopped.
                 policy.quantize()
@@ -217,6 +217,11 @@ class Loop:
         done = step % self._params.steps / max(1, self._params.steps - 1)
         most = self._params.max_minutes
         return done if most is None else min(1.0, max(done, self._minutes() / most))
+
+    def _expected(self, step: int) -> int:
+        """How many steps there will be, as far as the first `step` tell."""
+        most = self._params.max_minutes
+        return self._total if most is None else min(self._total, max(step, round(step * most / self._minutes())))
 
     def _minutes(self) -> float:
         """Of training, the mean over the processes, so that all of them stop together."""

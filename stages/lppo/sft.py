@@ -31,12 +31,11 @@ class SFTStage(Hardening[SFTParams]):
             seed=context.seed,
             workers=setting.workers,
         )
-        steps = setting.sampler.steps(self.params.steps)
         loop = Loop(
             learner,
             self.params,
             scratch=context.scratch,
-            report=lambda step: tell(context, step, steps, {}),
+            report=lambda step: tell(context, step, {}),
             workers=setting.workers,
             validation=setting.validation,
         )

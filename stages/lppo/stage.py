@@ -277,7 +277,6 @@ class LPPOStage(Hardening[LPPOParams]):
         from stages.lppo.algorithm import train
         from stages.lppo.targets import Targets
 
-        steps = setting.sampler.steps(self.params.steps)
         return train(
             setting.policy,
             setting.sampler,
@@ -286,7 +285,7 @@ class LPPOStage(Hardening[LPPOParams]):
             self.params,
             seed=context.seed,
             scratch=context.scratch,
-            report=lambda step: tell(context, step, steps, setting.sampler.exits.failure),
+            report=lambda step: tell(context, step, setting.sampler.exits.failure),
             targets=Targets(
                 setting.policy,
                 setting.states,
@@ -360,7 +359,7 @@ def fallbacks(quantizer: str | None, rounded: Mapping[str, str]) -> list[str]:
     return [f"{quantizer} rounds {found}, as in the file"]
 
 
-def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int, float]) -> None:
+def tell(context: Context, report: StepReport, failure: Mapping[int, float]) -> None:
     """One step as events."""
     for name, value in report.metrics.items():
         context.metric(name, value, step=report.step)
@@ -370,7 +369,7 @@ def tell(context: Context, report: StepReport, steps: int, failure: Mapping[int,
     for exit, share in failure.items():
         context.metric("refusal", 1 - share, step=report.step, exit=exit)
     words = [f"{name} {report.metrics[name]:.2f}" for name in ("reward", "kl", "loss") if name in report.metrics]
-    context.progress(report.step, steps, ", ".join(words))
+    context.progress(report.step, report.steps, ", ".join(words))
 
 
 def tell_exits(context: Context, step: int, found: Mapping[int, ExitStanding]) -> None:
