@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO, Final
 
 from artifacts.errors import StoreError
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -26,7 +30,7 @@ def disk_error(error: OSError, root: Path) -> StoreError:
     """The `StoreError` for what the system said about a file below `root`."""
     where = str(error.filename) if error.filename else str(root)
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in _FULL:
         free = _free_bytes(root)
         return StoreError(
             "the disk of the store is full",
@@ -63,6 +67,42 @@ def write_atomically(path: Path, data: bytes, temporary: Path) -> None:
         partial.unlink(missing_ok=True)
         raise
     fsync_tree(path.parent, deep=False)
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Under which name to write a file, so that it appears whole or not at all; of one that fails nothing stays.
+
+    Raises:
+        StoreError: the disk is full.
+    """
+    part = target.with_suffix(".part")
+    try:
+        yield part
+        part.replace(target)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        # numpy's tofile says how many numbers it wrote, and gives no errno.
+        if isinstance(error, OSError) and (error.errno in _FULL or "requested and" in str(error)):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+            raise disk_error(full, target.parent) from error
+        raise
+
+
+def write_cached(path: Path, content: Callable[[BinaryIO], object]) -> None:
+    """Let a cache's file hold what `content` writes, whole or not at all, whoever else writes it meanwhile.
+
+    What a crash of the machine takes can be had again, so nothing waits for the disk.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            content(handle)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def fsync_tree(folder: Path, *, deep: bool = True) -> None:

@@ -23,12 +23,14 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Final
 
+from artifacts.disk import appearing
 from artifacts.errors import StageError
+from stages.machine import cores
 from stages.models import checkpoint
-from stages.quantize.mmproj import FloatType, appearing
+from stages.quantize.mmproj import FloatType
 from stages.quantize.types import TYPES
 from stages.runtimes.imatrix import Importance, native_importance
-from stages.runtimes.llamacpp_library import library, logged, threads
+from stages.runtimes.llamacpp_library import library, logged
 from stages.runtimes.mixture import language_model_class
 
 if TYPE_CHECKING:
@@ -206,7 +208,7 @@ def quantize_model(
     lib = library()
     params = lib.llama_model_quantize_default_params()
     params.ftype = TYPES[type]
-    params.nthread = threads()
+    params.nthread = cores()
     params.pure = pure
     params.max_buf_size = _BUFFER
     # What these point to must outlive the call.

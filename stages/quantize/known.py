@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from artifacts.disk import write_atomically
 from artifacts.home import cache_dir
+from artifacts.manifest import canonical_json
 from stages.quantize.options import Group, Option
 from stages.quantize.sensitivity import Divergence
 from stages.quantize.types import FLOATS
@@ -79,10 +80,7 @@ def note_costs(checkpoint: str, options: Mapping[Group, Sequence[Option]], matri
     ]
     path = _path(checkpoint)
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps({"matrix": matrix, "groups": groups}) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_atomically(path, canonical_json({"matrix": matrix, "groups": groups}), path.parent)
 
 
 def _path(checkpoint: str) -> Path:

@@ -8,12 +8,9 @@ position table is written in the order in which the installed runtime numbers to
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +19,7 @@ from typing import TYPE_CHECKING, Final, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from artifacts.disk import disk_error
+from artifacts.disk import appearing
 from artifacts.errors import StageError
 from stages.models import checkpoint
 from stages.models.spec import VisionSpec
@@ -68,7 +65,6 @@ _NAME: Final = re.compile(
 _GELU: Final = {"gelu", "gelu_new", "gelu_pytorch_tanh"}  # llama.cpp's gelu; measured: embeddings agree to 1e-3
 _CLS_TENSORS: Final = ("v.class_embd", "v.pre_ln.weight", "v.pre_ln.bias")
 _POSITIONS: Final = "v.position_embd.weight"
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _PIL_FILTERS: Final = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
@@ -88,26 +84,6 @@ _TOWERS: Final[Mapping[str, _Tower]] = {
         "quick_gelu", 1e-5, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     ),
 }
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """Under which name to write a file, so that it appears whole or not at all; of one that fails nothing stays.
-
-    Raises:
-        StoreError: the disk is full.
-    """
-    part = target.with_suffix(".part")
-    try:
-        yield part
-        part.replace(target)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        # numpy's tofile says how many numbers it wrote, and gives no errno.
-        if isinstance(error, OSError) and (error.errno in _FULL or "requested and" in str(error)):
-            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-            raise disk_error(full, target.parent) from error
-        raise
 
 
 def write_mmproj(

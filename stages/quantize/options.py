@@ -1,12 +1,9 @@
 """What each group of tensors costs in each type: measured in one type, computed for the others.
 
-- KL: each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on
-  ordinary text and on the tokens of refusals (`sensitivity`). KL grows with the square of the change, so for other
-  types it is scaled by the error that each leaves in the weights, columns weighed by the importance matrix;
-- how the log-odds of refusals move, those of first tokens and of the others: gradient times change, for every type by
-  itself, since that has a sign.
-
-Only calibration articles and training prompts are read.
+Each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on ordinary
+text and on the tokens of refusals (`sensitivity`). KL grows with the square of the change, so for other types it is
+scaled by the error that each leaves in the weights, columns weighed by the importance matrix. Only calibration articles
+and training prompts are read.
 """
 
 from __future__ import annotations
@@ -20,7 +17,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from artifacts.disk import write_atomically
 from artifacts.errors import StageError
+from artifacts.manifest import canonical_json
 from stages.quantize.sensitivity import Divergence
 from stages.quantize.types import EMBEDDING, OUTPUT
 from stages.quantize.workbench import Workbench
@@ -62,7 +61,6 @@ class Option:
     type: str
     nbytes: int  # in the file
     cost: Divergence
-    moves: tuple[float, ...] = ()  # of refusals' log-odds, by kind
 
 
 def groups_of(shapes: Shapes, blocks: int) -> list[Group]:
@@ -129,15 +127,13 @@ def measure(
     if unknown := [name for group in groups for name in group.tensors if name not in bench.weights]:
         raise StageError(f"{unknown[0]} is no layer of its own in this model", way_out="name a type instead of auto")
     noted = _noted(scratch)
-    gradients: list[dict[str, torch.Tensor]] | None = None
     found: dict[Group, list[Option]] = {}
     for done, group in enumerate(groups):
         known = all(bench.columns(name) is not None for name in group.tensors)
         possible = _possible(group, shapes, imatrix=known, range=range)
         note = noted.get(group.name)
         if note is None or not {ANCHOR, *possible} <= note.errors.keys():
-            gradients = _gradients(bench, groups) if gradients is None else gradients
-            note = noted[group.name] = _measured(bench, group, {ANCHOR, *possible}, gradients)
+            note = noted[group.name] = _measured(bench, group, {ANCHOR, *possible})
             _note(scratch, noted)
         scale = {type: note.errors[type] / max(note.errors[ANCHOR], 1e-30) for type in possible}
         found[group] = [
@@ -145,7 +141,6 @@ def measure(
                 type,
                 _bytes(type, group, shapes),
                 Divergence(note.kl[0] * scale[type], note.kl[1] * scale[type]),
-                tuple(note.moves[type]),
             )
             for type in possible
         ]
@@ -159,20 +154,10 @@ class _Note:
 
     kl: Sequence[float]  # in the anchor: of text, of refusals
     errors: Mapping[str, float]  # by type: squared change of the weights, columns weighed
-    moves: Mapping[str, Sequence[float]]  # by type: of refusals' log-odds, by kind
 
 
-def _gradients(bench: Workbench, groups: Sequence[Group]) -> list[dict[str, torch.Tensor]]:
-    """Of each of the log-odds, by tensor."""
-    names = [name for group in groups for name in group.tensors]
-    found = bench.probe("train").gradients([bench.weights[name] for name in names])
-    return [dict(zip(names, kind, strict=True)) for kind in found]
-
-
-def _measured(
-    bench: Workbench, group: Group, types: set[str], gradients: Sequence[Mapping[str, torch.Tensor]]
-) -> _Note:
-    errors, moves = dict.fromkeys(types, 0.0), {type: [0.0] * len(gradients) for type in types}
+def _measured(bench: Workbench, group: Group, types: set[str]) -> _Note:
+    errors = dict.fromkeys(types, 0.0)
     anchored: dict[str, torch.Tensor] = {}
     for name in group.tensors:
         exact = bench.weights[name].detach().float()
@@ -181,13 +166,10 @@ def _measured(
             value = bench.rounded(name, type)
             if type == ANCHOR:
                 anchored[name] = value
-            change = value.to(exact.device) - exact
-            errors[type] += _weighed(change, columns)
-            for kind, gradient in enumerate(gradients):
-                moves[type][kind] += float((gradient[name].float() * change).sum())
+            errors[type] += _weighed(value.to(exact.device) - exact, columns)
     with bench.holding(anchored):
         kl = bench.probe("train").divergence(group.first)
-    return _Note((kl.text, kl.refusal), errors, moves)
+    return _Note((kl.text, kl.refusal), errors)
 
 
 def _weighed(change: torch.Tensor, columns: NDArray[np.float32] | None) -> float:
@@ -239,7 +221,4 @@ def _noted(scratch: Path) -> dict[str, _Note]:
 
 
 def _note(scratch: Path, noted: Mapping[str, _Note]) -> None:
-    scratch.mkdir(parents=True, exist_ok=True)
-    part = scratch / f"{_NOTED}.tmp"
-    part.write_text(json.dumps({name: asdict(note) for name, note in noted.items()}), encoding="utf-8")
-    part.replace(scratch / _NOTED)
+    write_atomically(scratch / _NOTED, canonical_json({name: asdict(note) for name, note in noted.items()}), scratch)
