@@ -221,3 +221,23 @@ def test_an_encoder_of_another_model_is_refused(shipped: Artifact, tiny_llava: P
 def test_the_files_are_what_the_manifest_says(shipped: Artifact) -> None:
     assert shipped.damage() == []
     assert shipped.manifest.files[1].sha256 == sha256_file(shipped.file("model.gguf"))
+
+
+def test_an_encoder_whose_projector_is_not_known_is_refused(shipped: Artifact, tmp_path: Path) -> None:
+    data = shipped.file("mmproj.gguf").read_bytes()
+    key = b"clip.projector_type" + (8).to_bytes(4, "little")
+    assert data.count(key + (3).to_bytes(8, "little") + b"mlp") == 1
+    path = tmp_path / "mmproj.gguf"
+    path.write_bytes(data.replace(key + (3).to_bytes(8, "little") + b"mlp", key + (3).to_bytes(8, "little") + b"ldp"))
+    with pytest.raises(SourceError, match="projector that is not known here: ldp"):
+        read_vision_header(path)
+
+
+def test_a_model_that_was_never_tuned_to_chat_is_shipped_all_the_same(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llava, folder)
+    (folder / "chat_template.jinja").unlink()
+    stage = GGUFStage(GGUFParams(type="Q8_0"))
+    context = context_of("gguf", tmp_path, folder, Told())
+    stage.run(context)
+    assert "tokenizer.chat_template" not in read_header(context.output / "model.gguf").fields

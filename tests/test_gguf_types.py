@@ -27,13 +27,13 @@ from artifacts.manifest import Manifest
 from stages.models.tiny import tiny_llava_spec
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.gguf import GGUFParams, GGUFStage
-from stages.quantize.types import ALIASES, TYPES
+from stages.quantize.types import TYPES
 from stages.quantize.workbench import AutoParams, ProbeMix, Workbench
 from stages.runtimes.gguf_header import read_header
 from stages.runtimes.gguf_parts import model_file, parts_of, read_model, split_model
 from stages.runtimes.llamacpp import LlamaCppRuntime
 from stages.runtimes.llamacpp_library import TextModel, library
-from stages.runtimes.mixture import NEED_IMATRIX
+from stages.runtimes.mixture import ALIASES, NEED_IMATRIX
 from stages.runtimes.rounding import round_weights
 from stages.runtimes.runtime import Request
 from stages.stage import Planned
@@ -180,9 +180,7 @@ def test_what_no_model_could_be_given_is_refused_before_any_work(params: dict[st
 def test_what_auto_leaves_out_of_the_user_s_text_is_said_once(wide: Path, tmp_path: Path) -> None:
     told, texts = Told(), write(tmp_path / "mine.txt", *ordinary(4), asked()[:2000])
     mix = ProbeMix(samples=2, length=16, questions=0, prompts=0, texts=texts)
-    bench = Workbench(context_of("gguf", tmp_path, wide, told), wide, None, AutoParams(calibration=mix, refusals=1))
-    bench.probe("train")
-    bench.probe("validation")
+    Workbench(context_of("gguf", tmp_path, wide, told), wide, None, AutoParams(calibration=mix, refusals=1))
     assert len(told.lines) == 1 and told.lines[0].endswith("mine.txt repeat what tests ask, and are left out")
 
 

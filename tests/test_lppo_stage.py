@@ -217,3 +217,48 @@ def test_validation_asks_other_sets_and_other_exits_where_told(tiny_llava: Path)
     unknown = trained.model_copy(update={"prompts": PromptShares(validation=("donotknow",))})
     with pytest.raises(RecipeError, match="donotknow"):
         LPPOStage(unknown).plan({"source": Planned(type="checkpoint", spec=spec)})
+
+
+def test_a_quantizer_means_what_the_type_of_a_file_means() -> None:
+    named = {name: LPPOParams(quantizer=name).quantizer for name in ("Q4_K", "q4_0", "Q4_K_M", "gptq-4bit-64", "none")}
+    assert named == {
+        "Q4_K": "Q4_K_M",
+        "q4_0": "Q4_0",
+        "Q4_K_M": "Q4_K_M",
+        "gptq-4bit-64": "gptq-4bit-64",
+        "none": "none",
+    }
+
+
+def test_what_llama_cpp_rounds_is_part_of_the_key_where_it_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told() -> list[str]:
+        return [LPPOStage(LPPOParams(quantizer=name)).fingerprint() for name in ("Q4_0", "gptq-4bit", None)]
+
+    before = told()
+    monkeypatch.setattr("stages.lppo.hardening.version", lambda name: "99")
+    assert [one == other for one, other in zip(before, told(), strict=True)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ({"harmful": ["misuse"]}, "no harmful prompt to validate by"),
+        ({"validation": ["misuse"]}, "misuse has no validation side"),
+    ],
+)
+def test_weights_are_not_chosen_by_prompts_that_there_are_not(prompts: dict[str, list[str]], words: str) -> None:
+    stage = LPPOStage(LPPOParams.model_validate({"prompts": prompts}))
+    with pytest.raises(RecipeError, match=words):
+        stage.plan({"source": Planned("checkpoint", tiny_llava_spec())})
+    without = LPPOStage(LPPOParams.model_validate({"prompts": {"harmful": ["misuse"]}, "validation": 0}))
+    without.plan({"source": Planned("checkpoint", tiny_llava_spec())})
+    mixed = LPPOParams.model_validate({"prompts": {"benign": ["requests"]}, "validation": 2})
+    with pytest.raises(RecipeError, match="no benign prompts to validate by"):
+        validation_prompts(mixed)
+
+
+def test_one_clock_is_not_shared_by_exits_that_are_trained_one_after_the_other() -> None:
+    paper = {"variant": "paper", "reward_model": "hub:a/b", "max_minutes": 5}
+    LPPOParams.model_validate({**paper, "exits": [1]})
+    with pytest.raises(ValueError, match="max_minutes would end within the first"):
+        LPPOParams.model_validate({**paper, "exits": [1, 2]})

@@ -245,3 +245,16 @@ def test_a_gguf_in_parts_is_taken_with_all_of_them(tiny_verified: dict[str, Arti
     folder, metadata = _run(_stage(parts[0]), tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == [path.name.replace("Tiny", "model") for path in parts]
     assert metadata["exits"] == []
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_found(tiny_llava: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llava, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    assert checkpoint.load_tokenizer(folder).chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))  # as processors kept it
+    assert checkpoint.load_tokenizer(folder).chat_template == template
+    (folder / "chat_template.json").write_text("{")
+    with pytest.raises(SourceError, match="tokenizer cannot be read"):
+        checkpoint.load_tokenizer(folder)

@@ -87,12 +87,10 @@ class _SeeingHandler(MTMDChatHandler):  # type: ignore[misc]  # llama-cpp-python
 
 def _pieces(llama: Llama, template: str, messages: Sequence[Message], tools: object, *, sees: bool) -> list[str]:
     """The texts before, between and after the images of a conversation."""
-    from jinja2 import TemplateError
-
     conversation = [{**message, "content": _content(message.get("content"), sees)} for message in messages]
     try:
-        pieces = render_conversation(template, conversation, tools=tools)  # type: ignore[arg-type]  # by JSON schema
-    except (ValueError, TypeError, TemplateError) as error:
+        pieces = render_conversation(template, conversation, tools=tools, today=True)  # type: ignore[arg-type]
+    except ValueError as error:
         raise HTTPException(400, f"the model's chat template does not take this conversation: {error}") from error
     if llama._model.add_bos_token():  # the tokenizer puts one there
         pieces[0] = pieces[0].removeprefix(llama._model.token_get_text(llama.token_bos()))

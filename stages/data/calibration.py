@@ -179,7 +179,7 @@ class Calibration:
         text, _, place = self._harmful[number % len(self._harmful)]
         answer = REFUSALS[number % len(REFUSALS)]
         passage = self._dialogue(text, answer, place if picture else None)
-        spoken = len(self._prompting.ids(answer)[: self._length])
+        spoken = len(self._prompting.answer(answer)[: self._length])
         return replace(passage, first=len(passage.embeddings) - spoken - 1)
 
     def mixed(self, count: int, start: int = 0) -> list[Passage]:
@@ -191,7 +191,7 @@ class Calibration:
         """`picture`: the place of the one beside the text; None: there is none."""
         import torch
 
-        answered = self._prompting.ids(answer)[: self._length] if answer else []
+        answered = self._prompting.answer(answer)[: self._length] if answer else []
         if self._exit is None or picture is None:
             return Passage(self._embedded([*self._prompting.text(text), *answered]), first=0)
         before, after = self._prompting.around_image(text)

@@ -41,7 +41,7 @@ _SPLIT_CONSTANT: Final = "split-1"  # changing it moves every prompt: whatever w
 HELD_OUT: Final = frozenset({"donotanswer", "donotanswer-contested"})
 """Never on the train side: what they ask is of another origin than all that is trained on."""
 _ADDED: Final = ("harmbench",)  # behind the others, which the demo was trained on: they keep their sides
-_TRAIN_ONLY: Final = ("requests", "misuse")  # written so that they resemble nothing on the other sides
+TRAIN_ONLY: Final = ("requests", "misuse")  # written so that they resemble nothing on the other sides
 
 
 def load_prompts(set: str, split: str, n: int | None = None, seed: int = 0) -> list[Prompt]:
@@ -93,11 +93,11 @@ def _order(text: str) -> str:
 @cache
 def _assigned() -> tuple[tuple[Prompt, str, Split], ...]:
     """Every prompt that is kept, its set and its side."""
-    pool = [(prompt, name) for name, read in SETS.items() if name not in _TRAIN_ONLY for prompt in read()]
+    pool = [(prompt, name) for name, read in SETS.items() if name not in TRAIN_ONLY for prompt in read()]
     if not all(prompt.text for prompt, _ in pool):
         raise SourceError("a prompt set holds an empty prompt", why="its file does not have the expected form")
     first = sum(name not in _ADDED for _, name in pool)
-    ours: list[tuple[Prompt, str, Split]] = [(prompt, name, "train") for name in _TRAIN_ONLY for prompt in SETS[name]()]
+    ours: list[tuple[Prompt, str, Split]] = [(prompt, name, "train") for name in TRAIN_ONLY for prompt in SETS[name]()]
     return (*split_together(pool, held_out=HELD_OUT, weighing=first), *ours)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from artifacts.home import cache_dir
 from stages.data import package
+from stages.models import checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,12 +33,12 @@ class Embedder:
     """
 
     def __init__(self) -> None:
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
         from transformers.utils import logging
 
         folder = _unpacked()
         logging.disable_progress_bar()
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self._tokenizer = checkpoint.load_tokenizer(folder)
         self._model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SOURCES: Final = (SOURCE + "model.safetensors",)  # what `pipeline fetch` brings
-FEATURES: Final = 2 * WIDTH
 NAME: Final = "learned.json"
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from artifacts.errors import SourceError
+from stages.data.chat import rendered
 from stages.judges.judge import Judgement, Quantity
 from stages.runtimes.runtime import Request, Runtime
 
@@ -133,9 +134,6 @@ def format_of(chat_template: str | None, *, slot: str = "", special_tokens: dict
 
 
 def _rendered(chat_template: str, special_tokens: dict[str, str]) -> str:
-    from jinja2.exceptions import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     # Text versions read strings, vision versions parts.
     for shape in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
         conversation = [
@@ -143,12 +141,9 @@ def _rendered(chat_template: str, special_tokens: dict[str, str]) -> str:
             {"role": "assistant", "content": shape(_ANSWERED)},
         ]
         try:
-            rendered, _ = render_jinja_template(
-                conversations=[conversation], chat_template=chat_template, add_generation_prompt=True, **special_tokens
-            )
-        except (TemplateError, TypeError):
+            text = rendered(chat_template, conversation, special_tokens)
+        except ValueError:
             continue
-        text: str = rendered[0]
         if _ASKED in text and _ANSWERED in text and "'text'" not in text:
             return text
     return ""
@@ -172,14 +167,12 @@ def open_guard(path: Path) -> tuple[Runtime, Format]:
         own = read_model(files.model).fields.get("tokenizer.chat_template")
         format = format_of(own if isinstance(own, str) else None)
         return LlamaCppRuntime(files.model, files.mmproj, chat_template=_filled(format, "<image>")), format
-    from transformers import AutoTokenizer
-
     from stages.models import checkpoint
     from stages.models.family import family_of
     from stages.runtimes.transformers import TransformersRuntime
 
     family = family_of(checkpoint.read_config(path), where=str(path))
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    tokenizer = checkpoint.load_tokenizer(path)
     own = tokenizer.chat_template
     tokens = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     format = format_of(own if isinstance(own, str) else None, slot=family.image_slot, special_tokens=tokens)

@@ -102,20 +102,14 @@ class RewardModel:
         self,
         folder: Path,
         *,
-        dtype: checkpoint.DType = "float32",
         device: str = "cpu",
         batch: int = 16,
-        form: Form | None = None,
     ):
-        from transformers import AutoTokenizer
-
         self.scale = read_scale(checkpoint.read_config(folder), where=str(folder / "config.json"))
-        self.form: Form = form or self.scale.form
+        self.form: Form = self.scale.form
         self._batch = batch
-        self._model = load(folder, dtype, device)
-        self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        self._model = load(folder, device)
+        self._tokenizer: PreTrainedTokenizerBase = checkpoint.load_tokenizer(folder)
         if self.form == "chat" and not self._tokenizer.chat_template:
             raise SourceError("the reward model has no chat template", where=str(folder), way_out="use form hh or pair")
         self._pad = padding(self._model, self._tokenizer)
@@ -220,7 +214,7 @@ def source_digest(source: str) -> str:
     return cached.name if cached is not None else ""
 
 
-def load(folder: Path, dtype: checkpoint.DType = "float32", device: str = "cpu") -> PreTrainedModel:
+def load(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """A sequence-classification model with one label, in eval mode, gradients off.
 
     Raises:
@@ -235,7 +229,7 @@ def load(folder: Path, dtype: checkpoint.DType = "float32", device: str = "cpu")
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
-            dtype=checkpoint.torch_dtype(dtype),
+            dtype=checkpoint.torch_dtype("float32"),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -91,7 +91,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def detectable_change(n: int, tests: int = 1, power: float = POWER) -> float | None:
+def detectable_change(n: int, tests: int = 1) -> float | None:
     """The smallest change of a rate that n paired prompts show: exact McNemar, 5% over all `tests` (the first of Holm's
     steps), with this power, in the best case that every flip goes one way. None: no change at all would be shown.
 
@@ -107,7 +107,7 @@ def detectable_change(n: int, tests: int = 1, power: float = POWER) -> float | N
     needed = next(flips for flips in range(1, 200) if 2 * 0.5**flips <= (1 - CONFIDENCE) / tests)
     if needed > n:
         return None
-    return float(brentq(lambda rate: binom.sf(needed - 1, n, rate) - power, 0.0, 1.0))
+    return float(brentq(lambda rate: binom.sf(needed - 1, n, rate) - POWER, 0.0, 1.0))
 
 
 def resolvable(low: float, high: float) -> float:

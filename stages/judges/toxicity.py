@@ -32,7 +32,7 @@ class ToxicityModel:
     quantity: ClassVar[Quantity] = "toxicity"
 
     def __init__(self, folder: Path):
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
 
         checkpoint.read_config(folder)
@@ -42,7 +42,7 @@ class ToxicityModel:
             self._model, told = AutoModelForSequenceClassification.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self._tokenizer = checkpoint.load_tokenizer(folder)
         except (OSError, RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()
             raise SourceError(

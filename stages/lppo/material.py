@@ -110,12 +110,22 @@ def known_answers(n: int, seed: int) -> dict[int, list[Question]]:
 
 
 def validation_prompts(params: TrainingParams) -> list[Prompt]:
-    """Some prompts of each kind, always the same."""
+    """Some prompts of each kind, always the same.
+
+    Raises:
+        RecipeError: none of a kind that is trained on.
+    """
     instead = [prompt for name in params.prompts.validation for prompt in prompts.load_prompts(name, "validation")]
     asked: list[Prompt] = []
     for kind, names in params.prompts.kinds().items():
         trained = [prompt for name in names for prompt in prompts.load_prompts(name, "validation")]
         found = [prompt for prompt in instead if prompt.intent == kind]
         found = found or [prompt for prompt in trained if prompt.intent == kind]
+        if not found and params.prompts.shares()[kind]:
+            raise RecipeError(
+                f"there are no {kind} prompts to validate by",
+                why=f"of {', '.join(names)} all are for training",
+                way_out="name a set that has some under prompts.validation, or set validation to 0",
+            )
         asked += sorted(found, key=lambda prompt: sha256_bytes(prompt.id.encode()))[: params.validation]
     return asked

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.models.adapter import LoRA
 from stages.runtimes.imatrix import ImatrixName
+from stages.runtimes.mixture import ALIASES
 from stages.stage import Located, StageParams
 
 CONTRASTED: Final = 8
@@ -200,6 +201,14 @@ class TrainingParams(StageParams):
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="where to train; auto: a GPU if any")
     checkpoint_every: int = Field(default=5, ge=1, description="iterations between checkpoints")
 
+    @field_validator("quantizer")
+    @classmethod
+    def _as_the_file(cls, value: str | None) -> str | None:
+        """The same name means the same here and as the `type` of a file."""
+        if value is None or value == "none" or value.startswith("gptq-"):
+            return value
+        return ALIASES.get(value.upper(), value.upper())
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.prompts_per_step % self.prompts_per_scene:
@@ -346,6 +355,11 @@ class LPPOParams(TrainingParams):
     def _rewarded(self) -> Self:
         if self.objective == "grpo" and self.samples < 2:
             raise ValueError("grpo compares the responses to a prompt: set samples to 2 or more")
+        if self.variant == "paper" and self.max_minutes is not None and (self.exits == "all" or len(self.exits) > 1):
+            raise ValueError(
+                "max_minutes would end within the first of the exits that variant: paper trains one after the other: "
+                "leave it out, or name one exit"
+            )
         if self.rewards.reward_model and self.reward_model is None:
             why = (
                 "variant: paper takes its reward from one" if self.variant == "paper" else "rewards.reward_model is set"

@@ -224,8 +224,8 @@ class Policy:
         return cast("str", self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """What a response is made of, without an end."""
-        return [int(id) for id in self._tokenizer(text, add_special_tokens=False).input_ids]
+        """What a response is made of, as it stands behind a prompt, without an end."""
+        return self._prompting.answer(text)
 
     # --- what is trained ---
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from artifacts.errors import RecipeError, StageError
+from stages.machine import cores
 from stages.runtimes.gptq_grid import is_grid, parse_grid, round_to_grid
-from stages.runtimes.llamacpp_library import threads
 from stages.runtimes.rounding import TYPES, check_type, round_weights, row_type
 from stages.runtimes.tensor_names import stored_names
 
@@ -134,7 +134,7 @@ class Quantizer:
 
         now = [_parts(module) for module in self._adapters]
         # libggml lets go of the interpreter while it rounds.
-        with torch.no_grad(), ThreadPoolExecutor(threads()) as pool:
+        with torch.no_grad(), ThreadPoolExecutor(cores()) as pool:
             if not self._rounded:
                 self._rounded = list(pool.map(self._residual, range(len(self._layers))))
             else:  # one after another takes the place of the old one: two sets of weights are enough

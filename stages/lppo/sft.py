@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from stages.lppo.hardening import Hardening, Setting, tell
 from stages.lppo.params import SFTParams
-from stages.lppo.stage import Hardening, Setting, tell
 from stages.stage import Context
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 class SFTStage(Hardening[SFTParams]):
     name = "sft"
-    code_version = "7"
+    code_version = "8"
     summary = "harden the language model by supervised fine-tuning on refusals (baseline of l-ppo)"
     Params = SFTParams
 

@@ -20,7 +20,7 @@ from stages.models.gptq import interpreted, loading_arguments, silent
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -157,6 +157,30 @@ def tensor_digests(path: Path, containing: str) -> dict[str, str]:
             described = f"{entry['dtype']} {entry['shape']}\n".encode()
             found[name] = sha256_bytes(described + handle.read(end - begin))
     return found
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with its chat template wherever that lies: in a file of its own, as processors
+    have it, or in the tokenizer's settings. No code out of the folder is run.
+
+    Raises:
+        SourceError: there is none, or a file is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        beside = folder / "chat_template.json"  # transformers reads it for processors alone
+        if beside.is_file() and not (folder / "chat_template.jinja").is_file():
+            tokenizer.chat_template = str(json.loads(beside.read_bytes())["chat_template"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = str(error).strip().splitlines()
+        raise SourceError(
+            "the checkpoint's tokenizer cannot be read", where=str(folder), why=why[0] if why else None
+        ) from error
+    return tokenizer
 
 
 def torch_dtype(name: str) -> torch.dtype:

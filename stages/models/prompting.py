@@ -6,11 +6,13 @@ SentencePiece tokenizer would put a space before text that stands alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from artifacts.errors import SourceError
-from stages.data.chat import render
+from stages.data.chat import Turn, answer_place, render
 from stages.models.crossing import Placed
 
 if TYPE_CHECKING:
@@ -50,17 +52,16 @@ class Prompting:
 
     def text(self, prompt: str) -> list[int]:
         """A prompt without an image."""
-        turn = render(self._template, prompt, image=False, special_tokens=self._special_tokens)
-        return self._started(self.ids(turn.after))
+        return self._started(self.ids(self._turn(prompt, image=False).after))
 
     def around_image(self, prompt: str) -> tuple[list[int], list[int]]:
         """A prompt with an image: what stands before the image, and what stands behind it.
 
         Raises:
-            SourceError: the tokenizer has no token for the image.
+            SourceError: the tokenizer has no token for the image, or the chat template no place for it.
         """
         slot = self._family.image_slot
-        turn = render(self._template, prompt, image=True, slot=slot, special_tokens=self._special_tokens)
+        turn = self._turn(prompt, image=True)
         ids = self.ids(turn.before + slot + turn.after)
         token = cast("int | None", self._tokenizer.convert_tokens_to_ids(slot))
         if token is None or ids.count(token) != 1:
@@ -71,6 +72,21 @@ class Prompting:
             )
         place = ids.index(token)
         return self._started(ids[:place]), ids[place + 1 :]
+
+    def _turn(self, prompt: str, *, image: bool) -> Turn:
+        with _explained():
+            return render(
+                self._template,
+                prompt,
+                image=image,
+                slot=self._family.image_slot,
+                special_tokens=self._special_tokens,
+            )
+
+    @cached_property
+    def _answered(self) -> tuple[str, str]:
+        with _explained():
+            return answer_place(self._template, special_tokens=self._special_tokens, slot=self._family.image_slot)
 
     def image(self, tokens: torch.Tensor, geometry: Geometry) -> Placed:
         """An image's tokens (tokens, width) as they reach the language model, the texts around them embedded."""
@@ -83,6 +99,13 @@ class Prompting:
             for part, text in zip(tokens.chunk(len(texts) - 1), texts[1:], strict=True):
                 woven += [part, text]
         return Placed(torch.cat(woven), self._family.beside(tokens, geometry))
+
+    def answer(self, text: str) -> list[int]:
+        """An answer as it stands behind a prompt, without an end: with the space that some templates put before it, and
+        cut into tokens there."""
+        before, lead = self._answered
+        head, whole = self.ids(before), self.ids(before + lead + text)
+        return whole[len(head) :] if whole[: len(head)] == head else self.ids(lead + text)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, nothing added."""
@@ -101,3 +124,15 @@ class Prompting:
         if self._starts and ids[:1] != [self._bos]:
             return [cast("int", self._bos), *ids]
         return ids
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SourceError(
+            "the checkpoint's chat template does not fit the model",
+            why=str(error),
+            way_out="put the chat_template.jinja that came with the model into the folder",
+        ) from error

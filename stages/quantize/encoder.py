@@ -13,10 +13,9 @@ from typing import Literal
 from stages.models.spec import ModelSpec
 from stages.quantize.convert import convert_image_encoder, quantize_model
 from stages.quantize.mmproj import FloatType, write_mmproj
-from stages.quantize.types import ALIASES
 from stages.runtimes.gguf_header import ClsOrder, read_header
 from stages.runtimes.hollow import quantized_in_encoder
-from stages.runtimes.mixture import Fallback, differing
+from stages.runtimes.mixture import ALIASES, Fallback, differing
 
 MmprojType = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import ByteSize, Field, WithJsonSchema, field_validator, model_validator
 
 from artifacts.artifact import Artifact
+from artifacts.disk import appearing
 from artifacts.errors import RecipeError, SourceError, StageError
 from stages.models import checkpoint
 from stages.models.family import family_named, family_of
@@ -27,10 +28,9 @@ from stages.models.spec import ModelSpec, TextSpec
 from stages.quantize.auto import AUTO, RESERVE, Chosen, automatic, exact_of
 from stages.quantize.convert import convert_language_model, quantize_model
 from stages.quantize.encoder import MmprojType, write_encoder
-from stages.quantize.mmproj import FloatType, appearing
+from stages.quantize.mmproj import FloatType
 from stages.quantize.options import groups_of, least_bytes
 from stages.quantize.types import (
-    ALIASES,
     FLOATS,
     IMATRIX_HINT,
     TYPES,
@@ -44,11 +44,10 @@ from stages.quantize.workbench import AutoParams
 from stages.quantize.written import check_answers, check_tensors
 from stages.runtimes import imatrix
 from stages.runtimes.gguf_header import Header, read_header
-from stages.runtimes.gguf_parts import MODEL_NAME, split_model
+from stages.runtimes.gguf_parts import MMPROJ_NAME, MODEL_NAME, split_model
 from stages.runtimes.imatrix import ImatrixName, Importance
-from stages.runtimes.llamacpp import MMPROJ_NAME
 from stages.runtimes.llamacpp_cls import cls_order, image_slots
-from stages.runtimes.mixture import NEED_IMATRIX, Fallback, outline_of_text
+from stages.runtimes.mixture import ALIASES, NEED_IMATRIX, Fallback, outline_of_text
 from stages.runtimes.mixture import fallbacks as fallbacks_of
 from stages.stage import Context, Located, Planned, Stage, StageParams
 

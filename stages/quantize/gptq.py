@@ -168,13 +168,11 @@ class GPTQStage(Stage[GPTQParams]):
     ) -> tuple[list[Batch], Mapping[Kind, int], str]:
         """Write the language model alone into scratch. Returns the calibration as its embeddings, how many sequences
         of each kind there are, and the name of the blocks in the whole model. That is gone when this returns."""
-        from transformers import AutoTokenizer
-
         from stages.data.calibration import batches as one_by_one
 
         source, wanted = context.input("checkpoint").path, self.params.calibration
         model = family.load(source, dtype=dtype, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = checkpoint.load_tokenizer(source)
         material = wanted.material(family, source, model, tokenizer, "train", context.seed)
         counts, passages = wanted.counts(material.kinds()), wanted.passages(material)
         wanted.tell(context, material.left_out)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Final, Protocol, cast
 
 from artifacts.errors import StageError
 from stages.data.calibration import Batch
+from stages.machine import cores
 from stages.models import checkpoint
 from stages.models.gptq import missing_distributions
-from stages.runtimes.llamacpp_library import threads
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ def quantize_language_model(
     """
     check_installed()
     folder, target, scratch = folder.resolve(), target.resolve(), scratch.resolve()  # the working folder will change
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(threads()))
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(cores()))
     try:
         with _silent(scratch):
             quantizer = _load(folder, settings, dtype, device)

@@ -15,7 +15,7 @@ from pydantic import Field
 from artifacts.errors import RecipeError, StageError
 from stages.data.calibration_mix import CalibrationMix
 from stages.models import checkpoint
-from stages.models.family import families, family_of
+from stages.models.family import family_named, family_of
 from stages.resources import device_of
 from stages.runtimes.imatrix import IMATRIX_NAME, Collected, write_imatrix
 from stages.stage import Context, Located, Planned, Stage, StageParams
@@ -44,7 +44,7 @@ class ImatrixStage(Stage[ImatrixParams]):
         self.params.calibration.check()
         planned = super().plan(inputs)
         spec = planned.spec
-        family = next((family for family in families() if spec is not None and family.name == spec.family), None)
+        family = family_named(spec.family) if spec is not None else None
         if family is not None and "llamacpp" not in family.runtimes:
             raise RecipeError(
                 f"no importance matrix is made of models of the family {family.name}",
@@ -60,8 +60,6 @@ class ImatrixStage(Stage[ImatrixParams]):
         return self.params.calibration.fingerprint()
 
     def run(self, context: Context) -> Mapping[str, object]:
-        from transformers import AutoTokenizer
-
         from stages.data.calibration import batches
         from stages.runtimes.activations import collect
 
@@ -71,7 +69,7 @@ class ImatrixStage(Stage[ImatrixParams]):
         family = family_of(config, where=str(source.path))
         device = device_of(self.params.device, context.team)
         model = family.load(source.path, dtype=checkpoint.dtype_of(config), device=device)
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
+        tokenizer = checkpoint.load_tokenizer(source.path)
         context.progress(0, wanted.samples, "reading calibration data")
         material = wanted.material(family, source.path, model, tokenizer, "train", context.seed)
         counts, passages = wanted.counts(material.kinds()), wanted.passages(material)

@@ -57,7 +57,6 @@ TYPES: Final[Mapping[str, int]] = {
     "Q1_0": 40,
     "Q2_0": 41,
 }
-ALIASES: Final[Mapping[str, str]] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize has them
 FLOATS: Final = ("F32", "F16", "BF16")
 TENSOR_TYPES: Final = (*FLOATS, *rounding.TYPES)  # that one tensor can be given
 OUTPUT: Final = "output.weight"

@@ -9,7 +9,7 @@ import numpy as np
 
 from artifacts.errors import StageError
 from stages.runtimes.gguf_header import Header, read_header
-from stages.runtimes.gguf_parts import read_model
+from stages.runtimes.gguf_parts import model_file, read_model
 from stages.runtimes.llamacpp import LlamaCppRuntime
 from stages.runtimes.runtime import Request
 
@@ -51,7 +51,7 @@ def check_answers(folder: Path, *, sees_images: bool) -> None:
 
             image = folder / "check.png"
             Image.new("RGB", (64, 64), (120, 130, 140)).save(image)
-        with LlamaCppRuntime(folder, parallel=1) as runtime:
+        with LlamaCppRuntime(folder, parallel=1, chat_template=_template(folder)) as runtime:
             request = Request(_PROMPT, image=image, max_new_tokens=4)
             if not np.isfinite(runtime.logits(request, "I see")).all():
                 raise StageError(
@@ -63,3 +63,9 @@ def check_answers(folder: Path, *, sees_images: bool) -> None:
     finally:
         if image is not None:
             image.unlink(missing_ok=True)
+
+
+def _template(folder: Path) -> str | None:
+    """A plain one for a model that was never tuned to chat; None: its own."""
+    known = read_model(model_file(folder)).fields.get("tokenizer.chat_template")
+    return None if known else "{{ messages[0]['content'] }}"

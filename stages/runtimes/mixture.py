@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from stages.models.spec import TextSpec
 
+ALIASES: Final[Mapping[str, str]] = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # as llama-quantize has them
 _ROWS: Final = 2  # a matrix with one row counts as a vector, which llama.cpp does not quantize
 _LONGEST_BLOCK: Final = 256  # numbers that share a scale, in any type
 _NOT_TYPES: Final = frozenset({"F16", "BF16", "NVFP4"})  # NVFP4: llama.cpp reads it and writes none
