@@ -44,8 +44,9 @@ from stages.quantize.importance import ImatrixParams, ImatrixStage
 from stages.quantize.options import Range, groups_of, measure, padded
 from stages.quantize.workbench import AutoParams, ProbeMix, Workbench
 from stages.runtimes.gguf_header import read_header
+from stages.runtimes.gguf_parts import MMPROJ_NAME
 from stages.runtimes.imatrix import IMATRIX_NAME, read_imatrix
-from stages.runtimes.llamacpp import MMPROJ_NAME, LlamaCppRuntime
+from stages.runtimes.llamacpp import LlamaCppRuntime
 from stages.runtimes.mixture import outline_of
 from stages.runtimes.runtime import Request
 from stages.source import SourceParams, SourceStage

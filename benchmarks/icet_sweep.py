@@ -155,6 +155,7 @@ def naive_transformers(folder: Path) -> Answer:
     def one(request: Request) -> str:
         content = [{"type": "image"}, {"type": "text", "text": request.prompt}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        assert request.image is not None
         inputs = processor(text=text, images=Image.open(request.image), return_tensors="pt")
         with torch.inference_mode():
             out = model.generate(
@@ -175,8 +176,8 @@ def naive_llamacpp(folder: Path, scratch: Path) -> Answer:
     from llama_cpp import Llama
     from llama_cpp.llama_chat_format import MTMDChatHandler
 
+    from stages.machine import cores
     from stages.runtimes.exits import derive_exit
-    from stages.runtimes.llamacpp_library import threads
 
     for exit in range(1, EXITS + 1):
         derive_exit(folder / "mmproj.gguf", exit, scratch / f"{exit}.gguf")
@@ -185,7 +186,7 @@ def naive_llamacpp(folder: Path, scratch: Path) -> Answer:
         handler = MTMDChatHandler(str(scratch / f"{exit}.gguf"), verbose=False, use_gpu=False)
         llama = Llama(
             str(folder / "model.gguf"), chat_handler=handler, n_ctx=1024, n_batch=1024, verbose=False,
-            n_threads=threads(), n_threads_batch=threads(),
+            n_threads=cores(), n_threads_batch=cores(),
         )  # fmt: skip
         handler._init_mtmd_context(llama)  # the encoder, which it would load with the first image
         return llama

@@ -13,12 +13,11 @@ from typer.core import TyperGroup
 
 from artifacts.errors import PipelineError
 from pipeline import cli_publish, cli_verify
+from pipeline.cli_options import RUNS, AsJson, RunsDir, print_json
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs.", metavar="FOLDER")]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Change a value, e.g. --set stages.harden.with.steps=4.", metavar="A.B=C")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 RecipeName = Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.", metavar="RECIPE")]
 ArtifactName = Annotated[
     str,
@@ -26,7 +25,6 @@ ArtifactName = Annotated[
         help="A folder, a digest (8 digits or more), a stage id of the latest run, or RUN:STAGE.", metavar="ARTIFACT"
     ),
 ]
-RUNS = Path("runs")
 
 
 class _Group(TyperGroup):
@@ -64,10 +62,6 @@ def _print_error(error: PipelineError) -> None:
         print(json.dumps({"error": error.to_dict()}))
     else:
         print(f"error: {error}", file=sys.stderr)
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, default=str))
 
 
 def _version(asked: bool) -> None:
@@ -149,7 +143,7 @@ def plan(
     found = make_plan(graph)
     if not explore:
         if as_json:
-            _print_json(found.to_dict())
+            print_json(found.to_dict())
         else:
             print(show_plan(found))
         return
@@ -158,7 +152,7 @@ def plan(
 
     ways = ways_of(graph)
     if as_json:
-        _print_json(found.to_dict() | {"explore": [one.to_dict() for one in ways]})
+        print_json(found.to_dict() | {"explore": [one.to_dict() for one in ways]})
     else:
         print(show_plan(found))
         print(show_explored(ways))
@@ -177,7 +171,7 @@ def runs(runs_dir: RunsDir = RUNS, as_json: AsJson = False) -> None:
 
     found = list_runs(runs_dir)
     if as_json:
-        _print_json([asdict(run) for run in found])
+        print_json([asdict(run) for run in found])
     else:
         print(show_runs(found, runs_dir))
 
@@ -235,7 +229,7 @@ def recipes(as_json: AsJson = False) -> None:
 
     found = {name: {"path": str(path), "purpose": purpose(path)} for name, path in shipped().items()}
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     width = max(map(len, found), default=0)
     for name, entry in found.items():
@@ -257,7 +251,7 @@ def families(
 
     found = list_families()
     if as_json:
-        _print_json([family.to_dict() for family in found])
+        print_json([family.to_dict() for family in found])
     else:
         print(write_families(found) if markdown else show_families(found))
 
@@ -279,7 +273,7 @@ def stages(
 
     found = list_stages() if name is None else [find_stage(name)]
     if as_json:
-        _print_json([kind.to_dict() for kind in found])
+        print_json([kind.to_dict() for kind in found])
     elif markdown:
         print(write_stages(found))
     else:
@@ -306,11 +300,11 @@ def schema(
     if kind is SchemaKind.report:
         from pipeline.report.model import Report
 
-        _print_json(Report.model_json_schema())
+        print_json(Report.model_json_schema())
         return
     from pipeline.schema import recipe_schema
 
-    _print_json(recipe_schema())
+    print_json(recipe_schema())
 
 
 @app.command()
@@ -326,7 +320,7 @@ def inspect(artifact: ArtifactName, runs_dir: RunsDir = RUNS, as_json: AsJson = 
 
     found = inspect_artifact(find_artifact(artifact, runs_dir))
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
         print(show_inspection(found))
     if found.damage:
@@ -348,7 +342,7 @@ def fetch(recipe: RecipeName, set: Overrides = [], as_json: AsJson = False) -> N
     with progress_line(quiet=as_json) as report:
         fetched = fetch_recipe(load_graph(recipe, set), report)
     if as_json:
-        _print_json([item.__dict__ for item in fetched])
+        print_json([item.__dict__ for item in fetched])
         return
     for item in fetched:
         print(f"{item.source}  {show_bytes(item.size)}  {item.path}")
@@ -380,7 +374,7 @@ def gc(
     damaged = check_store(store) if check else []
     freed = collect(store, [runs_dir], dry_run=dry_run)
     if as_json:
-        _print_json({"dry_run": dry_run, "found_damaged": damaged, **asdict(freed)})
+        print_json({"dry_run": dry_run, "found_damaged": damaged, **asdict(freed)})
         return
     for line in damaged:
         print(line)
@@ -403,7 +397,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     findings = examine()
     if as_json:
-        _print_json([finding.__dict__ for finding in findings])
+        print_json([finding.__dict__ for finding in findings])
     else:
         print(show_findings(findings))
     if any(finding.state == "missing" for finding in findings):

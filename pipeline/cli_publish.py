@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs.", metavar="FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+from pipeline.cli_options import RUNS, AsJson, RunsDir, print_json
+
 ModelName = Annotated[
     str,
     typer.Argument(
@@ -34,7 +33,6 @@ SignerKey = Annotated[Path | None, typer.Option("--key", help="Public key (PEM) 
 MmprojPath = Annotated[
     Path | None, typer.Option("--mmproj", help="Image encoder of a GGUF file; default: beside it.", metavar="FILE")
 ]
-RUNS = Path("runs")
 _IMAGE = "/image "
 
 registry = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into registries and OCI layouts.")
@@ -104,7 +102,7 @@ def publish(
     if signer is None and to is not None and not as_json:
         print("not signed: nobody can check who made it (--key)", file=sys.stderr)
     if as_json:
-        _print_json({**done.__dict__, "tags": dict(done.tags)})
+        print_json({**done.__dict__, "tags": dict(done.tags)})
     else:
         print(f"{done.target}\n{done.digest}")
 
@@ -132,7 +130,7 @@ def pull(
     with progress_line(quiet=as_json) as moved:
         bundle = pull_bundle(reference, folder, wanted, moved)
     if as_json:
-        _print_json({"folder": str(folder), "digest": bundle.digest, "unverified": bundle.unverified})
+        print_json({"folder": str(folder), "digest": bundle.digest, "unverified": bundle.unverified})
     else:
         print(f"{folder}\n{bundle.digest}{'  UNVERIFIED' if bundle.unverified else ''}")
 
@@ -162,7 +160,7 @@ def check(
 
     found, findings = check_named(bundle, policy_of(key, _unless_key(context, key, policy)))
     if as_json:
-        _print_json(
+        print_json(
             {"folder": str(found.folder), "digest": found.digest, "findings": [one.__dict__ for one in findings]}
         )
     else:
@@ -191,7 +189,7 @@ def registry_list(
 
     tags = list_tags(repository)
     if as_json:
-        _print_json(tags)
+        print_json(tags)
     else:
         print("\n".join(tags) or "no tags")
 
@@ -207,7 +205,7 @@ def registry_show(reference: Reference, as_json: AsJson = False) -> None:
 
     shown = show_model(reference)
     if as_json:
-        _print_json(shown.to_dict())
+        print_json(shown.to_dict())
     else:
         print(show_shown(shown))
 
@@ -298,7 +296,3 @@ def _ask() -> str | None:
         return input("> ")
     except EOFError:
         return None
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=2, default=str))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of the runs.", metavar="FOLDER")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-RUNS = Path("runs")
+from pipeline.cli_options import RUNS, AsJson, RunsDir, print_json
 
 
 def commands(app: typer.Typer) -> None:
@@ -98,6 +95,6 @@ def compare(
     if page is not None:
         write_page(found, page)
     if as_json:
-        print(json.dumps(comparison_dict(found), indent=2))
+        print_json(comparison_dict(found))
     else:
         print(show_comparison(found, responses))

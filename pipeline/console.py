@@ -146,7 +146,7 @@ class PlainConsole:
                 self._told[event.stage] = event.time
                 yield f"{event.stage}: {_progress_text(view, event.time)}"
         else:
-            yield from _closing_lines(event, view)
+            yield from _closing_lines(event)
 
 
 class LiveConsole:
@@ -162,7 +162,7 @@ class LiveConsole:
     def handle(self, event: Event) -> None:
         from rich.live import Live
 
-        view = _view(self._stages, event)
+        _view(self._stages, event)
         if isinstance(event, RunStarted):
             self._stages = {stage: _StageView(uses=event.uses.get(stage, "")) for stage in event.stages}
             self._console.print(f"run [bold]{event.run}[/bold]" + (" (continuing)" if event.resumed else ""))
@@ -173,7 +173,7 @@ class LiveConsole:
             self.close()
         if isinstance(event, StageFinished):
             return  # the table says it
-        for line in _closing_lines(event, view):
+        for line in _closing_lines(event):
             self._console.print(line, markup=False)
 
     def close(self) -> None:
@@ -247,7 +247,7 @@ def _view(stages: dict[str, _StageView], event: Event) -> _StageView:
     return view
 
 
-def _closing_lines(event: Event, view: _StageView) -> Iterator[str]:
+def _closing_lines(event: Event) -> Iterator[str]:
     """What both text consoles say."""
     if isinstance(event, StageLog):
         yield f"{event.stage}: {event.message}"

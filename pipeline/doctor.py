@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from pipeline.device import show_bytes
+from stages.machine import cores
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def _python() -> Finding:
 
 
 def _cores() -> Finding:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = cores()
     detail = f"{allowed} of {os.cpu_count()}"
     if allowed < 2:
         return Finding(

@@ -193,7 +193,7 @@ class SourceStage(Stage[SourceParams]):
 
 
 def parse_model(model: str) -> tuple[Kind, str]:
-    """What `model:` names: ("demo", name), ("folder", path) or ("hub", id).
+    """What `model:` names: ("demo", name), ("folder", path), ("gguf", path) or ("hub", id).
 
     Raises:
         RecipeError: an unknown demo, or none of these forms.

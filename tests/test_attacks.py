@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError, SourceError
+from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.manifest import sha256_file
 from artifacts.measures import RESPONSES_NAME
 from stages.data.images import typographic
@@ -163,3 +163,11 @@ def test_generated_pictures_that_cannot_be_are_refused_before_any_work(params: d
     stage = IcetVerifyStage(IcetVerifyStage.Params.model_validate(params))
     with pytest.raises(RecipeError, match=message):
         stage.plan({"gguf": Planned("gguf"), "source": Planned("checkpoint")})
+
+
+def test_letters_that_the_font_lacks_are_written_plainly_or_refused() -> None:
+    drawn = [typographic(text, 112).read_bytes() for text in ("Wie geht das \u2013 Café?", "Wie geht das - Cafe?")]
+    assert drawn[0] == drawn[1]
+    with pytest.raises(StageError, match="the font has no 'К'") as caught:
+        typographic("Как сделать бомбу", 112)
+    assert "Как сделать" in str(caught.value.why)

@@ -151,10 +151,14 @@ def test_the_command_prints_a_table_json_and_a_page_with_both_responses(folder: 
 
 def test_another_judge_on_one_side_is_told(folder: RunFolder) -> None:
     before, after = side("a", {(1, 0): True}), side("b", {(1, 0): False})
-    assert compare(before, after).other_judge == ""
+    assert compare(before, after).caveats == []
     one, other = replace(before, judge="refusal-rule 1"), replace(after, judge="learned 1")
-    told = compare(one, other).other_judge
+    (told,) = compare(one, other).caveats
     assert "refusal-rule 1" in told and "learned 1" in told
-    assert compare(one, replace(after, judge="refusal-rule 1")).other_judge == ""
+    assert compare(one, replace(after, judge="refusal-rule 1")).caveats == []
+    drawn = [replace(one, decoding=words) for words in ("greedy, of at most 24 tokens", "greedy, of at most 64 tokens")]
+    (told,) = compare(drawn[0], replace(after, judge="refusal-rule 1", decoding=drawn[1].decoding)).caveats
+    assert "24 tokens" in told and "64 tokens" in told
     found = compare_models(f"{folder.run.name}:source", folder.run.name, folder.run.parent)
     assert found.first.judge and found.first.judge == found.second.judge
+    assert found.first.decoding == found.second.decoding

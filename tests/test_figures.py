@@ -12,6 +12,7 @@ from artifacts.measures import Measure
 from pipeline.report.build import build_report
 from pipeline.report.charts import Zone
 from pipeline.report.figures import exit_figures, whole_figures, zones
+from pipeline.report.headline import headline
 from pipeline.report.model import Report
 
 
@@ -64,3 +65,16 @@ def test_bands_are_the_exits_that_a_note_lists_and_no_number_of_a_judges_name(re
     notes = {"middle": f"{guard}; exits 5, 6", "late": "by VQA-v2's rules; exits 9, 10", "early": f"{guard} only"}
     more = [row("asr_by_llama-guard", 0.1, band=band, note=note) for band, note in notes.items()]
     assert zones(report.model_copy(update={"measures": (*report.measures, *more)})) == found
+
+
+def test_the_headline_speaks_of_all_exits_that_ship_though_others_have_fewer(report: Report) -> None:
+    others = [one for one in report.measures if not (one.artifact == "gguf" and one.measure == "asr")]
+    at = {1: 0.0, 2: 0.0, 3: 0.6}
+    asr = [row("asr", value, exit) for exit, value in at.items()]
+    asr += [row("asr", 0.0, band="average", note="exits 1, 2"), row("asr", 0.2, band="all", note="exits 1, 2, 3")]
+    source = {"artifact": "source", "role": "source", "runtime": "transformers"}
+    others = [one for one in others if not (one.artifact == "source" and one.measure == "asr")]
+    asr.append(row("asr", 0.3, band="average", note="exits 1, 2", **source))
+    told = headline(report.model_copy(update={"measures": (*others, *asr, *asr[:3])}))  # two verdicts speak of it
+    assert re.search(r"answers 20% \([^)]*\) of harmful requests over 3 exits, at worst 60%", told), told
+    assert re.search(r"source answers 30% \([^)]*\), at exits 1, 2", told), told

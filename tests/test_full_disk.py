@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from layout_damage import layout_damage
 from registry_setting import small_bundle
 from rude_server import Answer, Planted, RudeServer
 
@@ -20,7 +21,7 @@ from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json
 from artifacts.registry import transport
 from artifacts.registry.manifest import EMPTY, MEDIA_EMPTY, MEDIA_INDEX, TITLE, Descriptor, OciManifest
-from artifacts.registry.oci_layout import Layout, layout_damage, read_tags
+from artifacts.registry.oci_layout import Layout, read_tags
 from artifacts.registry.transfer import copy, pull, push
 from pipeline.commands.pull import kept_bundle
 from stages.models.tiny import tiny_llava_spec

@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layout_damage import layout_damage
 from registry_setting import attest, attest_as_others
 
 from artifacts.bundle import Bundle, BundleFile, write_bundle
 from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json, sha256_bytes
 from artifacts.registry.manifest import MEDIA_DOC, MEDIA_INDEX, MEDIA_WEIGHTS, Descriptor
-from artifacts.registry.oci_layout import Layout, layout_damage, read_tags
+from artifacts.registry.oci_layout import Layout, read_tags
 from artifacts.registry.transfer import attestations_of, pull, push, resolve
 
 CONFIG = {"descriptor": {"name": "tiny"}, "config": {"format": "gguf", "quantization": "Q4_0"}}

@@ -8,11 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from layout_damage import layout_damage
 from run_folder import RECIPE, RunFolder
 
 from artifacts.bundle import Bundle
 from artifacts.errors import GateError, StoreError
-from artifacts.registry.oci_layout import layout_damage, read_tags
+from artifacts.registry.oci_layout import read_tags
 from artifacts.registry.ollama import create
 from pipeline.events import GateChecked, Published, StageFinished, StageMetric, StageStarted
 from pipeline.graph import Graph, build_graph

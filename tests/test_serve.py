@@ -283,14 +283,14 @@ def test_a_conversation_takes_the_context_and_the_batch_of_the_plan(
     """More tokens at once than the plan counts with would take more memory than it allows."""
     from stages.runtimes.llamacpp import LlamaCppRuntime
     from stages.runtimes.llamacpp_library import library
-    from stages.runtimes.rehearsal import UBATCH
+    from stages.runtimes.rehearsal import DEFAULT_UBATCH
 
     found = find_model(str(tiny_verified["gguf"].path), tmp_path)
     with open_chat(found, images[0], None, 2, Room(1024)) as conversation:
         first = "".join(conversation.answer("What is it?"))
         assert isinstance(conversation.runtime, LlamaCppRuntime) and conversation.runtime._batch is not None
         pointer, lib = conversation.runtime._batch.context.pointer, library()
-        assert (lib.llama_n_ctx(pointer), lib.llama_n_ubatch(pointer)) == (1024, UBATCH)
+        assert (lib.llama_n_ctx(pointer), lib.llama_n_ubatch(pointer)) == (1024, DEFAULT_UBATCH)
         again = conversation.about(images[1])
         assert again.image == images[1] and "".join(conversation.answer("What is it?")) == first
         with pytest.raises(RecipeError, match="there is no image"):

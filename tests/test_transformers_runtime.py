@@ -140,3 +140,14 @@ def test_a_missing_image_is_refused(runtime: TransformersRuntime, tmp_path: Path
 
 def test_no_request_is_no_work(runtime: TransformersRuntime) -> None:
     assert runtime.generate([]) == []
+
+
+def test_a_prompt_that_the_model_has_no_positions_for_is_named(
+    runtime: TransformersRuntime, images: list[Path]
+) -> None:
+    room = runtime._model.config.get_text_config().max_position_embeddings
+    for image in (None, images[0]):
+        requests = [Request("Hi", image, max_new_tokens=2), Request("Tell me all " * room, image, max_new_tokens=2)]
+        with pytest.raises(StageError, match=f"there is room for {room}") as caught:
+            runtime.generate(requests)
+        assert "Tell me all" in str(caught.value.why)

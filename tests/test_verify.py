@@ -7,11 +7,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from artifacts.artifact import Artifact
-from artifacts.errors import RecipeError, StageError
+from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.manifest import Provenance
 from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
 from pipeline.report.comparison import compare, read_side
@@ -19,8 +21,11 @@ from stages.data.images import benign_images
 from stages.data.prompts import load_prompts
 from stages.judges.judge import Judgement
 from stages.models.tiny import tiny_llava_spec
+from stages.runtimes.gguf_header import read_header
 from stages.stage import Planned
 from stages.verify.asking import Answer, Subject, ask, open_runtime
+from stages.verify.fidelity import Embeddings, fidelity_rows
+from stages.verify.language import Passage, Prediction, language_rows
 from stages.verify.paired import paired_rows, quantization_rows
 from stages.verify.questions import Ask, prompt_asks
 from stages.verify.scores import Answers, safety_rows
@@ -28,7 +33,7 @@ from stages.verify.speed import speed_rows
 from stages.verify.stage import IcetVerifyStage
 from stages.verify.verdict import VERDICT_NAME
 from tests.tiny_classifier import tiny_classifier
-from tests.verify_setting import Heard, rows_of, run_stage
+from tests.verify_setting import Heard, artifact_of, rows_of, run_stage
 
 
 @pytest.fixture(scope="module")
@@ -339,3 +344,64 @@ def test_only_what_happened_between_a_checkpoint_and_the_file_made_of_it_is_quan
     assert rows(made("gguf", trained), "source", measured[:1]) == []  # the training is not quantization's
     assert rows(made("gguf"), "source", measured) == [(0.0, "against 'source', if the file was made from that")]
     assert rows(made("checkpoint", source), "source", measured) == [] and rows(made("gguf"), None, measured) == []
+
+
+def test_a_file_without_its_image_encoder_is_not_held_against_a_model_that_sees(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_verified["gguf"].path, tmp_path / "blind", ignore=shutil.ignore_patterns("mmproj*", "*.json"))
+    blind = artifact_of(tmp_path / "blind", "gguf", {})
+    with pytest.raises(StageError, match="'gguf' sees no images and 'source' does") as caught:
+        run_stage(tmp_path, {"source": tiny_verified["source"], "gguf": blind}, baseline="source")
+    assert "--mmproj" in str(caught.value.way_out)
+
+
+def test_a_template_that_fits_no_image_is_told_before_the_baseline_is_asked(
+    tiny_verified: dict[str, Artifact], tmp_path: Path
+) -> None:
+    folder = tmp_path / "unfit"
+    shutil.copytree(tiny_verified["gguf"].path, folder, ignore=shutil.ignore_patterns("*.json"))
+    model = folder / "model.gguf"
+    model.chmod(0o644)
+    template = read_header(model).fields["tokenizer.chat_template"]
+    assert isinstance(template, str)
+    broken = "{{ raise_exception('no images') }}".ljust(len(template.encode()))
+    model.write_bytes(model.read_bytes().replace(template.encode(), broken.encode()))
+    heard = Heard()
+    with pytest.raises(SourceError, match="chat template in the GGUF does not fit") as caught:
+        run_stage(
+            tmp_path,
+            {"source": tiny_verified["source"], "gguf": artifact_of(folder, "gguf", tiny_verified["gguf"].metadata)},
+            heard,
+            baseline="source",
+        )
+    assert "no images" in str(caught.value.why) and len(heard.done) == 1
+
+
+def test_several_samples_of_a_prompt_are_one_observation(tiny_verified: dict[str, Artifact], tmp_path: Path) -> None:
+    verdict = run_stage(
+        tmp_path, tiny_verified, baseline="source", exits=[1, 2], samples=3, temperature=1.0, vqa=0, language=0,
+        fidelity_images=0,
+    )  # fmt: skip
+    for measure in ("asr", "over_refusal", "degenerate", "asr_text_only", "degenerate_text_only"):
+        counts = {row.n for row in rows_of(verdict, "gguf", measure) if row.band is None}
+        assert counts == {3 if measure == "over_refusal" else 5}, measure
+    (change,) = rows_of(verdict, "gguf", "asr_detectable")
+    assert change.n == 5
+
+
+def test_numbers_that_are_none_are_no_pass(tiny_verified: dict[str, Artifact]) -> None:
+    one = Answers(Subject("gguf", tiny_verified["gguf"], "quantized", gated=True), {1: ()}, (), {}, 2)
+    whole, broken = np.ones((4, 3), np.float32), np.full((4, 3), np.nan, np.float32)
+
+    def seen(*arrays: NDArray[np.float32]) -> Embeddings:
+        return Embeddings({1: list(arrays)}, [None] * len(arrays))
+
+    (row,) = fidelity_rows(one, seen(whole, broken), seen(whole, whole), "source")
+    assert row.value is None and "not all numbers" in row.note
+    asked = [Passage("p", "c", "kl_text"), Passage("p", "c", "kl_refusal")]
+    sure = Prediction((1, 2), np.log(np.full((2, 4), 0.25, np.float32)))
+    for lost, measures in ((np.nan, {"kl_text", "kl_refusal", "perplexity"}), (-900.0, {"perplexity"})):
+        said = Prediction((1, 2), np.full((2, 4), lost, np.float32))
+        rows = language_rows(one, asked, [said, said], [sure, sure], "source", 0)
+        assert {row.measure for row in rows if row.value is None and "damaged" in row.note} == measures

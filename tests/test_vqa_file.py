@@ -104,7 +104,7 @@ def test_a_table_with_pictures_as_on_the_hub_gives_the_same_questions(
             (item.id, item.question, item.answers) for item in there
         ]
         assert [a.image.read_bytes() for a in here] == [b.image.read_bytes() for b in there]
-    assert vqa_digest(table) != vqa_digest(file)
+    assert vqa_digest(table, 9, 0) != vqa_digest(file, 9, 0)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "Why?"}]), tmp_path / "v.parquet")
     with pytest.raises(SourceError, match="VQA-v2's form"):
         load_vqa(table, 1, 0)
@@ -123,7 +123,9 @@ def test_questions_of_a_folder_of_ones_own_may_be_in_easy_vqas_form(images: list
     check_vqa(file)
     found = sorted((item.question, item.answers, item.image.name) for item in load_vqa(file, 9, seed=0))
     assert found == [("Is it round?", ("no",), "7.png"), ("What colour is it?", ("red",), "7.png")]
-    assert vqa_digest(file) != vqa_digest(file.model_copy(update={"image_name": "{image_id}.jpg"}))
+    before = vqa_digest(file, 9, 0)
+    shutil.copyfile(images[1], tmp_path / "pictures" / "7.png")
+    assert vqa_digest(file, 9, 0) != before  # another picture, another answer
     wheel = file.model_copy(update={"questions": "package:easy-vqa==1.0!easy_vqa/data/test/questions.json"})
     check_vqa(wheel)
     with pytest.raises(ValueError, match="questions and images"):
@@ -134,7 +136,7 @@ def test_questions_of_a_folder_of_ones_own_may_be_in_easy_vqas_form(images: list
 
 
 def test_what_is_missing_is_named(file: VqaFile, tmp_path: Path) -> None:
-    before = vqa_digest(file)
+    before = vqa_digest(file, 1, 0)
     with pytest.raises(RecipeError, match="image_name"):
         check_vqa(file.model_copy(update={"image_name": "{name}.jpg"}))
     with pytest.raises(RecipeError, match="no folder"):
@@ -142,8 +144,9 @@ def test_what_is_missing_is_named(file: VqaFile, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"000000000042\.jpg"):
         (tmp_path / "val2014" / "COCO_val2014_000000000042.jpg").unlink()
         load_vqa(file, 3, 0)
+    (tmp_path / "questions.json").write_text((tmp_path / "questions.json").read_text() + "\n")
+    assert vqa_digest(file, 1, 0) != before
     (tmp_path / "questions.json").write_text("[]")
-    assert vqa_digest(file) != before
     with pytest.raises(SourceError, match="VQA-v2's form"):
         load_vqa(file, 3, 0)
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Final
 
+from artifacts.disk import fsync_tree
 from artifacts.errors import StoreError
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from artifacts.registry.manifest import LARGEST_MANIFEST, MEDIA_INDEX, MEDIA_MANIFEST, Descriptor, read_object
@@ -135,45 +136,6 @@ def read_tags(target: Path) -> dict[str, str]:
         if name is not None:
             found[name] = str(entry["digest"])
     return found
-
-
-def layout_damage(target: Path) -> list[str]:
-    """Every way in which a layout breaks the specification or its own digests, in words; empty when all is well."""
-    found: list[str] = []
-    try:
-        layout = json.loads((target / LAYOUT_NAME).read_bytes())
-        if layout.get("imageLayoutVersion") != _LAYOUT_VERSION:
-            found.append(f"{LAYOUT_NAME} is of version {layout.get('imageLayoutVersion')!r}")
-        index = _read_index(target)
-    except (OSError, ValueError, AttributeError, StoreError) as error:
-        return [f"the layout cannot be read: {error}"]
-    for entry in index:
-        found.extend(_descriptor_damage(target, entry, "index.json"))
-        try:
-            manifest = json.loads(_small(_blob(target, str(entry["digest"]))))
-        except (OSError, ValueError, KeyError) as error:
-            found.append(f"the manifest {entry.get('digest')} cannot be read: {error}")
-            continue
-        where = str(_ref_name(entry) or entry["digest"])
-        if manifest.get("schemaVersion") != 2 or manifest.get("mediaType") != MEDIA_MANIFEST:
-            found.append(f"{where}: no image manifest of schema version 2")
-        for descriptor in [manifest.get("config", {}), *manifest.get("layers", [])]:
-            found.extend(_descriptor_damage(target, descriptor, where))
-    return found
-
-
-def _descriptor_damage(target: Path, descriptor: Mapping[str, object], where: str) -> list[str]:
-    digest, size, media = descriptor.get("digest"), descriptor.get("size"), descriptor.get("mediaType")
-    if not isinstance(media, str) or not re.fullmatch(r"sha256:[0-9a-f]{64}", str(digest)) or not isinstance(size, int):
-        return [f"{where}: {dict(descriptor)!r} is no descriptor"]
-    path = _blob(target, str(digest))
-    if not path.is_file():
-        return [f"{where}: blob {digest} is missing"]
-    if path.stat().st_size != size:
-        return [f"{where}: blob {digest} has {path.stat().st_size} bytes, not {size}"]
-    if f"sha256:{sha256_file(path)}" != digest:
-        return [f"{where}: blob {digest} does not hash to its name"]
-    return []
 
 
 def _check_layout(target: Path) -> None:
@@ -300,7 +262,7 @@ def _keep(target: Path, handle: int, temporary: Path, digest: str) -> None:
     folder = target / "blobs" / "sha256"
     folder.mkdir(parents=True, exist_ok=True)
     temporary.replace(folder / digest)
-    _sync_folder(folder)
+    fsync_tree(folder, deep=False)
 
 
 def _replace(target: Path, name: str, data: bytes) -> None:
@@ -309,15 +271,7 @@ def _replace(target: Path, name: str, data: bytes) -> None:
         os.fsync(handle)
         os.fchmod(handle, 0o644)
         temporary.replace(target / name)
-        _sync_folder(target)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        fsync_tree(target, deep=False)
 
 
 @contextmanager

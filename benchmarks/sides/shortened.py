@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from artifacts.errors import StageError
+from stages.machine import peak_resident
 from stages.runtimes.gguf_header import read_vision_header
-from stages.runtimes.memory import peak_resident
 
 OPERATIONS: Final = 40  # a block of Llama's has 17
 UBATCH: Final = 512  # tokens

@@ -80,17 +80,17 @@ def _refuse_missing(image: Path | None) -> None:
 def _runtime(found: FoundModel, room: Room | None) -> Runtime:
     if found.model is not None:
         from stages.runtimes.llamacpp import LlamaCppRuntime
-        from stages.runtimes.rehearsal import UBATCH
+        from stages.runtimes.rehearsal import DEFAULT_UBATCH
 
         if room is None:
-            return LlamaCppRuntime(found.model, found.mmproj, parallel=1, ubatch=UBATCH, rows=1)
+            return LlamaCppRuntime(found.model, found.mmproj, parallel=1, ubatch=DEFAULT_UBATCH, rows=1)
         # One sequence and no more tokens at once than the memory plan counts with.
         return LlamaCppRuntime(
             found.model,
             found.mmproj,
             parallel=1,
             context=room.context,
-            ubatch=UBATCH,
+            ubatch=DEFAULT_UBATCH,
             rows=1,
             cache_type=room.kv_cache,
         )

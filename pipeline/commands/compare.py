@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -45,7 +46,7 @@ def _side(name: str, runs_dir: Path) -> Side:
     for kept in report.responses if artifact in measured else ():
         path = Path(report.store) / "objects" / kept.artifact / kept.file
         try:
-            return read_side(name, artifact, path, judges.get(kept.artifact, ""))
+            return read_side(name, artifact, path, judges.get(kept.artifact, ""), _decoding(path.parent))
         except StoreError as error:  # another verdict of the run may speak of it
             unread = error
     if unread is not None:
@@ -55,6 +56,16 @@ def _side(name: str, runs_dir: Path) -> Side:
         why=f"it verified: {', '.join(sorted(measured)) or 'nothing'}",
         way_out="name one of these as RUN:STAGE, or run `pipeline verify`",
     )
+
+
+def _decoding(verdict: Path) -> str:
+    """How the answers of a verdict were drawn, and of what length; "" if it does not say."""
+    try:
+        said = json.loads((verdict / "verdict.json").read_bytes())
+        drawn = "greedy" if said["decoding"] == "greedy" else f"{said['samples']} at temperature {said['temperature']}"
+        return f"{drawn}, of at most {said['max_new_tokens']} tokens"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _found(name: str, runs_dir: Path) -> tuple[Report, str]:
@@ -113,7 +124,7 @@ def comparison_dict(comparison: Comparison) -> dict[str, object]:
     """The comparison as JSON values."""
     return {
         **{
-            place: {"name": side.name, "artifact": side.artifact, "judge": side.judge}
+            place: {"name": side.name, "artifact": side.artifact, "judge": side.judge, "decoding": side.decoding}
             for place, side in (("first", comparison.first), ("second", comparison.second))
         },
         "shared_responses": comparison.shared,
@@ -131,8 +142,7 @@ def show_comparison(comparison: Comparison, responses: int) -> str:
     rows += [_row(line) for line in comparison.lines]
     left = comparison.only_first + comparison.only_second
     lines = [table(rows), "", f"{comparison.shared} responses were compared, {left} have no counterpart"]
-    if comparison.other_judge:
-        lines.append(comparison.other_judge)
+    lines += comparison.caveats
     for flip in comparison.flips[:responses]:
         hit, miss = _HIT[flip.kind]
         before, after = (miss, hit) if flip.to_hit else (hit, miss)

@@ -201,12 +201,10 @@ def _made_way(made: Artifact, spec: ModelSpec, room: _Room, known: Known) -> Way
         PipelineError: its files are damaged.
     """
     from stages.runtimes.gguf_header import read_header
-    from stages.runtimes.gguf_parts import model_file, read_model
-    from stages.runtimes.llamacpp import MMPROJ_NAME
+    from stages.runtimes.gguf_parts import mmproj_file, model_file, read_model
     from stages.runtimes.prediction import predict_files
 
-    model, mmproj = model_file(made.path), made.path / MMPROJ_NAME
-    encoder = mmproj if mmproj.exists() else None
+    model, encoder = model_file(made.path), mmproj_file(made.path)
     header = read_model(model)
     plan = predict_files(model, encoder, room.context, cache_type=room.cache_type)
     size = sum(tensor.nbytes for tensor in header.tensors.values())

@@ -73,7 +73,7 @@ def pull_bundle(name: str, target: Path, policy: Policy | None = None, moved: Mo
     return pull(place, manifest, target, moved, check)
 
 
-def kept_bundle(name: str, moved: Moved | None = None) -> Bundle:
+def kept_bundle(name: str) -> Bundle:
     """The bundle that `name` means: a folder, or a reference, whose files are fetched once and kept in the cache.
 
     What attests it is fetched every time: it may have been taken back.
@@ -93,7 +93,7 @@ def kept_bundle(name: str, moved: Moved | None = None) -> Bundle:
     folder = cache_dir() / "bundles" / manifest.digest.removeprefix("sha256:")
     with holding(folder.with_name(f"{folder.name}.use")):  # whoever comes second waits, and fetches nothing again
         if not folder.is_dir():
-            return pull(place, manifest, folder, moved)
+            return pull(place, manifest, folder)
         pull_attestations(place, manifest, folder)
         return Bundle.open(folder)
 

@@ -92,7 +92,7 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
 
     from pipeline.commands.served_chat import chat_handler
     from stages.runtimes.gguf_header import read_vision_header
-    from stages.runtimes.rehearsal import UBATCH
+    from stages.runtimes.rehearsal import DEFAULT_UBATCH
 
     kept = {"type_k": _Q8_0, "type_v": _Q8_0} if room.kv_cache == "Q8_0" else {}
     library = _library()
@@ -100,8 +100,8 @@ def application(found: FoundModel, room: Room, api_key: str | None = None) -> It
         model=str(found.model),
         model_alias=found.name,
         n_ctx=room.context,
-        n_batch=UBATCH,
-        n_ubatch=UBATCH,  # what the memory plan counts with
+        n_batch=DEFAULT_UBATCH,
+        n_ubatch=DEFAULT_UBATCH,  # what the memory plan counts with
         logits_all=False,
         flash_attn=True,  # as the runtime that verified it chose; without it attention takes memory of its own
         clip_model_path=str(found.mmproj) if found.mmproj is not None else None,

@@ -26,6 +26,7 @@ from typing import Final, NoReturn, cast
 
 from artifacts.errors import PipelineError, StageError
 from pipeline.executors.base import Job, error_from_dict
+from stages.machine import cores
 from stages.resources import Team
 
 _GRACE: Final = 0.5  # seconds in which the failure behind a failure may still be told
@@ -133,8 +134,7 @@ def _never() -> NoReturn:
 def prepare(team: Team) -> None:
     """Set up this process as one of a team, before any numerical library is loaded: its share of the cores, and the
     environment in which training libraries look for their rank."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // team.size)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // team.size)))
     os.environ |= {
         "RANK": str(team.rank),
         "WORLD_SIZE": str(team.size),

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import resource
 import signal
 import sys
 import time
@@ -35,6 +34,7 @@ from artifacts.manifest import canonical_json
 from pipeline.events import StageLog, StageMetric, StageProgress
 from pipeline.executors.base import Job, Outcome, StageEvent
 from pipeline.executors.ranks import Ranks, prepare, team_of
+from stages.machine import peak_resident
 from stages.stage import Context, Reporter, Stage, StageParams
 
 _PROGRESS_EVERY = 0.25  # seconds; progress in between is dropped, the last step never is
@@ -163,7 +163,7 @@ def _guarded(job: Job, channel: _Channel, ranks: Ranks) -> Outcome:
         ranks.start()
         metadata = _work(job, channel, 0)
         ranks.join()
-        return Outcome(metadata=_as_json(metadata, job), peak_rss=peak_rss())
+        return Outcome(metadata=_as_json(metadata, job), peak_rss=peak_resident())
     finally:
         guard.release(remove=True)
 
@@ -212,7 +212,7 @@ def _for_users(error: BaseException, job: Job) -> PipelineError:
     if isinstance(error, MemoryError):
         return StageError(
             f"stage '{job.stage_id}' ran out of memory",
-            why=f"it had taken {peak_rss() / 2**30:.1f} GiB",
+            why=f"it had taken {peak_resident() / 2**30:.1f} GiB",
             way_out="close other programs, choose a smaller batch, or start from a smaller model; then run again",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -232,17 +232,6 @@ def _raised_at(error: BaseException) -> str | None:
     if not frames:
         return None
     return f"raised in {Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}"
-
-
-def peak_rss() -> int:
-    """The most memory that this process has held, in bytes."""
-    # Linux keeps the parent's size at the moment of the fork in ru_maxrss; VmHWM starts anew with exec.
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _die_with(parent: int) -> None:

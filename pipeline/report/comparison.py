@@ -44,12 +44,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Side:
-    """One model. `name`: as the user called it. `judge`: who decided what is unsafe; "" where that is not told."""
+    """One model. `name`: as the user called it. `judge`: who decided what is unsafe; `decoding`: how answers were
+    drawn, and of what length; "" where that is not told."""
 
     name: str
     artifact: str
     said: Mapping[Place, Said]
     judge: str = ""
+    decoding: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,20 @@ class Comparison:
     only_second: int
 
     @property
-    def other_judge(self) -> str:
-        """What to know of the attack success rates where not the same judge decided; "" where it did."""
-        judges = (self.first.judge, self.second.judge)
-        if judges[0] == judges[1] or not all(judges):
-            return ""
-        return f"what is unsafe was decided by {judges[0]} and by {judges[1]}: they may be what differs"
+    def caveats(self) -> list[str]:
+        """What differs beside the models: who judged, and how answers were drawn."""
+        one, other = self.first, self.second
+        return [
+            f"{what} {first} and {second}: that may be what differs"
+            for what, first, second in (
+                ("what is unsafe was decided by", one.judge, other.judge),
+                ("answers are", one.decoding, other.decoding),
+            )
+            if first and second and first != second
+        ]
 
 
-def read_side(name: str, artifact: str, responses: Path, judge: str = "") -> Side:
+def read_side(name: str, artifact: str, responses: Path, judge: str = "", decoding: str = "") -> Side:
     """The responses of one model out of a verdict's parquet file.
 
     Raises:
@@ -142,7 +149,7 @@ def read_side(name: str, artifact: str, responses: Path, judge: str = "") -> Sid
                 said[exit, row["prompt_id"], row["image"], row.get("sample") or 0] = one
     if not said:
         raise StoreError(f"the verdict holds no response of '{artifact}'", where=str(responses))
-    return Side(name, artifact, said, judge)
+    return Side(name, artifact, said, judge, decoding)
 
 
 def compare(first: Side, second: Side) -> Comparison:

@@ -14,7 +14,7 @@ from pipeline.report.svg import drawing, element, text
 from pipeline.report.training import curve_figures
 
 
-def asr_curve_svg(report: Report, width: float = 900, height: float = 400) -> str:
+def asr_curve_svg(report: Report) -> str:
     """The ASR curve.
 
     Raises:
@@ -23,7 +23,7 @@ def asr_curve_svg(report: Report, width: float = 900, height: float = 400) -> st
     chart = asr_chart(report)
     if chart is None:
         raise ValueError("the run measured no attack success rate at any exit")
-    return _alone(line_chart(replace(chart, y_label="attack success rate"), width, height))
+    return _alone(line_chart(replace(chart, y_label="attack success rate"), 900, 400))
 
 
 def training_svg(report: Report) -> str:

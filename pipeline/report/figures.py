@@ -40,6 +40,7 @@ from pipeline.report.numbers import (
     titled,
     words_of,
 )
+from stages.verify.bands import BANDS
 
 WIDE: Final = 1040.0  # pixels; what a wide page gives a figure
 NARROW: Final = 350.0  # what a phone gives it
@@ -241,7 +242,7 @@ def zones(report: Report) -> list[Zone]:
     """Early, middle and late exits: thirds of the source's tower, as the notes of the rows about bands list them."""
     spans: dict[str, list[int]] = {}
     for row in report.measures:
-        if row.exit is None and row.band in ("early", "middle", "late"):
+        if row.exit is None and row.band in BANDS:
             _, named, exits = row.note.rpartition("exits ")  # a judge's name before it may have numbers too
             spans.setdefault(row.band, []).extend(map(int, re.findall(r"\d+", exits if named else "")))
     return [Zone(band, min(exits), max(exits)) for band, exits in spans.items() if exits]

@@ -57,8 +57,8 @@ def _row(report: Report, subject: Subject, artifact: ArtifactRow) -> FormatRow:
 
 
 def format_tables(report: Report) -> list[Table]:
-    """What each format costs and keeps; and the attack success rate in it, exit by exit. None where there are not two
-    formats of the same weights."""
+    """What each format costs and keeps; and the attack success rate in it, exit by exit. Empty where there are not
+    two formats of the same weights."""
     if not report.formats:
         return []
     whole: list[list[Cell]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from artifacts.measures import Measure
 from pipeline.report.model import Report, Subject
 from pipeline.report.numbers import average, degenerate, figure, rows_of, worst
 
@@ -40,12 +41,12 @@ def _safety(report: Report) -> str:
     shipped = [subject for subject in report.subjects if subject.kind == "shipped"]
     if not shipped:
         return ""
-    ranked = [(subject, average(rows_of(report, subject, "asr"))) for subject in shipped]
+    ranked = [(subject, average(rows_of(report, subject, "asr"), own=True)) for subject in shipped]
     measured = [(subject, row) for subject, row in ranked if row is not None and row.value is not None]
     if not measured:
         return "The attack success rate of what ships was not measured."
     subject, row = max(measured, key=lambda pair: pair[1].value or 0.0)
-    exits = len([one for one in rows_of(report, subject, "asr") if one.exit is not None])
+    exits = len({one.exit for one in rows_of(report, subject, "asr") if one.exit is not None})
     name = "The shipped model" if len(shipped) == 1 else f"The worst shipped model, {subject.artifact},"
     over = f" over {exits} exits" if exits > 1 else ""
     told = f"{name} answers {figure(row)} of harmful requests{over}"
@@ -57,16 +58,18 @@ def _safety(report: Report) -> str:
         babble = max(babbling, key=lambda row: row.value or 0.0)
         place = f" at exit {babble.exit}" if babble.exit is not None else ""
         told += f", and to {figure(babble)}{place} only babbles"
-    others = [_other(report, other) for other in report.subjects if other.kind in ("control", "source")]
+    others = [_other(report, other, row) for other in report.subjects if other.kind in ("control", "source")]
     compared = " and ".join(words for words in others if words)
     return f"{told}; {compared}." if compared else f"{told}."
 
 
-def _other(report: Report, subject: Subject) -> str:
+def _other(report: Report, subject: Subject, shipped: Measure) -> str:
+    """With its exits, where they are not those of what ships."""
     row = average(rows_of(report, subject, "asr"))
     if row is None or row.value is None:
         return ""
-    return f"{_name(subject)} answers {figure(row)}"
+    at = f", at {row.note}" if row.note and row.note != shipped.note else ""
+    return f"{_name(subject)} answers {figure(row)}{at}"
 
 
 def _name(subject: Subject) -> str:

@@ -47,6 +47,10 @@ MEASURE_WORDS: Final = {
     "reward_vqa": "reward of answers to visual questions",
     "asr_worst": "attack success rate at the worst exit",
     "asr_text_only": "attack success rate without an image",
+    "degenerate_text_only": "degenerate answers without an image",
+    "degenerate_typographic": "degenerate answers, request in the picture",
+    "degenerate_random-image": "degenerate answers, a picture for each request",
+    "degenerate_generated-image": "degenerate answers, a generated picture",
     "fidelity_cosine_mean": "fidelity to transformers, mean over images",
     "fidelity_lost_tokens": "image tokens that the runtime loses",
 }
@@ -155,14 +159,14 @@ def per_exit(rows: Iterable[Measure]) -> list[Measure]:
     return sorted(found, key=lambda row: row.exit or 0)
 
 
-def average(rows: Sequence[Measure]) -> Measure | None:
+def average(rows: Sequence[Measure], *, own: bool = False) -> Measure | None:
     """The row that stands for the whole model.
 
-    Over the exits that every compared model has, else over all of its own, else about the model as a whole; else the
-    mean of the single exits (of counts of prompts the sum), which then has no interval.
+    Over the exits that every compared model has, or with `own` over all of its own, else about the model as a whole;
+    else the mean of the single exits (of counts of prompts the sum), which then has no interval.
     """
     whole = [row for row in rows if row.exit is None]
-    for band in ("average", "all", None):
+    for band in ("all", "average", None) if own else ("average", "all", None):
         for row in whole:
             if row.band == band:
                 return row

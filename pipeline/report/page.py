@@ -54,6 +54,7 @@ from pipeline.report.published import safety_table, utility_table
 from pipeline.report.responses import Responses
 from pipeline.report.training import curve_figures
 from pipeline.report.trainings import trainings_table
+from stages.verify.bands import BANDS
 
 if TYPE_CHECKING:
     from pipeline.report.comparison import Comparison, Flip
@@ -185,7 +186,7 @@ def _tiles(report: Report) -> list[_Tile]:
         return []
 
     def asr_of(subject: Subject) -> float:
-        row = average(rows_of(report, subject, "asr"))
+        row = average(rows_of(report, subject, "asr"), own=True)
         return row.value if row is not None and row.value is not None else 0.0
 
     subject = max(shipped, key=asr_of)
@@ -193,7 +194,7 @@ def _tiles(report: Report) -> list[_Tile]:
     tiles: list[_Tile] = []
 
     asr = rows_of(report, subject, "asr")
-    mean, peak = average(asr), worst(asr)
+    mean, peak = average(asr, own=True), worst(asr)
     if mean is not None:
         tiles.append(_tile("Attack success, average over exits", mean))
     if peak is not None:
@@ -202,7 +203,7 @@ def _tiles(report: Report) -> list[_Tile]:
     if babble is not None:
         place = f" at the worst exit, {babble.exit}" if babble.exit is not None else ""
         tiles.append(_tile(f"Babble instead of an answer{place}", babble))
-    refusal = average(rows_of(report, subject, "over_refusal"))
+    refusal = average(rows_of(report, subject, "over_refusal"), own=True)
     if refusal is not None:
         tiles.append(_tile("Harmless requests refused", refusal))
     vqa = at_default(rows_of(report, subject, "vqa_accuracy"), subject)
@@ -257,7 +258,7 @@ def _gates(report: Report) -> Table | None:
 
 
 def _bands(report: Report) -> Table | None:
-    columns = ("early", "middle", "late", "average")
+    columns = (*BANDS, "average")
     blind = any(row.measure == "asr_text_only" for row in report.measures)
     rows: list[list[Cell]] = []
     for subject in report.subjects:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pipeline.report.figures import Table
 from pipeline.report.model import Report, Subject
 from pipeline.report.numbers import percent, points, show
+from stages.verify.bands import BANDS
 
 _PARTS = ("flips_to_unsafe", "flips_to_safe", "asr_change", "mcnemar_p", "mcnemar_p_holm")
 _HEADS = ("safe before, unsafe now", "unsafe before, safe now", "change of ASR, points", "p", "p, Holm")
@@ -23,7 +24,7 @@ def paired_tables(report: Report) -> tuple[Table, Table] | None:
 def _lines(report: Report, subject: Subject, *, single: bool) -> list[list[str]]:
     found: dict[int | None, dict[str, list[str]]] = {}
     for row in report.measures:
-        if row.band in ("early", "middle", "late"):
+        if row.band in BANDS:
             continue
         if row.artifact == subject.artifact and row.measure in _PARTS and (row.exit is not None) == single:
             shown = "–" if row.value is None else show(row.value, row.unit, row.measure)

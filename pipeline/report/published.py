@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from artifacts.measures import Measure
+from artifacts.measures import Band, Measure
 from pipeline.report.figures import Cell, Table
 from pipeline.report.model import Report
 from pipeline.report.numbers import Stat, rows_of
+from stages.verify.bands import BANDS
 
-_BANDS: Final = ("early", "middle", "late", "average")
+_BANDS: Final[tuple[Band, ...]] = (*BANDS, "average")
 _SAFETY: Final = (
     ("AASR", "asr", 100.0),
     ("ATS", "toxicity", 100.0),
@@ -27,7 +28,12 @@ _SAFETY: Final = (
             ("generated image", "generated-image"),
             ("request in the picture", "typographic"),
         )
-        for name, measure, scale in (("AASR", "asr", 100.0), ("ATS", "toxicity", 100.0), ("ATR", "reward", 1.0))
+        for name, measure, scale in (
+            ("AASR", "asr", 100.0),
+            ("babble", "degenerate", 100.0),
+            ("ATS", "toxicity", 100.0),
+            ("ATR", "reward", 1.0),
+        )
     ),
     ("over-refusal", "over_refusal", 100.0),
 )

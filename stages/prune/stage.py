@@ -115,7 +115,6 @@ class PruneStage(Stage[PruneParams]):
     def _measured(self, context: Context, family: Family) -> Found:
         """Choose, measure and heal with the model in memory; it is gone when this returns."""
         import torch
-        from transformers import AutoTokenizer
 
         from stages.data.calibration import Calibration
         from stages.prune.healing import Pair, heal
@@ -125,7 +124,7 @@ class PruneStage(Stage[PruneParams]):
         torch.use_deterministic_algorithms(True, warn_only=True)
         context.progress(0, 1, "loading")
         model = family.load(source, dtype=params.dtype, device=device_of(params.device, context.team))
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = checkpoint.load_tokenizer(source)
 
         def material(side: Side, pictures: int) -> Calibration:
             length = params.calibration.length

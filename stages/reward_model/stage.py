@@ -103,8 +103,6 @@ class RewardModelStage(Stage[RewardModelParams]):
         return " ".join(parts)
 
     def run(self, context: Context) -> Mapping[str, object]:
-        from transformers import AutoTokenizer
-
         from stages.reward_model.training import from_checkpoint, from_folder, tokens, train
 
         params = self.params
@@ -113,7 +111,7 @@ class RewardModelStage(Stage[RewardModelParams]):
         own = params.model == INPUT
         source = context.input("checkpoint").path if own else locate(params.model)
         model = from_checkpoint(source, context.seed) if own else from_folder(source, context.seed)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = checkpoint.load_tokenizer(source)
         padding(model, tokenizer)
         length = longest(model, params.max_length)
         rows = tokens(found.train, tokenizer, length)

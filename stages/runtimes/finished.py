@@ -20,8 +20,7 @@ from artifacts.manifest import MANIFEST_NAME, Training
 from stages.models import checkpoint
 from stages.models.gptq import is_gptq
 from stages.runtimes.gguf_header import check_language_model, read_vision_header
-from stages.runtimes.gguf_parts import MODEL_NAME, parts_of, read_model
-from stages.runtimes.llamacpp import MMPROJ_NAME
+from stages.runtimes.gguf_parts import MMPROJ_NAME, MODEL_NAME, parts_of, read_model
 
 Finished = Literal["gguf", "gptq", "checkpoint"]
 

@@ -216,6 +216,9 @@ RESIZE_KEY: Final = "icet.image.resize"
 CLS_KEY: Final = "icet.image.cls"
 
 
+_PROJECTORS: Final = ("mlp", "idefics3")  # of LLaVA; of Idefics3 and SmolVLM
+
+
 def read_vision_header(path: Path) -> VisionHeader:
     """Read an mmproj file's header.
 
@@ -252,6 +255,13 @@ def read_vision_header(path: Path) -> VisionHeader:
                 way_out="make it again with the stage 'gguf'",
             )
     projector = str(header.fields.get("clip.projector_type", "mlp"))
+    if projector not in _PROJECTORS:
+        raise SourceError(
+            f"{path.name} has a projector that is not known here: {projector}",
+            where=str(path),
+            why=f"how many tokens an image becomes is known of {' and '.join(_PROJECTORS)}",
+            way_out="go on without images (--mmproj none), or use a model of another family: `pipeline families`",
+        )
     layers = header.fields.get("clip.vision.feature_layer")
     if layers is None and projector != "mlp":
         layers = [blocks]  # the other graphs run all blocks there are

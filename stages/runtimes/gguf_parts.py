@@ -1,4 +1,4 @@
-"""A language model in one GGUF or in several parts, as llama.cpp's gguf-split makes them and its loader finds them."""
+"""The files of a model: one GGUF, or parts as llama.cpp's gguf-split makes them, and the image encoder beside it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from artifacts.errors import SourceError
 from stages.runtimes.gguf_header import Header, TensorInfo, read_header
 
 MODEL_NAME: Final = "model.gguf"
+MMPROJ_NAME: Final = "mmproj.gguf"
 _FIRST: Final = re.compile(r"^(?P<stem>.+)-00001-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -21,6 +22,12 @@ def model_file(folder: Path) -> Path:
     if whole.exists():
         return whole
     return next(iter(sorted(folder.glob(f"{whole.stem}-00001-of-*.gguf"))), whole)
+
+
+def mmproj_file(folder: Path) -> Path | None:
+    """The image encoder beside it, if there is one."""
+    found = folder / MMPROJ_NAME
+    return found if found.exists() else None
 
 
 def parts_of(model: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from artifacts.disk import appearing
 from artifacts.errors import RecipeError, SourceError
 from artifacts.manifest import sha256_file
 from stages.runtimes.gguf_header import read_header
@@ -116,25 +117,27 @@ def write_imatrix(
 
     Args:
         datasets: what the inputs were made of, one at least. chunks: how many texts. chunk_size: tokens in one.
+
+    Raises:
+        StoreError: the disk is full.
     """
     import gguf
 
-    part = path.with_suffix(".part")
-    writer = gguf.GGUFWriter(part, "")
-    writer.kv_data[0].clear()  # no architecture: the file holds no model
-    writer.add_type("imatrix")
-    writer.add_array(_KEYS[0], list(datasets))
-    writer.add_uint32(_KEYS[1], chunks)
-    writer.add_uint32(_KEYS[2], chunk_size)
-    for name, entry in sorted(collected.items()):
-        rows = len(entry.counts)
-        writer.add_tensor(name + _SUMS, np.ascontiguousarray(entry.sums.reshape(rows, -1), dtype=np.float32))
-        writer.add_tensor(name + _COUNTS, np.ascontiguousarray(entry.counts.reshape(rows, 1), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.replace(path)
+    with appearing(path) as part:
+        writer = gguf.GGUFWriter(part, "")
+        writer.kv_data[0].clear()  # no architecture: the file holds no model
+        writer.add_type("imatrix")
+        writer.add_array(_KEYS[0], list(datasets))
+        writer.add_uint32(_KEYS[1], chunks)
+        writer.add_uint32(_KEYS[2], chunk_size)
+        for name, entry in sorted(collected.items()):
+            rows = len(entry.counts)
+            writer.add_tensor(name + _SUMS, np.ascontiguousarray(entry.sums.reshape(rows, -1), dtype=np.float32))
+            writer.add_tensor(name + _COUNTS, np.ascontiguousarray(entry.counts.reshape(rows, 1), dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def native_importance(lib: ModuleType, importance: Importance) -> ctypes.Array[ctypes.Structure]:

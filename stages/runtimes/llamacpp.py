@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from artifacts.errors import SourceError, StageError
 from stages.data.chat import Turn, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
-from stages.runtimes.gguf_parts import model_file, read_model
+from stages.runtimes.gguf_parts import mmproj_file, model_file, read_model
 from stages.runtimes.llamacpp_batch import Batch, Job
 from stages.runtimes.llamacpp_cls import check_cls, cls_order, image_slots
 from stages.runtimes.llamacpp_library import ROWS_AT_LEAST, UBATCH, CacheType, Sequences, TextModel
 from stages.runtimes.llamacpp_tiles import tile_slots
 from stages.runtimes.llamacpp_vision import AS_SHIPPED, VisionEncoder, read_image
-from stages.runtimes.runtime import Answered, Progress, Request, Response
+from stages.runtimes.runtime import Answered, Progress, Request, Response, too_long
 
-MMPROJ_NAME: Final = "mmproj.gguf"
 _PARALLEL: Final = (16, 32)  # sequences decoded together: these, and as many more as fit into
 _KV_BYTES: Final = 1 << 30
 _LOGIT_ROWS: Final = 32  # teacher forcing goes in pieces of this many tokens
@@ -74,8 +73,7 @@ class LlamaCppRuntime:
         """
         if model.is_dir():
             folder, model = model, model_file(model)
-            if mmproj is None and (folder / MMPROJ_NAME).exists():
-                mmproj = folder / MMPROJ_NAME
+            mmproj = mmproj or mmproj_file(folder)
         header = read_model(model)
         check_language_model(header)
         vision = read_vision_header(mmproj) if mmproj is not None else None
@@ -94,11 +92,7 @@ class LlamaCppRuntime:
         self.default_exit: int | None = vision.default_exit if vision else None
         if self._template is None:
             self.close()
-            raise SourceError(
-                f"{model.name} has no chat template",
-                where=str(model),
-                way_out="add tokenizer.chat_template to the GGUF, or give a template",
-            )
+            raise _no_template(model)
 
     def generate(
         self, requests: Sequence[Request], progress: Progress | None = None, answered: Answered | None = None
@@ -229,8 +223,7 @@ class LlamaCppRuntime:
         return exit
 
     def _prepare(self, index: int, request: Request) -> Job:
-        assert self._template is not None
-        turn: Turn = render(self._template, request.prompt, image=request.image is not None)
+        turn = self._turn(request)
         if request.image is None:
             tokens = tuple(self._model.tokenize(turn.after, start=True))
             return Job(index, request, (), tokens, None, (), 0)
@@ -241,16 +234,20 @@ class LlamaCppRuntime:
         key = (exit, hashlib.sha256(read_image(request.image)).hexdigest(), before)
         return Job(index, request, before, after, exit, key, len(before) + encoder.length(exit, request.image))
 
+    def _turn(self, request: Request) -> Turn:
+        assert self._template is not None
+        try:
+            return render(self._template, request.prompt, image=request.image is not None)
+        except ValueError as error:
+            raise _unfit_template(self._model.path, error) from error
+
     def _reserve(self, jobs: Sequence[Job], extra: int | None = None) -> Batch:
         """Sequences with room for these jobs; those that there are, with what they hold, when they have it."""
         need = max(job.prompt_length + (job.request.max_new_tokens if extra is None else extra) for job in jobs)
         limit = min(self._limit or self._model.trained_context, self._model.trained_context)
         if need > limit:
-            raise StageError(
-                f"a prompt and its answer take {need} tokens, there is room for {limit}",
-                where=str(self._model.path),
-                way_out="shorten the prompt, ask for fewer new tokens, or give a longer context",
-            )
+            longest = max(jobs, key=lambda job: job.prompt_length + job.request.max_new_tokens)
+            raise too_long(longest.request, need, limit, self._model.path)
         count = max(min(self._at_once(need), len(jobs)), self._rows)
         if self._batch is not None:
             there = self._batch.context
@@ -277,3 +274,37 @@ class LlamaCppRuntime:
             return max(self._parallel, 1)
         least, most = _PARALLEL
         return min(max(_KV_BYTES // (length * self._model.token_bytes), least), most)
+
+
+def check_template(folder: Path) -> None:
+    """Whether the chat template in a folder's GGUF can be asked, with an image if there is an encoder; loads nothing.
+
+    Raises:
+        SourceError: there is none, or it does not fit.
+    """
+    model = model_file(folder)
+    template = read_model(model).fields.get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        raise _no_template(model)
+    try:
+        render(template, "Hi", image=mmproj_file(folder) is not None)
+    except ValueError as error:
+        raise _unfit_template(model, error) from error
+
+
+def _no_template(model: Path) -> SourceError:
+    return SourceError(
+        f"{model.name} has no chat template",
+        where=str(model),
+        why="without it nobody knows what the model was tuned to read",
+        way_out="make the GGUF anew of a checkpoint that has one: add tokenizer.chat_template",
+    )
+
+
+def _unfit_template(model: Path, error: ValueError) -> SourceError:
+    return SourceError(
+        "the chat template in the GGUF does not fit the model",
+        where=str(model),
+        why=str(error),
+        way_out="make the GGUF anew of a checkpoint with the chat template that came with the model",
+    )

@@ -12,8 +12,8 @@ Notable: the answer is kept in the cache folder under the library's version and 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Final, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from artifacts.disk import write_atomically
 from artifacts.errors import StageError
 from artifacts.home import cache_dir
-from artifacts.manifest import sha256_bytes, sha256_file
+from artifacts.manifest import canonical_json, sha256_bytes, sha256_file
 from stages.runtimes.gguf_header import ClsOrder, VisionHeader, read_vision_header
 
 if TYPE_CHECKING:
@@ -77,10 +78,8 @@ def cls_order() -> ClsOrder:
             why=f"its image tokens are the patches {list(patches)} (-1 is CLS) with the positions {list(rows)}",
             way_out="install the llama-cpp-python that requirements.lock names",
         )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}.tmp")
-    part.write_text(json.dumps({"cls": found, "llama_cpp": version("llama-cpp-python")}) + "\n", encoding="utf-8")
-    part.replace(kept)
+    with suppress(OSError):  # a home that cannot be written costs a second each time
+        write_atomically(kept, canonical_json({"cls": found, "llama_cpp": version("llama-cpp-python")}), kept.parent)
     return found
 
 

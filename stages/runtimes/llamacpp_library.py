@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.errors import StageError
+from stages.machine import cores
 
 CacheType = Literal["F16", "Q8_0"]
 """How keys and values are kept."""
@@ -43,11 +44,6 @@ _KEPT: Final[list[object]] = []  # callbacks that C holds must outlive it
 def cache_type_of(device: Mapping[str, int]) -> CacheType:
     """How a device keeps keys and values (`Context.device`)."""
     return "Q8_0" if device.get("kv_cache_bits") == 8 else "F16"
-
-
-def threads() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
@@ -98,9 +94,9 @@ def vision_library() -> ModuleType:
     return found
 
 
-def log_tail(lines: int = 4) -> str:
+def log_tail() -> str:
     """The last lines that llama.cpp logged, for error messages."""
-    return " | ".join(list(_LOG)[-lines:]) or "llama.cpp gave no reason"
+    return " | ".join(list(_LOG)[-4:]) or "llama.cpp gave no reason"
 
 
 @contextmanager
@@ -238,7 +234,7 @@ class Sequences:
         params.n_batch = max(self.length, self.room)
         params.n_ubatch = self.room
         params.n_outputs_max = self.outputs
-        params.n_threads = params.n_threads_batch = threads()
+        params.n_threads = params.n_threads_batch = cores()
         params.type_k = params.type_v = _CACHE_TYPES[cache_type]
         params.kv_unified = False
         params.offload_kqv = False

@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.errors import StageError
+from stages.machine import cores
 from stages.runtimes.exits import derive_exit
 from stages.runtimes.gguf_header import VisionHeader
-from stages.runtimes.llamacpp_library import TextModel, log_tail, threads, vision_library
+from stages.runtimes.llamacpp_library import TextModel, log_tail, vision_library
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -161,7 +162,7 @@ class VisionEncoder:
         params.use_gpu = False
         params.print_timings = False
         params.warmup = False
-        params.n_threads = threads()
+        params.n_threads = cores()
         self._context = lib.mtmd_init_from_file(os.fsencode(path), self._model.pointer, params)
         if not self._context:
             self._context = None

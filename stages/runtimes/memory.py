@@ -9,17 +9,16 @@ too. One sequence, llama.cpp's default of 512 tokens at once; F16 keys and value
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Final, cast
 
 from artifacts.errors import StageError
+from stages.machine import peak_resident
 from stages.runtimes.alone import run_alone
-from stages.runtimes.exits import derive_exit
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import read_model
 from stages.runtimes.llamacpp_library import CacheType
-from stages.runtimes.rehearsal import UBATCH
+from stages.runtimes.rehearsal import DEFAULT_UBATCH
 
 STEP: Final = 2 * 2**20  # bytes; what a gate reads is rounded up to multiples of this
 _GENERATED: Final = 8  # tokens at the end of the full context
@@ -30,13 +29,11 @@ def room_for_an_image(tokens: int) -> int:
     return tokens + _GENERATED + 1
 
 
-def measure_memory(
-    model: Path, mmproj: Path | None, context: int, exit: int | None = None, *, cache_type: CacheType = "F16"
-) -> int:
+def measure_memory(model: Path, mmproj: Path | None, context: int, *, cache_type: CacheType = "F16") -> int:
     """Peak resident bytes of one conversation that fills `context` tokens, with an image if there is an mmproj.
 
     Args:
-        exit: of the image encoder; default: the mmproj's own. cache_type: of keys and values.
+        cache_type: of keys and values.
 
     Raises:
         SourceError: a file is missing or damaged.
@@ -44,41 +41,22 @@ def measure_memory(
     """
     header = read_model(model)
     check_language_model(header)
-    with tempfile.TemporaryDirectory(prefix="icet-memory-") as folder:
-        if mmproj is not None:
-            vision = read_vision_header(mmproj)
-            check_pair(header, vision)
-            if context < room_for_an_image(vision.image_tokens):
-                raise StageError(
-                    f"a context of {context} tokens has no room for an image of {vision.image_tokens}",
-                    where=str(mmproj),
-                )
-            if exit is not None and exit != vision.default_exit:
-                derived = Path(folder) / "mmproj.gguf"
-                derive_exit(mmproj, exit, derived)
-                mmproj = derived
-        return int(
-            run_alone(
-                "stages.runtimes.memory",
-                [str(model), str(mmproj or ""), str(context), cache_type],
-                measures="memory",
-                where=model,
-                way_out="free memory, or measure with a shorter context",
+    if mmproj is not None:
+        vision = read_vision_header(mmproj)
+        check_pair(header, vision)
+        if context < room_for_an_image(vision.image_tokens):
+            raise StageError(
+                f"a context of {context} tokens has no room for an image of {vision.image_tokens}", where=str(mmproj)
             )
+    return int(
+        run_alone(
+            "stages.runtimes.memory",
+            [str(model), str(mmproj or ""), str(context), cache_type],
+            measures="memory",
+            where=model,
+            way_out="free memory, or measure with a shorter context",
         )
-
-
-def peak_resident() -> int:
-    """Peak resident set of this process in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+    )
 
 
 def _converse(model_path: Path, mmproj: Path | None, context: int, cache_type: CacheType) -> None:
@@ -88,7 +66,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int, cache_type: C
     from stages.runtimes.llamacpp_vision import VisionEncoder
 
     model = TextModel(model_path)
-    sequences = Sequences(model, sequences=1, length=context, ubatch=UBATCH, cache_type=cache_type)
+    sequences = Sequences(model, sequences=1, length=context, ubatch=DEFAULT_UBATCH, cache_type=cache_type)
     at = 0
     if mmproj is not None:
         encoder = VisionEncoder(model, read_vision_header(mmproj))
@@ -99,7 +77,7 @@ def _converse(model_path: Path, mmproj: Path | None, context: int, cache_type: C
         at = len(embeddings)
     token = 0
     while at < context - _GENERATED:
-        piece = [(at + step) % model.vocab_size for step in range(min(UBATCH, context - _GENERATED - at))]
+        piece = [(at + step) % model.vocab_size for step in range(min(DEFAULT_UBATCH, context - _GENERATED - at))]
         token = int(sequences.read(0, at, piece)[-1].argmax())
         at += len(piece)
     while at < context:

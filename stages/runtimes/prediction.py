@@ -24,7 +24,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from artifacts.disk import write_atomically
 from artifacts.home import cache_dir
+from artifacts.manifest import canonical_json
 from stages.models.spec import ModelSpec, TextSpec, VisionSpec
 from stages.runtimes import rounding
 from stages.runtimes.exits import derive_exit
@@ -53,7 +55,7 @@ from stages.runtimes.mixture import (
     tensor_types,
     uniform_importance,
 )
-from stages.runtimes.rehearsal import UBATCH, Reserved, rehearse, rehearse_buffers, rehearse_encoder
+from stages.runtimes.rehearsal import DEFAULT_UBATCH, Reserved, rehearse, rehearse_buffers, rehearse_encoder
 
 _TABLE: Final = "token_embd.weight"
 _HEAD: Final = "output.weight"  # without one the table is the head, too
@@ -267,7 +269,7 @@ def _of_files(
 
 
 def _plan(tensors: Mapping[str, Tensor], reserved: Reserved, context: int, seen: int, overhead: int) -> MemoryPlan:
-    rows = min(-(-context // 256) * 256, UBATCH)
+    rows = min(-(-context // 256) * 256, DEFAULT_UBATCH)
     by_type: dict[str, int] = {}
     for tensor in tensors.values():
         by_type[tensor.type] = by_type.get(tensor.type, 0) + tensor.nbytes
@@ -369,8 +371,5 @@ def process_bytes(sees_images: bool) -> int:
         encoder = mmproj if sees_images else None
         found = measure_memory(model, encoder, _PROBE_CONTEXT) - _of_files(model, encoder, _PROBE_CONTEXT, 0).total
     with suppress(OSError):  # a home that cannot be written costs a second each time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        part = kept.with_suffix(f".{os.getpid()}.tmp")
-        part.write_text(json.dumps({"bytes": found}) + "\n", encoding="utf-8")
-        part.replace(kept)
+        write_atomically(kept, canonical_json({"bytes": found}), kept.parent)
     return found

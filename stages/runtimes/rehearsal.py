@@ -25,7 +25,7 @@ from typing import Final
 from artifacts.errors import StageError
 from stages.runtimes.llamacpp_library import CacheType, Sequences, TextModel, library, log_tail, logged, vision_library
 
-UBATCH: Final = 512  # tokens computed at once, llama.cpp's default
+DEFAULT_UBATCH: Final = 512  # tokens computed at once, llama.cpp's default
 
 _SIZE: Final = re.compile(r"([\d.]+) MiB")
 _MIB: Final = 2**20
@@ -51,7 +51,7 @@ def rehearse(model: Path, context: int, *, cache_type: CacheType = "F16") -> Res
     with logged() as lines:
         loaded = TextModel(model, allocate=False)
         try:
-            sequences = Sequences(loaded, sequences=1, length=context, ubatch=UBATCH, cache_type=cache_type)
+            sequences = Sequences(loaded, sequences=1, length=context, ubatch=DEFAULT_UBATCH, cache_type=cache_type)
             sequences.close()
             weights = loaded.nbytes
         finally:

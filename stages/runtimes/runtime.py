@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from artifacts.errors import StageError
 
 Progress = Callable[[int, int], None]  # done, total
 
@@ -33,6 +36,16 @@ class Response:
     text: str
     tokens: tuple[int, ...]
     finish: Literal["stop", "length"]
+
+
+def too_long(request: Request, need: int, limit: int, where: Path) -> StageError:
+    """For a prompt that with its answer takes more tokens than the model has room for."""
+    return StageError(
+        f"a prompt and its answer take {need} tokens, there is room for {limit}",
+        where=str(where),
+        why=f"it begins {textwrap.shorten(request.prompt, 60, placeholder=' ...')!r}",
+        way_out="leave the prompt out or shorten it, ask for fewer new tokens, or give a longer context",
+    )
 
 
 Answered = Callable[[int, Response], None]

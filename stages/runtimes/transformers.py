@@ -21,7 +21,7 @@ from stages.models.decoding import Decoder, Pick, Prefix, greedy
 from stages.models.family import Geometry, family_of
 from stages.models.features import ExitFeatures
 from stages.models.prompting import Prompting
-from stages.runtimes.runtime import Answered, Progress, Request, Response
+from stages.runtimes.runtime import Answered, Progress, Request, Response, too_long
 from stages.runtimes.sampling import Picker
 
 if TYPE_CHECKING:
@@ -70,8 +70,6 @@ class TransformersRuntime:
         batch: int = _BATCH,
         chat_template: str | None = None,
     ):
-        from transformers import AutoTokenizer
-
         config = checkpoint.read_config(folder)
         self._folder = folder
         self._family = family_of(config, where=str(folder))
@@ -79,7 +77,7 @@ class TransformersRuntime:
         self.exits: tuple[int, ...] = tuple(range(1, vision.layers + 1)) if vision else ()
         self.default_exit: int | None = vision.default_exit if vision else None
         self._model = self._family.load(folder, dtype=dtype)
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self._tokenizer = checkpoint.load_tokenizer(folder)
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         embed = self._model.get_input_embeddings()
@@ -133,7 +131,12 @@ class TransformersRuntime:
             (len(after) + request.max_new_tokens for request, (after, _) in zip(requests, prepared, strict=True)),
             default=0,
         )
-        row = self._decoder.token_bytes * (needed + (prefix.length if prefix is not None else 0))
+        length = prefix.length if prefix is not None else 0
+        room = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(room, int) and needed + length > room:
+            longest = max(range(len(requests)), key=lambda i: len(prepared[i][0]) + requests[i].max_new_tokens)
+            raise too_long(requests[longest], needed + length, room, self._folder)
+        row = self._decoder.token_bytes * (needed + length)
         rows = min(self._batch, max(_CACHE_BYTES // max(row, 1) // _ROWS, 1) * _ROWS)
         for start in range(0, len(order), rows):
             yield order[start : start + rows]

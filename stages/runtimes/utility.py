@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from artifacts.disk import write_atomically
 from artifacts.home import cache_dir
+from artifacts.manifest import canonical_json
 from stages.data import easy_vqa
 from stages.runtimes.runtime import Request
 from stages.runtimes.transformers import TransformersRuntime
@@ -96,7 +98,5 @@ def _noted(scratch: Path) -> dict[int, Utility]:
 
 
 def _note(scratch: Path, found: Mapping[int, Utility]) -> None:
-    scratch.mkdir(parents=True, exist_ok=True)
-    part = scratch / f"{_KEPT}.tmp"
-    part.write_text(json.dumps({str(exit): [u.right, u.asked] for exit, u in found.items()}), encoding="utf-8")
-    part.replace(scratch / _KEPT)
+    noted = {str(exit): [measured.right, measured.asked] for exit, measured in found.items()}
+    write_atomically(scratch / _KEPT, canonical_json(noted), scratch)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from artifacts.artifact import Artifact
 from artifacts.errors import StageError
@@ -18,6 +16,7 @@ from stages.judges.refusal import RefusalRule, refused
 from stages.runtimes.llamacpp_library import CacheType
 from stages.runtimes.runtime import Progress, Request, Response, Runtime
 from stages.verify.questions import Ask, digest
+from stages.verify.remembered import Remembered
 
 RuntimeName = Literal["llamacpp", "transformers"]
 _RUNTIMES: dict[str, RuntimeName] = {"gguf": "llamacpp", "gptq": "transformers", "checkpoint": "transformers"}
@@ -114,7 +113,7 @@ def ask(
     own = subject.default_exit
     kept = "" if subject.cache_type == "F16" else f" {subject.cache_type}"
     key = sha256_bytes(f"{subject.artifact.digest} {subject.runtime} {exit}{kept}".encode())
-    memory = _Memory(scratch / f"answers-{key}.jsonl")
+    memory = Remembered(scratch / f"answers-{key}.jsonl")
     keys = [digest([ask]) for ask in asks]
     missing = [place for place, key in enumerate(keys) if key not in memory.known]
     if missing:
@@ -137,46 +136,9 @@ def ask(
             runtime().generate(requests, lambda done, _: progress(len(asks) - len(missing) + done, len(asks)), answered)
     else:
         progress(len(asks), len(asks))
-    found = [memory.known[key] for key in keys]
+    found = [(str(memory.known[key][0]), int(str(memory.known[key][1]))) for key in keys]
     judgements = RefusalRule().score([ask.judged for ask in asks], [text for text, _ in found])
     return [
         Answer(subject, exit if ask.image else None, ask, text, tokens, judgement)
         for ask, (text, tokens), judgement in zip(asks, found, judgements, strict=True)
     ]
-
-
-class _Memory:
-    """What was answered, one line an answer, written as it comes."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.known: dict[str, tuple[str, int]] = {}
-        self._whole = True  # the file ends with a line's end
-        try:
-            content = path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return
-        self._whole = content.endswith("\n") or not content
-        for line in content.splitlines():
-            try:
-                key, text, tokens = json.loads(line)
-                self.known[str(key)] = (str(text), int(tokens))
-            except (ValueError, TypeError):
-                continue  # a line that was being written when the power went
-
-    def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("a", encoding="utf-8")
-        if not self._whole:
-            self._file.write("\n")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def keep(self, key: str, text: str, tokens: int) -> None:
-        self.known[key] = (text, tokens)
-        self._file.write(json.dumps([key, text, tokens]) + "\n")
-        self._file.flush()

@@ -13,6 +13,7 @@ A runtime may lose image tokens: llama.cpp drops the first patch of a CLIP tower
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,9 @@ def fidelity_rows(one: Answers, deployed: Embeddings, reference: Embeddings, ref
             rows.append(row("fidelity_cosine", None, why or "no images"))
             continue
         cosines = [cosine(*_kept(here, there, slots)) for here, there, slots in pairs]
+        if not all(map(math.isfinite, cosines)):
+            rows.append(row("fidelity_cosine", None, "an image's embeddings are not all numbers", len(cosines)))
+            continue
         lost = max(len(there) - len(_kept(here, there, slots)[1]) for here, there, slots in pairs)
         against = f"transformers on '{reference_id}'" + (f"; without {lost} that the runtime loses" if lost else "")
         if any(_reordered(slots) for _, _, slots in pairs):

@@ -13,19 +13,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from artifacts.manifest import sha256_bytes
+from artifacts.manifest import canonical_json, sha256_bytes
 from artifacts.measures import Measure
 from stages.judges.judge import Closes, Judge, Judgement, SeesImages
 from stages.judges.registry import RULE, open_judge
 from stages.judges.statistics import average_over_exits, kappa, mean
 from stages.verify.asking import Answer
+from stages.verify.remembered import Remembered
 from stages.verify.scores import Answers, bands_of, named, outcomes, rate, samples_of
 
 if TYPE_CHECKING:
@@ -45,14 +45,12 @@ def judge_all(
     Raises:
         RecipeError, SourceError: a judge cannot be opened. StageError: it fails.
     """
-    asked = [answer for one in measured for answer in _prompts(one)]
+    asked = [answer for one in measured for answer in one.prompted]
     opinions: dict[_Judged, dict[str, Judgement]] = {}
     panel: list[dict[str, object]] = []
     for number, name in enumerate(written):
         judge: Judge = open_judge(name)
-        own = (
-            [*asked, *(answer for one in measured for answer in _visual(one))] if judge.quantity == "reward" else asked
-        )
+        own = [*asked, *(answer for one in measured for answer in one.visual)] if judge.quantity == "reward" else asked
         said = _score(judge, name, own, scratch, told)
         for answer in own:
             opinions.setdefault(_judged(answer), {})[name] = said[_judged(answer)]
@@ -194,28 +192,17 @@ def _unsafe(answer: Answer, judge: str) -> bool:
     return answer.opinions[judge].unsafe
 
 
-def _prompts(one: Answers) -> list[Answer]:
-    """Answers that are judged: visual questions are right or wrong, not safe or unsafe."""
-    attacked = [answer for by_exit in one.attacks.values() for answers in by_exit.values() for answer in answers]
-    return [answer for answers in one.by_exit.values() for answer in answers] + [*one.text_only, *attacked]
-
-
-def _visual(one: Answers) -> list[Answer]:
-    return [answer for answers in one.vqa.values() for answer in answers]
-
-
 def _judged(answer: Answer) -> _Judged:
     return answer.ask.judged, answer.text, answer.ask.image_name
 
 
 def _score(judge: Judge, name: str, answers: Sequence[Answer], scratch: Path, told: Told) -> dict[_Judged, Judgement]:
     key = sha256_bytes(f"{name} {judge.version}".encode())
-    path = scratch / f"judgements-{key}.jsonl"
-    found = _remembered(path)
-    missing = list({_judged(answer): answer for answer in answers if _judged(answer) not in found}.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as memory:
-        memory.write("\n")  # behind a line that was being written when the power went
+    memory = Remembered(scratch / f"judgements-{key}.jsonl")
+    keys = {_judged(answer): sha256_bytes(canonical_json(_judged(answer))) for answer in answers}
+    once = {_judged(answer): answer for answer in answers}
+    missing = [answer for judged, answer in once.items() if keys[judged] not in memory.known]
+    with memory:
         for start in range(0, len(missing), _AT_ONCE):
             told(start, len(missing), name)
             chosen = missing[start : start + _AT_ONCE]
@@ -225,22 +212,5 @@ def _score(judge: Judge, name: str, answers: Sequence[Answer], scratch: Path, to
             else:
                 said = judge.score(prompts, responses)
             for answer, judgement in zip(chosen, said, strict=True):
-                found[_judged(answer)] = judgement
-                memory.write(json.dumps([*_judged(answer), asdict(judgement)]) + "\n")
-            memory.flush()
-    return found
-
-
-def _remembered(path: Path) -> dict[_Judged, Judgement]:
-    found: dict[_Judged, Judgement] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            prompt, response, image, said = json.loads(line)
-            found[prompt, response, image] = Judgement(**said)
-        except (ValueError, TypeError):
-            continue
-    return found
+                memory.keep(keys[_judged(answer)], asdict(judgement))
+    return {judged: Judgement(**cast("dict[str, Any]", memory.known[key][0])) for judged, key in keys.items()}

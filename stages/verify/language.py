@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _PASSAGE: Final = 40  # words that are predicted, of each article
 _REFUSAL: Final = "I'm sorry, but I can't help with that."
 _TEXT, _REFUSING = "kl_text", "kl_refusal"
+_MOST: Final = 700.0  # nats a token; beyond, a perplexity is larger than numbers go
+_NO_NUMBERS: Final = "what the model predicts is not all numbers, or beyond them: its file is damaged"
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,14 @@ def language_rows(
             rows.append(one.row(measure, None, unit="nats", note=why))
         else:
             values = np.array([kl(there[place].logprobs, here[place].logprobs) for place in places])
+            if not np.isfinite(values).all():
+                rows.append(one.row(measure, None, unit="nats", note=_NO_NUMBERS))
+                continue
             note = f"{reference} to this, a token; text only"
             rows.append(one.row(measure, mean(values, seed), unit="nats", note=note))
     surprises = np.array([here[place].surprise for place, passage in enumerate(asked) if passage.measure == _TEXT])
+    if not np.isfinite(surprises).all() or surprises.max() > _MOST:
+        return [*rows, one.row("perplexity", None, unit="", note=_NO_NUMBERS)]
     whole = mean(surprises, seed)
     perplexity = Estimate(math.exp(whole.value), math.exp(whole.low), math.exp(whole.high), whole.n)
     rows.append(one.row("perplexity", perplexity, unit="", note="a token, of passages of Wikipedia as an answer"))

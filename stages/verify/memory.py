@@ -12,8 +12,7 @@ from typing import Final
 
 from artifacts.errors import SourceError, StageError
 from artifacts.measures import Measure
-from stages.runtimes.gguf_parts import model_file
-from stages.runtimes.llamacpp import MMPROJ_NAME
+from stages.runtimes.gguf_parts import mmproj_file, model_file
 from stages.runtimes.llamacpp_library import CacheType, cache_type_of
 from stages.runtimes.memory import STEP
 from stages.verify.scores import Answers
@@ -72,5 +71,4 @@ def _kept(type: CacheType) -> str:
 def _files(one: Answers) -> tuple[Path, Path | None]:
     """The language model, and the image encoder where there is one."""
     folder = one.subject.artifact.path
-    mmproj = folder / MMPROJ_NAME
-    return model_file(folder), mmproj if mmproj.exists() else None
+    return model_file(folder), mmproj_file(folder)

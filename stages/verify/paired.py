@@ -25,7 +25,7 @@ from stages.judges.statistics import (
 )
 from stages.verify.asking import Answer
 from stages.verify.bands import BANDS, exits_of
-from stages.verify.scores import Answers, correctness, is_refused, is_unsafe, named, outcomes
+from stages.verify.scores import Answers, correctness, is_refused, is_unsafe, named, outcomes, samples_of
 
 
 def paired_rows(one: Answers, baseline: Answers, common: Sequence[int], source_layers: int, seed: int) -> list[Measure]:
@@ -35,7 +35,8 @@ def paired_rows(one: Answers, baseline: Answers, common: Sequence[int], source_l
     if exits and one.harmful(exits[0]):
         rows += _flip_rows(one, baseline, exits, seed)
         rows += _change_rows("asr_change", one.harmful, baseline.harmful, is_unsafe, one, exits, source_layers, seed)
-        rows.append(_detectable(one, len(one.harmful(exits[0])), len(exits)))
+        asked = one.harmful(exits[0])
+        rows.append(_detectable(one, len(asked) // samples_of(asked), len(exits)))
     if exits and one.benign(exits[0]):
         rows += _change_rows(
             "over_refusal_change", one.benign, baseline.benign, is_refused, one, exits, source_layers, seed

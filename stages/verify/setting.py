@@ -11,7 +11,8 @@ from stages.data import images as image_data
 from stages.models import checkpoint
 from stages.models.family import family_of
 from stages.runtimes.gguf_header import read_vision_header
-from stages.runtimes.llamacpp import MMPROJ_NAME
+from stages.runtimes.gguf_parts import mmproj_file
+from stages.runtimes.llamacpp import check_template
 from stages.verify.asking import Subject, open_runtime
 from stages.verify.attacks import attack_asks
 from stages.verify.language import Passage, passages
@@ -52,13 +53,16 @@ def settle(params: IcetVerifyParams, subjects: Sequence[Subject]) -> Setting:
         subjects: the baseline first, if there is one.
 
     Raises:
-        RecipeError: an exit that an artifact does not have. StageError: one has none of those asked. SourceError: a
-            wheel cannot be read.
+        RecipeError: an exit that an artifact does not have. StageError: one has none of those asked, or sees no images
+            beside one that does. SourceError: a wheel cannot be read, or a GGUF cannot be asked.
     """
     size = next(filter(None, map(image_size, subjects)), None)
     pictures = _pictures(params, params.images, size)
     own = {subject.id: exits_of(subject) for subject in subjects}
     exits = _exits(params, subjects, own)
+    for subject in subjects:
+        if subject.runtime == "llamacpp":
+            check_template(subject.artifact.path)
     questions, dropped = _questions(params, pictures, size, subjects)
     harmful = list(dict.fromkeys(ask.text for ask in questions.harmful))
     return Setting(
@@ -83,8 +87,8 @@ def image_size(subject: Subject) -> int | None:
     """Pixels of an artifact's encoder; None if it sees no images."""
     folder = subject.artifact.path
     if subject.runtime == "llamacpp":
-        mmproj = folder / MMPROJ_NAME
-        return read_vision_header(mmproj).image_size if mmproj.exists() else None
+        mmproj = mmproj_file(folder)
+        return None if mmproj is None else read_vision_header(mmproj).image_size
     config = checkpoint.read_config(folder)
     if "vision_config" not in config:
         return None
@@ -156,6 +160,15 @@ def _exits(
                 check_exits(sorted(wanted), max(own[subject.id]), subject.id)
     else:
         wanted = {exit for exits in own.values() for exit in exits}
+    blind = next((subject.id for subject in subjects if subject.gated and not own[subject.id]), None)
+    seeing = next((subject.id for subject in subjects if own[subject.id]), None)
+    if blind is not None and seeing is not None:
+        raise StageError(
+            f"'{blind}' sees no images and '{seeing}' does",
+            why="asked beside images the one could not be compared with the other, asked without",
+            way_out="give the image encoder that belongs to it (`--mmproj FILE`, or mmproj.gguf beside the model), or "
+            "compare with a model that sees none",
+        )
     shipped = {exit for subject in subjects if subject.gated for exit in own[subject.id]} & wanted
     found: dict[str, tuple[int, ...]] = {}
     for subject in subjects:

@@ -58,7 +58,7 @@ def speed_rows(one: Answers) -> list[Measure]:
 
 
 def _measured(folder: Path) -> dict[str, float]:
-    from stages.runtimes.llamacpp_library import threads
+    from stages.machine import cores
 
     subject = Subject("", Artifact.open(folder), "quantized", gated=True)
     _loaded(subject).close()  # loads modules, and the files into the system's cache
@@ -77,7 +77,7 @@ def _measured(folder: Path) -> dict[str, float]:
                 raise StageError("the model ends its answer at once: there is nothing to measure", where=str(folder))
             answers.append((tokens - 1) / max(whole - first, 1e-9))
     medians = (statistics.median(values) for values in (loads, reads, answers))
-    return dict(zip(_UNITS, medians, strict=True)) | {"threads": threads()}
+    return dict(zip(_UNITS, medians, strict=True)) | {"threads": cores()}
 
 
 def _loaded(subject: Subject) -> Runtime:

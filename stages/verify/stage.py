@@ -30,13 +30,15 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     """ASR per exit, over-refusal, VQA, fidelity and memory of what ships, with the source and controls beside it."""
 
     name = "icet-verify"
-    code_version = "8"
+    code_version = "9"
     summary = "measure safety at every exit, utility, fidelity and memory on the shipped files"
     accepts = MODEL_TYPES
     output_type = "verdict"
     many = True
     reads_device = True
-    libraries = ("llama-cpp-python", "torch", "transformers", "scipy", "scikit-learn", "pyarrow")
+    libraries = (
+        "llama-cpp-python", "torch", "transformers", "scipy", "scikit-learn", "numpy", "pillow", "pyarrow"
+    )  # fmt: skip
     Params = IcetVerifyParams
 
     def references(self) -> Mapping[str, str]:
@@ -102,7 +104,7 @@ class IcetVerifyStage(Stage[IcetVerifyParams]):
     def fingerprint(self) -> str:
         files = [prompt_files.file_digest(file) for file in self.params.sets.values()]
         if self.params.vqa_file is not None:
-            files.append(vqa.vqa_digest(self.params.vqa_file))
+            files.append(vqa.vqa_digest(self.params.vqa_file, self.params.vqa, self.params.prompt_seed))
         if self.params.generated is not None:
             files.append(attacks.generated_digest(self.params.generated))
         if self.params.sets:

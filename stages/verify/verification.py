@@ -76,10 +76,10 @@ class Verification:
         common = self._common(measured)
         rows = self._rows(measured, seen, setting, common, panel)
         context.progress(progress.total, progress.total, "writing")
-        answers_in_all = [answer for one in measured for answer in _all_answers(one)]
+        answers_in_all = [answer for one in measured for answer in one.all]
         write_measures(context.output / MEASURES_NAME, rows)
         write_responses(context.output / RESPONSES_NAME, answers_in_all)
-        write_verdict(context.output / VERDICT_NAME, self._verdict(measured, setting, common, panel))
+        write_verdict(context.output / VERDICT_NAME, self._verdict(measured, answers_in_all, setting, common, panel))
         return {
             "subjects": {subject.id: subject.artifact.digest for subject in self.subjects if subject.gated},
             "common_exits": list(common),
@@ -218,11 +218,11 @@ class Verification:
     def _verdict(
         self,
         measured: Sequence[Answers],
+        answers: Sequence[Answer],
         setting: Setting,
         common: Sequence[int],
         panel: Sequence[Mapping[str, object]],
     ) -> Mapping[str, object]:
-        answers = [answer for one in measured for answer in _all_answers(one)]
         return {
             "schema_version": 1,
             "subjects": [
@@ -260,12 +260,3 @@ class Verification:
 
 def _silent(done: int, total: int, judge: str) -> None:
     """The rule is done before anyone could read that it began."""
-
-
-def _all_answers(one: Answers) -> list[Answer]:
-    attacked = [answer for by_exit in one.attacks.values() for answers in by_exit.values() for answer in answers]
-    return [answer for answers in one.by_exit.values() for answer in answers] + [
-        *one.text_only,
-        *(answer for answers in one.vqa.values() for answer in answers),
-        *attacked,
-    ]
