@@ -25,6 +25,7 @@ from pipeline.executors.base import Emit, Executor, Job, Outcome
 from pipeline.executors.local import LocalExecutor
 from pipeline.report.model import Kind, Report
 from pipeline.runner import run
+from stages.machine import peak_resident
 from stages.models.tiny import build_tiny_llava
 
 Stages = dict[str, dict[str, object]]
@@ -111,7 +112,7 @@ class ThisProcess:
         metadata = worker._as_json(worker._work(job, channel, 0), job)
         for line in told.read_text().splitlines():
             emit(EVENT.validate_python(json.loads(line)))  # type: ignore[arg-type]
-        return Outcome(metadata=metadata, peak_rss=worker.peak_rss())
+        return Outcome(metadata=metadata, peak_rss=peak_resident())
 
     def close(self) -> None: ...
 
