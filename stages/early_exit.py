@@ -88,7 +88,7 @@ class EarlyExitStage(Stage[EarlyExitParams]):
     name = "early-exit"
     summary = "keep the first blocks of the image encoder and leave it there"
     accepts = ("checkpoint",)
-    code_version = "4"
+    code_version = "5"
     output_type = "checkpoint"
     libraries = ("torch", "transformers")
     Params = EarlyExitParams

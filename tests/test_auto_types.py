@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +31,10 @@ from stages.models.checkpoint import read_config
 from stages.models.family import family_of
 from stages.models.spec import ModelSpec, TextSpec
 from stages.models.tiny import tiny_llava_spec
-from stages.quantize.choice import Choice, choose, solve
+from stages.quantize.choice import Weighing, solve
 from stages.quantize.convert import convert_language_model
-from stages.quantize.descent import Descent, Goal
 from stages.quantize.gguf import GGUFParams, GGUFStage
-from stages.quantize.options import Group, Option, candidates, groups_of, least_bytes
+from stages.quantize.options import Option, candidates, groups_of, least_bytes
 from stages.quantize.sensitivity import Divergence, Probe, rounded
 from stages.quantize.types import EMBEDDING
 from stages.quantize.workbench import AutoParams, ProbeMix
@@ -103,7 +101,7 @@ def direct(before: LlamaForCausalLM, after: LlamaForCausalLM, one: Batch, other:
 def test_what_is_measured_from_the_changed_block_on_is_the_kl_of_the_whole_model(uneven: Path, changed: str) -> None:
     model, other = LlamaForCausalLM.from_pretrained(uneven), LlamaForCausalLM.from_pretrained(uneven)
     text, refusal = batch_of(model, [7, 9]), batch_of(model, [5])
-    probe = Probe(model.model, model.lm_head, model.get_input_embeddings(), [text], [refusal])
+    probe = Probe(model.model, model.lm_head, model.get_input_embeddings(), [text], [[refusal]])
     weight = model.model.get_submodule(changed).weight
     noisy = weight.detach() + 0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     block = int(changed.split(".")[1]) if "layers" in changed else None
@@ -132,98 +130,46 @@ def test_of_a_refusal_behind_a_prompt_the_predictions_of_its_own_tokens_count(ti
 
 
 @pytest.mark.parametrize("changed", ["layers.1.mlp.up_proj", "embed_tokens"])
-def test_where_all_is_rounded_what_a_change_adds_is_foretold_by_gradient_times_change(
-    uneven: Path, changed: str
-) -> None:
+def test_how_log_odds_of_refusals_move_is_foretold_by_gradient_times_change(uneven: Path, changed: str) -> None:
     model = LlamaForCausalLM.from_pretrained(uneven)
-    text, refusal = batch_of(model, [7, 9]), batch_of(model, [5])
-    probe = Probe(model.model, model.lm_head, model.get_input_embeddings(), [text], [refusal])
+    alone, beside = batch_of(model, [5, 8]), batch_of(model, [6])
+    for batch in (alone, beside):
+        batch.counted[:, :2] = False
+    probe = Probe(model.model, model.lm_head, model.get_input_embeddings(), [], [[alone], [beside]])
     weight = model.model.get_submodule(changed).weight
-    others = [p for p in model.model.layers.parameters() if p.ndim == 2 and p is not weight]
-    noise = torch.Generator().manual_seed(1)
-    values = [w.detach() + 0.02 * torch.randn(w.shape, generator=noise) for w in (weight, *others)]
-    change = 1e-4 * torch.randn(weight.shape, generator=noise)
+    before = probe.log_odds()
+    with torch.no_grad():  # by the definition: row 2 expects the token at 3
+        logits = model.lm_head(alone.through(model.model))[:, 2]
+    spoken = torch.arange(3, 3 + 16).reshape(2, 8)[:, 3]
+    expected = [
+        float(row[token] - row[torch.arange(len(row)) != token].logsumexp(0))
+        for row, token in zip(logits, spoken, strict=True)
+    ]
+    assert before[0] == pytest.approx(np.mean(expected), abs=1e-4)
+    change = 1e-4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     change[3] = 0  # the padding's row is zero: of that a norm makes a jump
-    with rounded([weight, *others], values):
-        before, gradients = probe.divergence(None), probe.gradients([weight], 2.0, 3.0)
-    with rounded([weight, *others], [values[0] + change, *values[1:]]):
-        after = probe.divergence(None)
-    added = 2 * (after.text - before.text) + 3 * (after.refusal - before.refusal)
-    assert abs(added) > 1e-5
-    assert float((gradients[0] * change).sum()) == pytest.approx(added, rel=0.05, abs=2e-6)
+    gradients = probe.gradients([weight])
+    with rounded([weight], [weight.detach() + change]):
+        after = probe.log_odds()
+    assert len(before) == len(gradients) == 4  # two kinds, first tokens and those behind
+    for kind in range(4):
+        foretold = float((gradients[kind][0] * change).sum())
+        assert after[kind] - before[kind] == pytest.approx(foretold, rel=0.05, abs=1e-5)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-class Quadratic:
-    """A workbench whose losses are quadratic in the change of all weights together, so that cross terms are known."""
+def test_moves_of_refusals_are_made_to_cancel_where_that_is_cheap() -> None:
+    def group(*moves: float) -> list[Option]:
+        return [Option("Q4_0", 32, Divergence(0.1 + 0.01 * place, 0), (move,)) for place, move in enumerate(moves)]
 
-    def __init__(self, seed: int, groups: int) -> None:
-        random = np.random.default_rng(seed)
-        self.names = [f"g{place}" for place in range(groups)]
-        bases = random.normal(size=(2, 3, 4 * groups))  # of low rank: far from independent
-        self.forms = [torch.from_numpy(basis.T @ basis + np.eye(4 * groups) * 3).float() for basis in bases]
-        self.weights = {name: torch.nn.Parameter(torch.zeros(1, 4)) for name in self.names}
-        self._rounded = {
-            (name, type): torch.from_numpy(random.normal(size=(1, 4)) * size).float()
-            for name in self.names
-            for type, size in (("Q4_0", 0.1), ("Q5_0", 0.05), ("Q6_K", 0.025), ("Q8_0", 0.01))
-        }
-
-    def rounded(self, name: str, type: str) -> torch.Tensor:
-        return self._rounded[name, type]
-
-    def _change(self, types: Mapping[str, str]) -> torch.Tensor:
-        return torch.cat([self.rounded(name, types[name])[0] for name in self.names])
-
-    def together(self, types: Mapping[str, str], side: str) -> Divergence:
-        change = self._change(types)
-        return Divergence(*(float(change @ form @ change) / 2 for form in self.forms))
-
-    def gradients(self, types: Mapping[str, str], text: float, refusal: float) -> dict[str, torch.Tensor]:
-        change = self._change(types)
-        every = (text * self.forms[0] + refusal * self.forms[1]) @ change
-        return {name: every[4 * place : 4 * place + 4][None] for place, name in enumerate(self.names)}
-
-    def alone(self, name: str, type: str) -> Divergence:
-        place, change = self.names.index(name), torch.zeros(4 * len(self.names))
-        change[4 * place : 4 * place + 4] = self.rounded(name, type)[0]
-        return Divergence(*(float(change @ form @ change) / 2 for form in self.forms))
-
-
-def test_a_descent_finds_what_sums_over_groups_do_not_show() -> None:
-    sizes = {"Q4_0": 4 * 32, "Q5_0": 5 * 32, "Q6_K": 6 * 32, "Q8_0": 8 * 32}
-    limit = 7 * 6 * 32
-    by_sums, by_descent = [], []
-    for seed in range(6):
-        bench = Quadratic(seed, 7)
-        options = {
-            Group(name, (name,), 0): [Option(type, nbytes, bench.alone(name, type)) for type, nbytes in sizes.items()]
-            for name in bench.names
-        }
-        goal = Goal(bench.together(dict.fromkeys(bench.names, "Q4_0"), "train"), 1.0)
-        descent = Descent(bench, options, lambda group, types: sizes[types[group.name]], goal)  # type: ignore[arg-type]
-        sums = choose(options, limit, goal.shares())
-        even = dict.fromkeys(bench.names, "Q6_K")
-
-        def loss(types: Mapping[str, str], bench: Quadratic = bench, goal: Goal = goal) -> float:
-            return goal.loss(bench.together(types, "train"))
-
-        found = []
-        for start in (Choice(even, even, None), sums):
-            told: list[float] = []
-            steps = descent.steps(start, limit, told.append)
-            losses = [loss(choice.types) for choice in steps]
-            assert steps[0] is start and losses == sorted(losses, reverse=True)
-            assert all(sum(sizes[type] for type in choice.types.values()) <= limit for choice in steps)
-            assert all(dict(choice.types) == dict(choice.groups) for choice in steps)
-            assert told == sorted(told) and told[-1] < 1
-            found.append(losses[-1])
-        every = (dict(zip(bench.names, types, strict=True)) for types in itertools.product(sizes, repeat=7))
-        best = min(loss(types) for types in every if sum(sizes[type] for type in types.values()) <= limit)
-        by_sums.append(loss(sums.types) / best)
-        by_descent.append(min(found) / best)
-    # Of the best of all that fit: what sums choose loses half as much again, what a descent finds hardly more.
-    assert np.median(by_sums) > 1.4 and np.median(by_descent) < 1.2, (by_sums, by_descent)
+    options = [group(3.0, 1.0), group(2.0, -1.0), group(0.5, 0.0)]
+    weighing = Weighing(moved=(1.0,), already=(0.0,))
+    picked = [few[place] for few, place in zip(options, solve(options, 320, weighing), strict=True)]
+    assert sum(option.moves[0] for option in picked) == 0.0
+    # What all of them together do beside is reckoned with.
+    weighing = Weighing(moved=(1.0,), already=(-3.5,))
+    picked = [few[place] for few, place in zip(options, solve(options, 320, weighing), strict=True)]
+    assert sum(option.moves[0] for option in picked) == 3.5
 
 
 costs = st.floats(0, 1, allow_nan=False)
@@ -235,20 +181,20 @@ few = st.lists(st.tuples(st.integers(1, 40), costs, costs), min_size=1, max_size
 def test_the_choice_is_as_good_as_the_best_of_all_that_fit(
     groups: list[list[tuple[int, float, float]]], room: int
 ) -> None:
-    costs = [[text + 2 * refusal - 1 for _, text, refusal in group] for group in groups]
-    sizes = [[32 * size for size, _, _ in group] for group in groups]
+    options = [[Option("Q4_0", 32 * size, Divergence(*cost)) for size, *cost in group] for group in groups]
     fitting = [
-        sum(costs[place][one] for place, one in enumerate(picked))
-        for picked in itertools.product(*(range(len(group)) for group in groups))
-        if sum(sizes[place][one] for place, one in enumerate(picked)) <= 32 * room
+        sum(option.cost.text + 2 * option.cost.refusal for option in picked)
+        for picked in itertools.product(*options)
+        if sum(option.nbytes for option in picked) <= 32 * room
     ]
     if not fitting:
         with pytest.raises(StageError, match="no choice of types fits"):
-            solve(costs, sizes, 32 * room)
+            solve(options, 32 * room, Weighing(2.0))
         return
-    found = solve(costs, sizes, 32 * room)
-    assert sum(sizes[place][one] for place, one in enumerate(found)) <= 32 * room
-    assert sum(costs[place][one] for place, one in enumerate(found)) == pytest.approx(min(fitting), rel=1e-3, abs=1e-6)
+    picked = [group[place] for group, place in zip(options, solve(options, 32 * room, Weighing(2.0)), strict=True)]
+    assert sum(option.nbytes for option in picked) <= 32 * room
+    cost = sum(option.cost.text + 2 * option.cost.refusal for option in picked)
+    assert cost == pytest.approx(min(fitting), abs=1e-6)
 
 
 def ship(context: Context, **params: object) -> Artifact:
@@ -331,7 +277,11 @@ def test_where_the_device_decides_a_table_that_llama_cpp_keeps_twice_counts_twic
     noted = json.loads((context.scratch / "sensitivity.json").read_text())
     note = noted[EMBEDDING]
     # As if the table lost nothing, whatever its type: what counts is then what it takes.
-    noted[EMBEDDING] = {**note, "kl": [0.0, 0.0]}
+    noted[EMBEDDING] = {
+        **note,
+        "kl": [0.0, 0.0],
+        "moves": {type: [0.0] * len(few) for type, few in note["moves"].items()},
+    }
     (context.scratch / "sensitivity.json").write_text(json.dumps(noted))
     made = ship(context)
     tensors = read_header(made.file("model.gguf")).tensors

@@ -180,7 +180,9 @@ def test_what_no_model_could_be_given_is_refused_before_any_work(params: dict[st
 def test_what_auto_leaves_out_of_the_user_s_text_is_said_once(wide: Path, tmp_path: Path) -> None:
     told, texts = Told(), write(tmp_path / "mine.txt", *ordinary(4), asked()[:2000])
     mix = ProbeMix(samples=2, length=16, questions=0, prompts=0, texts=texts)
-    Workbench(context_of("gguf", tmp_path, wide, told), wide, None, AutoParams(calibration=mix, refusals=1))
+    bench = Workbench(context_of("gguf", tmp_path, wide, told), wide, None, AutoParams(calibration=mix, refusals=1))
+    bench.probe("train")
+    bench.probe("validation")
     assert len(told.lines) == 1 and told.lines[0].endswith("mine.txt repeat what tests ask, and are left out")
 
 

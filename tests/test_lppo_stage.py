@@ -243,7 +243,9 @@ def test_what_llama_cpp_rounds_is_part_of_the_key_where_it_rounds(monkeypatch: p
     ("prompts", "words"),
     [
         ({"harmful": ["misuse"]}, "no harmful prompt to validate by"),
+        ({"benign": ["requests"]}, "no benign prompt to validate by"),
         ({"validation": ["misuse"]}, "misuse has no validation side"),
+        ({"harmful": []}, "names no set"),
     ],
 )
 def test_weights_are_not_chosen_by_prompts_that_there_are_not(prompts: dict[str, list[str]], words: str) -> None:
@@ -252,9 +254,9 @@ def test_weights_are_not_chosen_by_prompts_that_there_are_not(prompts: dict[str,
         stage.plan({"source": Planned("checkpoint", tiny_llava_spec())})
     without = LPPOStage(LPPOParams.model_validate({"prompts": {"harmful": ["misuse"]}, "validation": 0}))
     without.plan({"source": Planned("checkpoint", tiny_llava_spec())})
-    mixed = LPPOParams.model_validate({"prompts": {"benign": ["requests"]}, "validation": 2})
-    with pytest.raises(RecipeError, match="no benign prompts to validate by"):
-        validation_prompts(mixed)
+    mixed = {"benign": ["requests"], "validation": ["donotanswer"]}  # which has harmful ones only
+    with pytest.raises(RecipeError, match="no benign prompt to validate by"):
+        validation_prompts(LPPOParams.model_validate({"prompts": mixed, "validation": 2}))
 
 
 def test_one_clock_is_not_shared_by_exits_that_are_trained_one_after_the_other() -> None:

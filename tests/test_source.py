@@ -255,6 +255,10 @@ def test_a_chat_template_in_a_file_of_its_own_is_found(tiny_llava: Path, tmp_pat
     assert checkpoint.load_tokenizer(folder).chat_template is None
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))  # as processors kept it
     assert checkpoint.load_tokenizer(folder).chat_template == template
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "own"}))
+    assert checkpoint.load_tokenizer(folder).chat_template == "own"  # as llama.cpp's converter has it
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.json").write_text("{")
     with pytest.raises(SourceError, match="tokenizer cannot be read"):
         checkpoint.load_tokenizer(folder)

@@ -83,7 +83,7 @@ def _runtime(found: FoundModel, room: Room | None) -> Runtime:
         from stages.runtimes.rehearsal import DEFAULT_UBATCH
 
         if room is None:
-            return LlamaCppRuntime(found.model, found.mmproj, parallel=1, ubatch=DEFAULT_UBATCH, rows=1)
+            return LlamaCppRuntime(found.model, found.mmproj, parallel=1, ubatch=DEFAULT_UBATCH, rows=1, today=True)
         # One sequence and no more tokens at once than the memory plan counts with.
         return LlamaCppRuntime(
             found.model,
@@ -93,6 +93,7 @@ def _runtime(found: FoundModel, room: Room | None) -> Runtime:
             ubatch=DEFAULT_UBATCH,
             rows=1,
             cache_type=room.kv_cache,
+            today=True,
         )
     from stages.runtimes.transformers import TransformersRuntime
 

@@ -6,7 +6,7 @@ place of the image, so that each runtime can tokenize the two pieces alike and p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -41,18 +41,20 @@ def render(
     image: bool,
     slot: str = IMAGE_SLOT,
     special_tokens: Mapping[str, str] = MappingProxyType({}),
+    today: bool = False,
 ) -> Turn:
     """Render a user prompt, with or without an image before it, up to the point where the model answers.
 
     `slot` is the token that the template prints where the image goes. One written by the user is defused: it would
-    open a second slot. `special_tokens` are those that a template may name, such as `bos_token`.
+    open a second slot. `special_tokens` are those that a template may name, such as `bos_token`. `today`: as in
+    `render_conversation`.
 
     Raises:
         ValueError: the template does not print the image slot exactly once.
     """
     content = [{"type": "image"}, {"type": "text", "text": prompt}] if image else prompt
     pieces = render_conversation(
-        chat_template, [{"role": "user", "content": content}], slot=slot, special_tokens=special_tokens
+        chat_template, [{"role": "user", "content": content}], slot=slot, special_tokens=special_tokens, today=today
     )
     return Turn(before=pieces[0] if image else "", after=pieces[-1])
 
@@ -119,6 +121,18 @@ def answer_place(
         if found and whole.startswith(before) and not lead.strip():
             return before, lead
     return before, ""
+
+
+def answer_tokens(place: tuple[str, str], text: str, tokens: Callable[[str], list[int]]) -> list[int]:
+    """An answer as it stands behind a prompt, without an end: cut into tokens there, behind what the template puts
+    before it.
+
+    Args:
+        place: as `answer_place` gives it. tokens: of a text, nothing added.
+    """
+    before, lead = place
+    head, whole = tokens(before), tokens(before + lead + text)
+    return whole[len(head) :] if whole[: len(head)] == head else tokens(lead + text)
 
 
 def rendered(

@@ -133,6 +133,7 @@ class Hardening(Stage[P]):
         spec = family.spec(config)
         assert spec.vision is not None
         exits = chosen_exits(params, spec)
+        asked = validation_prompts(params) if params.validation else []
         sampler = new_sampler(params, exits, context.seed)
         # Kernels whose sums depend on the order of threads would break `kill -9` and start again = undisturbed.
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -178,7 +179,7 @@ class Hardening(Stage[P]):
                 policy,
                 States(policy, shown),
                 Rewards(RefusalRule()),  # what a response would earn is not asked here
-                validation_prompts(params),
+                asked,
                 validation_exits(params, spec),
                 images=VALIDATION_IMAGES,
                 max_new_tokens=params.max_new_tokens,
@@ -236,12 +237,6 @@ def _check_sets(asked: PromptShares, *, validated: bool) -> None:
                 why="all of it is for training",
                 way_out="name a set of another origin, e.g. donotanswer",
             )
-    if validated and not asked.validation and set(asked.harmful) <= set(prompts.TRAIN_ONLY):
-        raise RecipeError(
-            "no harmful prompt to validate by",
-            why=f"all of {', '.join(asked.harmful)} is for training",
-            way_out="name another set under prompts.validation, e.g. donotanswer, or set validation to 0",
-        )
     for kind, names in asked.kinds().items():
         for name in names:
             prompt_sets.check_set(name)
@@ -254,6 +249,12 @@ def _check_sets(asked: PromptShares, *, validated: bool) -> None:
         if asked.shares()[kind] and not names:
             instead = "" if kind == "harmful" else f", or set prompts.{kind}_share to 0"
             raise RecipeError(f"prompts.{kind} names no set", way_out=f"name one{instead}")
+        if validated and not asked.validation and asked.shares()[kind] and set(names) <= set(prompts.TRAIN_ONLY):
+            raise RecipeError(
+                f"no {kind} prompt to validate by",
+                why=f"all of {', '.join(names)} is for training",
+                way_out="name another set beside them, or under prompts.validation, or set validation to 0",
+            )
 
 
 def _check_runs(quantizer: str, spec: ModelSpec) -> None:

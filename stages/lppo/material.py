@@ -123,9 +123,9 @@ def validation_prompts(params: TrainingParams) -> list[Prompt]:
         found = found or [prompt for prompt in trained if prompt.intent == kind]
         if not found and params.prompts.shares()[kind]:
             raise RecipeError(
-                f"there are no {kind} prompts to validate by",
-                why=f"of {', '.join(names)} all are for training",
-                way_out="name a set that has some under prompts.validation, or set validation to 0",
+                f"no {kind} prompt to validate by",
+                why=f"all of {', '.join(names)} is for training",
+                way_out="name another set beside them, or under prompts.validation, or set validation to 0",
             )
         asked += sorted(found, key=lambda prompt: sha256_bytes(prompt.id.encode()))[: params.validation]
     return asked

@@ -161,7 +161,7 @@ def tensor_digests(path: Path, containing: str) -> dict[str, str]:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with its chat template wherever that lies: in a file of its own, as processors
-    have it, or in the tokenizer's settings. No code out of the folder is run.
+    have it, where the tokenizer's settings have none. No code out of the folder is run.
 
     Raises:
         SourceError: there is none, or a file is damaged.
@@ -172,8 +172,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        beside = folder / "chat_template.json"  # transformers reads it for processors alone
-        if beside.is_file() and not (folder / "chat_template.jinja").is_file():
+        beside = folder / "chat_template.json"  # which transformers reads for processors alone
+        if beside.is_file() and not tokenizer.chat_template:
             tokenizer.chat_template = str(json.loads(beside.read_bytes())["chat_template"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = str(error).strip().splitlines()

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from artifacts.errors import SourceError
-from stages.data.chat import Turn, answer_place, render
+from stages.data.chat import Turn, answer_place, answer_tokens, render
 from stages.models.crossing import Placed
 
 if TYPE_CHECKING:
@@ -101,11 +101,8 @@ class Prompting:
         return Placed(torch.cat(woven), self._family.beside(tokens, geometry))
 
     def answer(self, text: str) -> list[int]:
-        """An answer as it stands behind a prompt, without an end: with the space that some templates put before it, and
-        cut into tokens there."""
-        before, lead = self._answered
-        head, whole = self.ids(before), self.ids(before + lead + text)
-        return whole[len(head) :] if whole[: len(head)] == head else self.ids(lead + text)
+        """An answer as it stands behind a prompt, without an end."""
+        return answer_tokens(self._answered, text, self.ids)
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, nothing added."""

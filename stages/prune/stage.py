@@ -44,6 +44,7 @@ class PruneStage(Stage[PruneParams]):
     """
 
     name = "prune"
+    code_version = "2"
     summary = "drop the blocks of the language model that do least"
     accepts = ("checkpoint",)
     output_type = "checkpoint"

@@ -2,11 +2,12 @@
 
 1. Groups: in each block (or some blocks together) queries and keys, values, the attention's output, gate and up, down;
    the embeddings, and the head where it is not the same matrix.
-2. What each costs in each type, in KL (`options`).
-3. One type a group by integer programming (`choice`), as if that added up.
-4. It does not, so from that choice, and from llama.cpp's own type of that size, on to better ones (`descent`).
-5. The one that does best on validation material is taken. llama.cpp's own types are among them, so a file is never
-   worse than stock's as far as was measured.
+2. What each costs in each type, in KL and in how it moves refusals (`options`).
+3. One type a group by integer programming (`choice`).
+4. All of it is rounded together and measured. What the single groups did not show of the refusals' moves is a constant
+   of the next round; after a few, the choice that does best on validation material is taken.
+5. llama.cpp's own type of that size is measured on the same; where no choice does better both on text and on refusals,
+   its types are taken. So a file is never worse than stock's as far as was measured.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import numpy as np
 
 from artifacts.errors import StageError
 from stages.models.spec import VisionSpec
-from stages.quantize.choice import Choice, choose, nothing_fits
-from stages.quantize.descent import Descent, Goal
+from stages.quantize.choice import Choice, Weighing, choose, nothing_fits
 from stages.quantize.known import matrix_digest, note_costs
 from stages.quantize.options import (
     Group,
@@ -39,7 +39,7 @@ from stages.quantize.options import (
 )
 from stages.quantize.sensitivity import Divergence
 from stages.quantize.types import EMBEDDING, FLOATS, OUTPUT, TYPES, Exact
-from stages.quantize.workbench import AutoParams, Workbench
+from stages.quantize.workbench import AutoParams, Together, Workbench
 from stages.runtimes.gguf_header import Header, read_header
 from stages.runtimes.hollow import Tensor
 from stages.runtimes.imatrix import Importance
@@ -51,7 +51,8 @@ AUTO: Final = "AUTO"
 _ALIGNED: Final = 32  # bytes
 RESERVE: Final = 4096  # bytes, for the keys that the quantizer adds to the metadata
 _ATTEMPTS: Final = 5
-_MEASURING: Final = 0.5  # of the time, about
+_ROUNDS: Final = 4
+_MEASURING: Final = 0.8  # of the time, about
 # What a choice is held against: llama.cpp's mixtures that people use.
 _STOCK: Final = (
     *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS"),
@@ -129,10 +130,11 @@ def automatic(
     bench = Workbench(context, folder, importance, params)
     options = measure(bench, context.scratch, shapes, groups, kinds, lambda done: progress(_MEASURING * done))
     note_costs(context.input("checkpoint").digest, options, matrix_digest(importance))
-    options = {group: _worth([_kept(option, group, copies) for option in few]) for group, few in options.items()}
+    options = {group: [_kept(option, group, copies) for option in few] for group, few in options.items()}
     search = Search(bench, options, shapes, outline_of(floats), importance, params.refusal_weight, copies)
-    for _ in range(_ATTEMPTS):
-        chosen = search.best(limit, tell=lambda share: progress(_MEASURING + (1 - _MEASURING) * share))
+    for attempt in range(_ATTEMPTS):
+        progress(_MEASURING + (1 - _MEASURING) * attempt / _ATTEMPTS)
+        chosen = search.best(limit)
         if budget is None:
             return chosen
         excess = budget.excess(chosen.choice.types, shapes)
@@ -155,7 +157,7 @@ class Search:
     copies: Mapping[str, int] = field(default_factory=dict)  # bytes that the embeddings take again, by their type
     _stock: dict[str, Choice] = field(default_factory=dict)
 
-    def best(self, limit: int, stock: str | None = None, tell: Callable[[float], None] = lambda _: None) -> Chosen:
+    def best(self, limit: int, stock: str | None = None) -> Chosen:
         """Args:
             limit: bytes of the groups' tensors, with what `copies` says.
             stock: llama.cpp's type to be held against; None: the largest that fits.
@@ -165,25 +167,42 @@ class Search:
         """
         stock = stock or self._largest_stock(limit)
         theirs = self._stock_choice(stock) if stock else None
-        starts = [theirs] if theirs is not None else []
-        reference = self.bench.together(theirs.types, "train") if theirs is not None else Divergence(1.0, 1.0)
-        starts.append(choose(self.options, limit, Goal(reference, self.refusal_weight).shares()))
-        if theirs is None:
-            reference = self.bench.together(starts[0].types, "train")
-        descent = Descent(self.bench, self.options, self._bytes_of, Goal(reference, self.refusal_weight))
-        found = []
-        for before, start in enumerate(starts):
-
-            def share(done: float, before: int = before) -> None:
-                tell((before + done) / len(starts))
-
-            found += descent.steps(start, limit, share)
-        judged = [(choice, self.bench.together(choice.types, "validation")) for choice in found]
-        held_against = judged[0][1]  # stock's, if there is one
-        choice, measured = min(judged, key=lambda pair: _worst(pair[1], held_against))
-        if theirs is None or stock is None:
+        found = self._rounds(limit, theirs)
+        judged = [(choice, self.bench.together(choice.types, "validation").kl) for choice in found]
+        if stock is None or theirs is None:
+            choice, measured = min(judged, key=lambda pair: _worst(pair[1], judged[0][1]))
             return Chosen(choice, measured)
-        return Chosen(choice, measured, stock, held_against, is_stock=choice is theirs)
+        reference = self.bench.together(theirs.types, "validation").kl
+        choice, measured = min(judged, key=lambda pair: _worst(pair[1], reference))
+        if _worst(measured, reference) >= 1:
+            return Chosen(theirs, reference, stock, reference, is_stock=True)
+        return Chosen(choice, measured, stock, reference)
+
+    def _rounds(self, limit: int, theirs: Choice | None) -> list[Choice]:
+        """Choices, each with what was learned of the one before."""
+        origin = self.bench.together({}, "train").log_odds
+        weighing = Weighing(self.refusal_weight)
+        if theirs is not None:
+            weighing = self._weighed_by(self.bench.together(theirs.types, "train"), origin)
+        found: list[Choice] = []
+        for _ in range(_ROUNDS):
+            choice = choose(self.options, limit, weighing)
+            if any(choice.types == before.types for before in found):
+                break
+            found.append(choice)
+            now = self.bench.together(choice.types, "train")
+            if theirs is None and len(found) == 1:
+                weighing = self._weighed_by(now, origin)
+            pairs = zip(now.log_odds, origin, choice.moves, strict=True)
+            already = tuple(odds - before - promised for odds, before, promised in pairs)
+            weighing = Weighing(weighing.refusal_weight, weighing.text, weighing.refusal, weighing.moved, already)
+        return found
+
+    def _weighed_by(self, reference: Together, origin: Sequence[float]) -> Weighing:
+        """In shares of what that file loses."""
+        moved = tuple(max(abs(odds - before), 0.1) for odds, before in zip(reference.log_odds, origin, strict=True))
+        kl = reference.kl
+        return Weighing(self.refusal_weight, max(kl.text, 1e-9), max(kl.refusal, 1e-9), moved, (0.0,) * len(moved))
 
     def _largest_stock(self, limit: int) -> str | None:
         sizes = {type: self._bytes(self._stock_choice(type)) for type in _STOCK if self._possible(type)}
@@ -203,11 +222,8 @@ class Search:
         return self._stock[type]
 
     def _bytes(self, choice: Choice) -> int:
-        return sum(self._bytes_of(group, choice.types) for group in self.options)
-
-    def _bytes_of(self, group: Group, types: Mapping[str, str]) -> int:
-        once = sum(padded(bytes_in(types[name], self.shapes[name])) for name in group.tensors)
-        return once + (self.copies.get(types[EMBEDDING], 0) if EMBEDDING in group.tensors else 0)
+        once = sum(padded(bytes_in(type, self.shapes[name])) for name, type in choice.types.items())
+        return once + self.copies.get(choice.types.get(EMBEDDING, ""), 0)
 
 
 def _worst(found: Divergence, reference: Divergence) -> float:
@@ -268,16 +284,6 @@ def _kept(option: Option, group: Group, copies: Mapping[str, int]) -> Option:
     """With what it takes in memory, where that is more than in the file."""
     again = copies.get(option.type, 0) if EMBEDDING in group.tensors else 0
     return replace(option, nbytes=option.nbytes + again)
-
-
-def _worth(options: Sequence[Option]) -> list[Option]:
-    """Those than which no other is as small and loses as little."""
-
-    def better(one: Option, other: Option) -> bool:
-        pairs = ((one.nbytes, other.nbytes), (one.cost.text, other.cost.text))
-        return all(mine <= its for mine, its in pairs) and any(mine < its for mine, its in pairs)
-
-    return [option for option in options if not any(better(other, option) for other in options)]
 
 
 def _least(shapes: Shapes, groups: Sequence[Group], copies: Mapping[str, int], kinds: Range, *, imatrix: bool) -> int:

@@ -119,7 +119,7 @@ class GGUFStage(Stage[GGUFParams]):
     """Checkpoint to GGUF; the same checkpoint and parameters give the same bytes."""
 
     name = "gguf"
-    code_version = "5"
+    code_version = "6"
     summary = "convert to GGUF and quantize with llama.cpp, image encoder included"
     accepts = ("checkpoint",)
     output_type = "gguf"

@@ -72,6 +72,7 @@ class GPTQStage(Stage[GPTQParams]):
     """Checkpoint to GPTQ checkpoint."""
 
     name = "gptq"
+    code_version = "2"
     summary = "quantize the language model with GPTQ, for transformers and vLLM"
     accepts = ("checkpoint",)
     output_type = "gptq"

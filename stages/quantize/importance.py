@@ -34,6 +34,7 @@ class ImatrixStage(Stage[ImatrixParams]):
     """Checkpoint to importance matrix; other stages name it in their parameter `imatrix`."""
 
     name = "imatrix"
+    code_version = "2"
     summary = "measure which weights matter (llama.cpp's importance matrix), on text, images and safety prompts"
     accepts = ("checkpoint",)
     output_type = "imatrix"

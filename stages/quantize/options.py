@@ -1,9 +1,12 @@
 """What each group of tensors costs in each type: measured in one type, computed for the others.
 
-Each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on ordinary
-text and on the tokens of refusals (`sensitivity`). KL grows with the square of the change, so for other types it is
-scaled by the error that each leaves in the weights, columns weighed by the importance matrix. Only calibration articles
-and training prompts are read.
+- KL: each group alone is rounded to one type by libggml, and the KL of next-token distributions is measured, on
+  ordinary text and on the tokens of refusals (`sensitivity`). KL grows with the square of the change, so for other
+  types it is scaled by the error that each leaves in the weights, columns weighed by the importance matrix;
+- how the log-odds of refusals move, those of first tokens and of the others: gradient times change, for every type by
+  itself, since that has a sign.
+
+Only calibration articles and training prompts are read.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class Option:
     type: str
     nbytes: int  # in the file
     cost: Divergence
+    moves: tuple[float, ...] = ()  # of refusals' log-odds, by kind
 
 
 def groups_of(shapes: Shapes, blocks: int) -> list[Group]:
@@ -127,13 +131,15 @@ def measure(
     if unknown := [name for group in groups for name in group.tensors if name not in bench.weights]:
         raise StageError(f"{unknown[0]} is no layer of its own in this model", way_out="name a type instead of auto")
     noted = _noted(scratch)
+    gradients: list[dict[str, torch.Tensor]] | None = None
     found: dict[Group, list[Option]] = {}
     for done, group in enumerate(groups):
         known = all(bench.columns(name) is not None for name in group.tensors)
         possible = _possible(group, shapes, imatrix=known, range=range)
         note = noted.get(group.name)
         if note is None or not {ANCHOR, *possible} <= note.errors.keys():
-            note = noted[group.name] = _measured(bench, group, {ANCHOR, *possible})
+            gradients = _gradients(bench, groups) if gradients is None else gradients
+            note = noted[group.name] = _measured(bench, group, {ANCHOR, *possible}, gradients)
             _note(scratch, noted)
         scale = {type: note.errors[type] / max(note.errors[ANCHOR], 1e-30) for type in possible}
         found[group] = [
@@ -141,6 +147,7 @@ def measure(
                 type,
                 _bytes(type, group, shapes),
                 Divergence(note.kl[0] * scale[type], note.kl[1] * scale[type]),
+                tuple(note.moves[type]),
             )
             for type in possible
         ]
@@ -154,10 +161,20 @@ class _Note:
 
     kl: Sequence[float]  # in the anchor: of text, of refusals
     errors: Mapping[str, float]  # by type: squared change of the weights, columns weighed
+    moves: Mapping[str, Sequence[float]]  # by type: of refusals' log-odds, by kind
 
 
-def _measured(bench: Workbench, group: Group, types: set[str]) -> _Note:
-    errors = dict.fromkeys(types, 0.0)
+def _gradients(bench: Workbench, groups: Sequence[Group]) -> list[dict[str, torch.Tensor]]:
+    """Of each of the log-odds, by tensor."""
+    names = [name for group in groups for name in group.tensors]
+    found = bench.probe("train").gradients([bench.weights[name] for name in names])
+    return [dict(zip(names, kind, strict=True)) for kind in found]
+
+
+def _measured(
+    bench: Workbench, group: Group, types: set[str], gradients: Sequence[Mapping[str, torch.Tensor]]
+) -> _Note:
+    errors, moves = dict.fromkeys(types, 0.0), {type: [0.0] * len(gradients) for type in types}
     anchored: dict[str, torch.Tensor] = {}
     for name in group.tensors:
         exact = bench.weights[name].detach().float()
@@ -166,10 +183,13 @@ def _measured(bench: Workbench, group: Group, types: set[str]) -> _Note:
             value = bench.rounded(name, type)
             if type == ANCHOR:
                 anchored[name] = value
-            errors[type] += _weighed(value.to(exact.device) - exact, columns)
+            change = value.to(exact.device) - exact
+            errors[type] += _weighed(change, columns)
+            for kind, gradient in enumerate(gradients):
+                moves[type][kind] += float((gradient[name].float() * change).sum())
     with bench.holding(anchored):
         kl = bench.probe("train").divergence(group.first)
-    return _Note((kl.text, kl.refusal), errors)
+    return _Note((kl.text, kl.refusal), errors, moves)
 
 
 def _weighed(change: torch.Tensor, columns: NDArray[np.float32] | None) -> float:

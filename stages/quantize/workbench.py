@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
@@ -11,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from artifacts.disk import appearing
 from stages.data.calibration_mix import CalibrationMix
 from stages.models import checkpoint
 from stages.models.family import Family, family_of
@@ -19,7 +19,7 @@ from stages.quantize.sensitivity import Divergence, Probe, rounded
 from stages.quantize.types import EMBEDDING, FLOATS, OUTPUT
 from stages.resources import device_of
 from stages.runtimes.imatrix import Importance
-from stages.runtimes.rounding import floats_of, quantized
+from stages.runtimes.rounding import round_weights
 from stages.stage import Context, StageParams
 
 if TYPE_CHECKING:
@@ -54,6 +54,14 @@ class AutoParams(StageParams):
     blocks: int = Field(default=1, ge=1, description="neighbouring blocks that share their types; more are quicker")
 
 
+@dataclass(frozen=True)
+class Together:
+    """What was measured with every weight rounded."""
+
+    kl: Divergence
+    log_odds: tuple[float, ...]  # of refusals' first tokens, by kind
+
+
 class Workbench:
     """Args:
     folder: the checkpoint. importance: columns of its matrices.
@@ -70,26 +78,19 @@ class Workbench:
         self._model = self._family.load(folder, device=device_of("auto", context.team))
         self._model.requires_grad_(False)
         self.weights = _weights(self._family, self._model, folder)
-        self._scratch = context.scratch / "rounded"
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        # Now, since they keep what the weights say as they are.
-        self._probes: dict[Side, Probe] = {"train": self._made("train"), "validation": self._made("validation")}
-        self._known: dict[tuple[Side, frozenset[tuple[str, str]]], Divergence] = {}
+        self._probes: dict[Side, Probe] = {}
+        self._known: dict[tuple[Side, frozenset[tuple[str, str]]], Together] = {}
 
     def columns(self, name: str) -> NDArray[np.float32] | None:
         """The importance of a matrix's columns, if it is known."""
         return self._importance.get(name)
 
     def rounded(self, name: str, type: str) -> torch.Tensor:
-        """A matrix as llama.cpp would compute with it. Rounded once: what files hold lies in the scratch folder."""
+        """A matrix as llama.cpp would compute with it."""
         import torch
 
-        weight = self.weights[name].detach()
-        path = self._scratch / f"{name}.{type}.npy"
-        if not path.is_file():
-            with appearing(path) as part, part.open("wb") as stream:
-                np.save(stream, quantized(weight.float().cpu().numpy(), type, self.columns(name)))
-        return torch.from_numpy(floats_of(np.load(path), type, tuple(weight.shape)))
+        weight = self.weights[name].detach().float().cpu().numpy()
+        return torch.from_numpy(round_weights(weight, type, self.columns(name)))
 
     @contextmanager
     def holding(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
@@ -97,26 +98,20 @@ class Workbench:
         with rounded([self.weights[name] for name in values], list(values.values())):
             yield
 
-    def together(self, types: Mapping[str, str], side: Side) -> Divergence:
+    def together(self, types: Mapping[str, str], side: Side) -> Together:
         """With all these matrices rounded at once. Measured once for the same types."""
         key = side, frozenset(types.items())
         if key not in self._known:
-            with self.holding(self._rounded(types)):
-                self._known[key] = self.probe(side).divergence(None)
+            probe = self.probe(side)
+            values = {name: self.rounded(name, type) for name, type in types.items() if type not in FLOATS}
+            with self.holding(values):
+                self._known[key] = Together(probe.divergence(None), tuple(probe.log_odds()))
         return self._known[key]
-
-    def gradients(self, types: Mapping[str, str], text: float, refusal: float) -> dict[str, torch.Tensor]:
-        """Of `text` times the KL of ordinary text and `refusal` times that of refusals, of the training material, by
-        each of these matrices, where all of them are rounded so."""
-        with self.holding(self._rounded(types)):
-            found = self.probe("train").gradients([self.weights[name] for name in types], text, refusal)
-        return dict(zip(types, found, strict=True))
-
-    def _rounded(self, types: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        return {name: self.rounded(name, type) for name, type in types.items() if type not in FLOATS}
 
     def probe(self, side: Side) -> Probe:
         """Training material to choose by, or validation material to judge the choice by."""
+        if side not in self._probes:
+            self._probes[side] = self._made(side)
         return self._probes[side]
 
     def _made(self, side: Side) -> Probe:
@@ -130,9 +125,8 @@ class Workbench:
             mix.tell(self._context, material.left_out)
         beside = (True, False) if "question" in kinds else (False,)
         refusals = [
-            material.refusal(number, picture=picture)
+            [material.refusal(number, picture=picture) for number in range(count)]
             for picture in (beside if "prompt" in kinds else ())
-            for number in range(count)
         ]
 
         def batched(passages: Sequence[Passage]) -> list[Batch]:
@@ -144,7 +138,7 @@ class Workbench:
             self._family.head(self._model),
             embedding,
             batched(ordinary),
-            batched(refusals),
+            [batched(kind) for kind in refusals],
         )
 
 

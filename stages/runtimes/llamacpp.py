@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from artifacts.errors import SourceError, StageError
-from stages.data.chat import Turn, render
+from stages.data.chat import Turn, answer_place, answer_tokens, render
 from stages.runtimes.gguf_header import check_language_model, check_pair, read_vision_header
 from stages.runtimes.gguf_parts import mmproj_file, model_file, read_model
 from stages.runtimes.llamacpp_batch import Batch, Job
@@ -51,6 +51,7 @@ class LlamaCppRuntime:
         ubatch: int = UBATCH,
         rows: int = ROWS_AT_LEAST,
         cache_type: CacheType = "F16",
+        today: bool = False,
     ) -> None:
         """Load the model; encoders are loaded when an image needs one.
 
@@ -60,6 +61,7 @@ class LlamaCppRuntime:
             parallel: sequences decoded together, at most; default: 16, or up to 32 where memory allows.
             context: tokens that a sequence may hold; default: as many as the requests need.
             chat_template: instead of the GGUF's own.
+            today: templates that print a date print today's, for who talks to the model; else always the same.
             as_shipped: take a CLIP tower's position table that llama.cpp will misread, if its file makes no promise: to
                 measure what its users get.
             ubatch: tokens computed at once, at most; fewer take less memory, and may round otherwise in a batch.
@@ -87,6 +89,7 @@ class LlamaCppRuntime:
         self._parallel = parallel
         self._limit, self._cache_type = context, cache_type
         self._ubatch, self._rows = ubatch, rows
+        self._today = today
         self._batch: Batch | None = None
         self.exits: tuple[int, ...] = tuple(range(1, vision.blocks + 1)) if vision else ()
         self.default_exit: int | None = vision.default_exit if vision else None
@@ -157,7 +160,7 @@ class LlamaCppRuntime:
         Row i predicts token i of the continuation: row 0 stands after the prompt's last token.
         """
         job = self._prepare(0, request)
-        forced = self._model.tokenize(continuation)
+        forced = self.tokens(continuation)
         batch = self._reserve([job], extra=len(forced))
         context, slot = batch.context, batch.slots[0]
         batch.take_prefix(0, job)
@@ -181,7 +184,12 @@ class LlamaCppRuntime:
             self._vision.load(AS_SHIPPED)
 
     def tokens(self, text: str) -> list[int]:
-        return self._model.tokenize(text)
+        assert self._template is not None
+        try:
+            place = answer_place(self._template)
+        except ValueError as error:
+            raise _unfit_template(self._model.path, error) from error
+        return answer_tokens(place, text, self._model.tokenize)
 
     def close(self) -> None:
         if self._batch is not None:
@@ -237,7 +245,7 @@ class LlamaCppRuntime:
     def _turn(self, request: Request) -> Turn:
         assert self._template is not None
         try:
-            return render(self._template, request.prompt, image=request.image is not None)
+            return render(self._template, request.prompt, image=request.image is not None, today=self._today)
         except ValueError as error:
             raise _unfit_template(self._model.path, error) from error
 

@@ -93,14 +93,7 @@ def row_type(name: str, width: int) -> str:
 def round_weights(
     weights: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """The float32 values that llama.cpp computes with after these (rows, width) were `quantized`."""
-    return floats_of(quantized(weights, name, importance), name, weights.shape)
-
-
-def quantized(
-    weights: NDArray[np.float32], name: str, importance: NDArray[np.float32] | None = None
-) -> NDArray[np.uint8]:
-    """The bytes that llama.cpp writes for these (rows, width).
+    """The float32 values that llama.cpp computes with after these (rows, width) were quantized.
 
     Values are taken through float16 first, as they stand in the F16 file that the quantizer reads.
 
@@ -114,9 +107,9 @@ def quantized(
     rows, width = weights.shape
     type = row_type(name, width)
     half = weights.astype(np.float16)
-    if type == "F16":
-        return half.reshape(-1).view(np.uint8)
     source: NDArray[np.float32] = half.astype(np.float32)
+    if type == "F16":
+        return source
     if importance is None and type in NEED_IMATRIX:
         raise StageError(
             f"weights cannot be rounded to {type} without an importance matrix", way_out="give one, or a larger type"
@@ -129,22 +122,13 @@ def quantized(
     kind = int(_kind(type))
     library, traits = _library(), _traits(kind)
     stored = np.empty(rows * width // traits.blck_size * traits.type_size, dtype=np.uint8)
+    rounded = np.empty_like(source)
     columns = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
     library.ggml_quantize_chunk(
         kind, source.ctypes.data, stored.ctypes.data, 0, rows, width, None if columns is None else columns.ctypes.data
     )
-    return stored
-
-
-def floats_of(stored: NDArray[np.uint8], name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The float32 values (rows, width) that llama.cpp computes with where a file holds these bytes."""
-    type = row_type(name, shape[1])
-    if type == "F16":
-        return stored.view(np.float16).astype(np.float32).reshape(shape)
-    found = np.empty(shape, dtype=np.float32)
-    to_float = cast("Callable[[int, int, int], None]", _traits(int(_kind(type))).to_float)
-    to_float(stored.ctypes.data, found.ctypes.data, found.size)
-    return found
+    cast("Callable[[int, int, int], None]", traits.to_float)(stored.ctypes.data, rounded.ctypes.data, rows * width)
+    return rounded
 
 
 def _block(name: str) -> int:

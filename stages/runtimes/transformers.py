@@ -96,10 +96,13 @@ class TransformersRuntime:
         prepared = [self._prepare(request) for request in requests]
         answers: list[Response | None] = [None] * len(requests)
         for chosen in self._batches(requests, prepared):
+            prefixes = [self._prefix(requests[i], prepared[i][1]) for i in chosen]
+            for i, prefix in zip(chosen, prefixes, strict=True):
+                self._check_room(requests[i], len(prepared[i][0]) + (prefix.length if prefix is not None else 0))
             batch = self._decoder.generate(
                 [self._prompting.embedded(prepared[i][0]) for i in chosen],
                 [requests[i].max_new_tokens for i in chosen],
-                [self._prefix(requests[i], prepared[i][1]) for i in chosen],
+                prefixes,
                 _pick([requests[i] for i in chosen]),
             )
             for i, answer in zip(chosen, batch, strict=True):
@@ -131,12 +134,7 @@ class TransformersRuntime:
             (len(after) + request.max_new_tokens for request, (after, _) in zip(requests, prepared, strict=True)),
             default=0,
         )
-        length = prefix.length if prefix is not None else 0
-        room = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(room, int) and needed + length > room:
-            longest = max(range(len(requests)), key=lambda i: len(prepared[i][0]) + requests[i].max_new_tokens)
-            raise too_long(requests[longest], needed + length, room, self._folder)
-        row = self._decoder.token_bytes * (needed + length)
+        row = self._decoder.token_bytes * (needed + (prefix.length if prefix is not None else 0))
         rows = min(self._batch, max(_CACHE_BYTES // max(row, 1) // _ROWS, 1) * _ROWS)
         for start in range(0, len(order), rows):
             yield order[start : start + rows]
@@ -155,7 +153,7 @@ class TransformersRuntime:
     def logits(self, request: Request, continuation: str) -> NDArray[np.float32]:
         """Row i predicts token i of the continuation: row 0 stands after the prompt's last token."""
         after, before = self._prepare(request)
-        forced = self._prompting.ids(continuation)
+        forced = self._prompting.answer(continuation)
         if not forced:
             return np.zeros((0, self._model.get_output_embeddings().weight.shape[0]), dtype=np.float32)
         prompt = self._prompting.embedded([*after, *forced[:-1]])
@@ -164,7 +162,7 @@ class TransformersRuntime:
         return array
 
     def tokens(self, text: str) -> list[int]:
-        return self._prompting.ids(text)
+        return self._prompting.answer(text)
 
     def close(self) -> None:
         """Let go of what was kept between requests; the model goes with the object."""
@@ -184,6 +182,12 @@ class TransformersRuntime:
             return self._prompting.text(request.prompt), []
         before, after = self._prompting.around_image(request.prompt)
         return after, before
+
+    def _check_room(self, request: Request, length: int) -> None:
+        """Refuse a prompt of so many tokens that its answer ends beyond the positions that the model has."""
+        room = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(room, int) and length + request.max_new_tokens > room:
+            raise too_long(request, length + request.max_new_tokens, room, self._folder)
 
     def _prefix(self, request: Request, before: Sequence[int]) -> Prefix | None:
         """Keys and values of `before` and the image at the request's exit, computed once."""

@@ -160,7 +160,7 @@ def _exits(
                 check_exits(sorted(wanted), max(own[subject.id]), subject.id)
     else:
         wanted = {exit for exits in own.values() for exit in exits}
-    blind = next((subject.id for subject in subjects if subject.gated and not own[subject.id]), None)
+    blind = next((subject.id for subject in subjects if not own[subject.id]), None)
     seeing = next((subject.id for subject in subjects if own[subject.id]), None)
     if blind is not None and seeing is not None:
         raise StageError(
