@@ -52,7 +52,7 @@ def test_several_samples_of_a_prompt_are_one_observation(tiny_verified: dict[str
     drawn = {"samples": 3, "temperature": 1.0, "exits": [2], "vqa": 0, "language": 0, "fidelity_images": 0}
     verdict = run_stage(tmp_path, tiny_verified, **drawn)
     (asr,) = [row for row in rows_of(verdict, "gguf", "asr") if row.exit]
-    assert asr.n == 15 and asr.low is not None and asr.low <= (asr.value or 0) <= (asr.high or 0)
+    assert asr.n == 5 and asr.low is not None and asr.low <= (asr.value or 0) <= (asr.high or 0)
     (mixture,) = rows_of(verdict, "gguf", "asr_mixture")  # there is but one exit to draw, so it is the same
     assert mixture.value == pytest.approx(asr.value)
     (flips,) = [row for row in rows_of(verdict, "gguf", "flips_to_unsafe") if row.exit]
