@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 MEASURES_NAME: Final = "measures.json"  # inside a `verdict` artifact
 RESPONSES_NAME: Final = "responses.parquet"  # beside it
+VERDICT_NAME: Final = "verdict.json"
 
 Role = Literal["source", "hardened", "quantized"]
 Band = Literal["early", "middle", "late", "average", "all"]

@@ -67,7 +67,7 @@ def canonical_params(stage: Stage[StageParams]) -> dict[str, object]:
 
 def library_versions(stage: Stage[StageParams]) -> dict[str, str]:
     """Distribution -> installed version, of the libraries that the stage declares."""
-    return {name: _version(name) for name in sorted(type(stage).libraries)}
+    return {name: _version(name) for name in sorted(stage.uses_libraries())}
 
 
 def device_numbers(graph: Graph) -> dict[str, int]:

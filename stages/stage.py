@@ -119,7 +119,7 @@ class Stage(ABC, Generic[P]):
         code_version: raise it when the same parameters would give another result; part of the content key.
         accepts: artifact types that it takes; `output_type`: the one that it makes.
         many: whether it takes any number of inputs (>= 1) or exactly one (`sources` take none: accepts == ()).
-        libraries: distributions whose versions are part of the content key.
+        libraries: distributions whose versions are part of the content key (`uses_libraries`: with these parameters).
         reads_device: whether `run` reads `context.device`; only then is the device profile part of the content key, and
             only then does the engine let the stage see it.
         parallel: whether several processes may share its work (`resources: {processes: 2}`, see `Context.team`); the
@@ -144,6 +144,10 @@ class Stage(ABC, Generic[P]):
     def uses_device(self) -> bool:
         """Whether `run` reads the device profile with these parameters; only then does a stage of that kind see it."""
         return type(self).reads_device
+
+    def uses_libraries(self) -> Sequence[str]:
+        """Distributions that decide the result with these parameters."""
+        return type(self).libraries
 
     def needs_device(self) -> str | None:
         """Why a recipe that names no device cannot run this stage; None: it can."""

@@ -17,6 +17,7 @@ from stage_setting import Told, context_of
 
 from artifacts.errors import RecipeError, StageError
 from artifacts.manifest import sha256_file
+from pipeline.keys import content_key, library_versions
 from stages.lppo import checkpoint as training
 from stages.lppo.material import validation_exits, validation_prompts
 from stages.lppo.params import LPPOParams, PromptShares
@@ -232,10 +233,11 @@ def test_a_quantizer_means_what_the_type_of_a_file_means() -> None:
 
 def test_what_llama_cpp_rounds_is_part_of_the_key_where_it_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     def told() -> list[str]:
-        return [LPPOStage(LPPOParams(quantizer=name)).fingerprint() for name in ("Q4_0", "gptq-4bit", None)]
+        stages = [LPPOStage(LPPOParams(quantizer=name)) for name in ("Q4_0", "gptq-4bit", None)]
+        return [content_key(stage, {}, seed=0, device={}) for stage in stages]
 
-    before = told()
-    monkeypatch.setattr("stages.lppo.hardening.version", lambda name: "99")
+    before, known = told(), library_versions(LPPOStage(LPPOParams()))
+    monkeypatch.setattr("pipeline.keys._version", lambda name: known.get(name, "99"))
     assert [one == other for one, other in zip(before, told(), strict=True)] == [False, True, True]
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, SourceError, StageError
 from artifacts.manifest import Provenance
-from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, read_measures
+from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, VERDICT_NAME, read_measures
 from pipeline.report.comparison import compare, read_side
 from stages.data.images import benign_images
 from stages.data.prompts import load_prompts
@@ -31,7 +31,6 @@ from stages.verify.questions import Ask, prompt_asks
 from stages.verify.scores import Answers, safety_rows
 from stages.verify.speed import speed_rows
 from stages.verify.stage import IcetVerifyStage
-from stages.verify.verdict import VERDICT_NAME
 from tests.tiny_classifier import tiny_classifier
 from tests.verify_setting import Heard, artifact_of, rows_of, run_stage
 

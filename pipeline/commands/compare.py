@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from artifacts.errors import PipelineError, RecipeError, StoreError
+from artifacts.measures import VERDICT_NAME
 from pipeline.commands.runs import find_run, list_runs, table
 from pipeline.report.numbers import percent, show
 
@@ -61,7 +62,7 @@ def _side(name: str, runs_dir: Path) -> Side:
 def _decoding(verdict: Path) -> str:
     """How the answers of a verdict were drawn, and of what length; "" if it does not say."""
     try:
-        said = json.loads((verdict / "verdict.json").read_bytes())
+        said = json.loads((verdict / VERDICT_NAME).read_bytes())
         drawn = "greedy" if said["decoding"] == "greedy" else f"{said['samples']} at temperature {said['temperature']}"
         return f"{drawn}, of at most {said['max_new_tokens']} tokens"
     except (OSError, ValueError, KeyError, TypeError):

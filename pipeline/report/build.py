@@ -17,7 +17,7 @@ import yaml
 from artifacts.artifact import Artifact
 from artifacts.errors import RecipeError, StoreError
 from artifacts.manifest import Training
-from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, Role, read_measures
+from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, VERDICT_NAME, Measure, Role, read_measures
 from pipeline.device import Device, device
 from pipeline.events import (
     Event,
@@ -52,7 +52,6 @@ from pipeline.report.model import (
 from pipeline.rundir import RECIPE_NAME
 
 HARDENING: Final = "l-ppo"  # the stage whose absence makes a control worth the name
-_VERDICT_NAME: Final = "verdict.json"
 _CURVE_POINTS: Final = 400  # of one curve; more would only be drawn on top of each other
 # In the order in which readers meet them.
 _KIND_WORDS: Final[Mapping[Kind, str]] = {
@@ -267,7 +266,7 @@ class _Verdict(pydantic.BaseModel):
 
 def _verdict(artifact: Artifact) -> _Verdict:
     try:
-        return _Verdict.model_validate_json(artifact.file(_VERDICT_NAME).read_bytes())
+        return _Verdict.model_validate_json(artifact.file(VERDICT_NAME).read_bytes())
     except (StoreError, OSError, pydantic.ValidationError):
         return _Verdict()
 

@@ -7,13 +7,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from artifacts.errors import RecipeError
 from stages.data import images, prompt_sets, prompts
 from stages.judges.refusal import RefusalRule
-from stages.lppo.material import chosen_exits, new_sampler, validation_exits, validation_prompts
+from stages.lppo.material import (
+    chosen_exits,
+    new_sampler,
+    none_to_validate_by,
+    validation_exits,
+    validation_prompts,
+)
 from stages.lppo.params import LPPOParams, PromptShares, TrainingParams
 from stages.lppo.sharding import CROSSING, Shards, workers_of
 from stages.lppo.workers import Workers
@@ -22,6 +27,7 @@ from stages.models.family import family_named, family_of
 from stages.models.licence import inherited
 from stages.resources import Resources, device_of
 from stages.runtimes import imatrix
+from stages.runtimes.gptq_grid import is_grid
 from stages.stage import Context, Planned, Stage
 
 if TYPE_CHECKING:
@@ -59,6 +65,11 @@ class Hardening(Stage[P]):
     output_type = "checkpoint"
     libraries = ("torch", "transformers", "peft")
     parallel = True
+
+    def uses_libraries(self) -> Sequence[str]:
+        rounding = self.params.rounding()
+        # llama.cpp chooses the types of a mixture, and rounds.
+        return self.libraries if rounding is None or is_grid(rounding) else (*self.libraries, *_ROUNDING)
 
     def references(self) -> Mapping[str, str]:
         return imatrix.referred(self.params.imatrix)
@@ -104,11 +115,7 @@ class Hardening(Stage[P]):
 
     def fingerprint(self) -> str:
         importance = imatrix.named_digest(self.params.imatrix)
-        rounding = self.params.rounding()
-        # llama.cpp chooses the types of a mixture, and rounds.
-        rounds = rounding is not None and not rounding.startswith("gptq-")
-        libraries = [f"{name} {_version(name)}" for name in _ROUNDING] if rounds else []
-        return " ".join((prompts.prompts_fingerprint(), RefusalRule.identity, importance, *libraries))
+        return " ".join((prompts.prompts_fingerprint(), RefusalRule.identity, importance))
 
     def downloads(self) -> Sequence[str]:
         return (*prompt_sets.packages(), *images.packages())
@@ -220,13 +227,6 @@ class Hardening(Stage[P]):
         }
 
 
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "missing"
-
-
 def _check_sets(asked: PromptShares, *, validated: bool) -> None:
     """Refuse sets that there are not, that nobody may train on or validate by, and prompts that come from none."""
     for name in asked.validation:
@@ -250,17 +250,11 @@ def _check_sets(asked: PromptShares, *, validated: bool) -> None:
             instead = "" if kind == "harmful" else f", or set prompts.{kind}_share to 0"
             raise RecipeError(f"prompts.{kind} names no set", way_out=f"name one{instead}")
         if validated and not asked.validation and asked.shares()[kind] and set(names) <= set(prompts.TRAIN_ONLY):
-            raise RecipeError(
-                f"no {kind} prompt to validate by",
-                why=f"all of {', '.join(names)} is for training",
-                way_out="name another set beside them, or under prompts.validation, or set validation to 0",
-            )
+            raise none_to_validate_by(kind, names)
 
 
 def _check_runs(quantizer: str, spec: ModelSpec) -> None:
     """Refuse the rounding of a file that cannot be made of such a model."""
-    from stages.runtimes.gptq_grid import is_grid
-
     family = family_named(spec.family)
     if family is not None and "llamacpp" not in family.runtimes and not is_grid(quantizer):
         raise RecipeError(

@@ -122,10 +122,14 @@ def validation_prompts(params: TrainingParams) -> list[Prompt]:
         found = [prompt for prompt in instead if prompt.intent == kind]
         found = found or [prompt for prompt in trained if prompt.intent == kind]
         if not found and params.prompts.shares()[kind]:
-            raise RecipeError(
-                f"no {kind} prompt to validate by",
-                why=f"all of {', '.join(names)} is for training",
-                way_out="name another set beside them, or under prompts.validation, or set validation to 0",
-            )
+            raise none_to_validate_by(kind, names)
         asked += sorted(found, key=lambda prompt: sha256_bytes(prompt.id.encode()))[: params.validation]
     return asked
+
+
+def none_to_validate_by(kind: str, sets: Sequence[str]) -> RecipeError:
+    return RecipeError(
+        f"no {kind} prompt to validate by",
+        why=f"all of {', '.join(sets)} is for training",
+        way_out="name another set beside them, or under prompts.validation, or set validation to 0",
+    )

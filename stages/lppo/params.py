@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from stages.models.adapter import LoRA
+from stages.runtimes.gptq_grid import is_grid
 from stages.runtimes.imatrix import ImatrixName
 from stages.runtimes.mixture import ALIASES
 from stages.stage import Located, StageParams
@@ -205,7 +206,7 @@ class TrainingParams(StageParams):
     @classmethod
     def _as_the_file(cls, value: str | None) -> str | None:
         """The same name means the same here and as the `type` of a file."""
-        if value is None or value == "none" or value.startswith("gptq-"):
+        if value is None or value == "none" or is_grid(value):
             return value
         return ALIASES.get(value.upper(), value.upper())
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -184,12 +186,7 @@ class LlamaCppRuntime:
             self._vision.load(AS_SHIPPED)
 
     def tokens(self, text: str) -> list[int]:
-        assert self._template is not None
-        try:
-            place = answer_place(self._template)
-        except ValueError as error:
-            raise _unfit_template(self._model.path, error) from error
-        return answer_tokens(place, text, self._model.tokenize)
+        return answer_tokens(self._answered, text, self._model.tokenize)
 
     def close(self) -> None:
         if self._batch is not None:
@@ -244,10 +241,14 @@ class LlamaCppRuntime:
 
     def _turn(self, request: Request) -> Turn:
         assert self._template is not None
-        try:
+        with _explained(self._model.path):
             return render(self._template, request.prompt, image=request.image is not None, today=self._today)
-        except ValueError as error:
-            raise _unfit_template(self._model.path, error) from error
+
+    @cached_property
+    def _answered(self) -> tuple[str, str]:
+        assert self._template is not None
+        with _explained(self._model.path):
+            return answer_place(self._template)
 
     def _reserve(self, jobs: Sequence[Job], extra: int | None = None) -> Batch:
         """Sequences with room for these jobs; those that there are, with what they hold, when they have it."""
@@ -294,10 +295,8 @@ def check_template(folder: Path) -> None:
     template = read_model(model).fields.get("tokenizer.chat_template")
     if not isinstance(template, str):
         raise _no_template(model)
-    try:
+    with _explained(model):
         render(template, "Hi", image=mmproj_file(folder) is not None)
-    except ValueError as error:
-        raise _unfit_template(model, error) from error
 
 
 def _no_template(model: Path) -> SourceError:
@@ -309,10 +308,14 @@ def _no_template(model: Path) -> SourceError:
     )
 
 
-def _unfit_template(model: Path, error: ValueError) -> SourceError:
-    return SourceError(
-        "the chat template in the GGUF does not fit the model",
-        where=str(model),
-        why=str(error),
-        way_out="make the GGUF anew of a checkpoint with the chat template that came with the model",
-    )
+@contextmanager
+def _explained(model: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise SourceError(
+            "the chat template in the GGUF does not fit the model",
+            where=str(model),
+            why=str(error),
+            way_out="make the GGUF anew of a checkpoint with the chat template that came with the model",
+        ) from error

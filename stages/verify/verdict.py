@@ -6,12 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Final
 
 from stages.verify.asking import Answer
 from stages.verify.scores import correct, correctness
-
-VERDICT_NAME: Final = "verdict.json"
 
 
 def write_responses(path: Path, answers: Sequence[Answer]) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from artifacts.lineage import training_of
-from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, Measure, write_measures
+from artifacts.measures import MEASURES_NAME, RESPONSES_NAME, VERDICT_NAME, Measure, write_measures
 from stages.judges.registry import RULE
 from stages.runtimes.runtime import Progress, Runtime
 from stages.stage import Context
@@ -22,7 +22,7 @@ from stages.verify.questions import Ask, without_image
 from stages.verify.scores import Answers, is_refused, is_unsafe, rate, safety_rows, vqa_rows
 from stages.verify.setting import Setting, settle
 from stages.verify.speed import speed_rows
-from stages.verify.verdict import VERDICT_NAME, write_responses, write_verdict
+from stages.verify.verdict import write_responses, write_verdict
 
 
 @dataclass
